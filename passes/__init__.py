@@ -1,0 +1,39 @@
+"""Graph -> graph: find Kronecker factors in a step graph and emit them.
+
+Nothing in here knows of optimizers, training or state. A *step graph* is an ATen
+:class:`torch.fx.GraphModule` that holds forward and backward; every input and output carries a
+descriptor (:mod:`thor_fx.passes.outputs`), so no pass relies on positions.
+"""
+
+from .canonicalize import canonicalize
+from .emit_factors import drop_factors, emit_factors
+from .outputs import Factor, Grad, Input, Loss, Mutation, Output, Param, Rows, Tangent, Terms
+from .pipeline import Pass, PassError, run
+from .sites import Site, SiteReport, find_sites
+from .spec import SpecError, check
+from .splice import splice
+
+__all__ = [
+    "Factor",
+    "Grad",
+    "Input",
+    "Loss",
+    "Mutation",
+    "Output",
+    "Param",
+    "Pass",
+    "PassError",
+    "Rows",
+    "Site",
+    "SiteReport",
+    "SpecError",
+    "Tangent",
+    "Terms",
+    "canonicalize",
+    "check",
+    "drop_factors",
+    "emit_factors",
+    "find_sites",
+    "run",
+    "splice",
+]

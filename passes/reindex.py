@@ -1,0 +1,130 @@
+"""How the gradient matrix of a site lies inside the gradient of its parameter.
+
+A path is a tuple of steps that leads from the parameter's layout to an ``(out, in)`` matrix:
+a ``Linear`` has the empty path, ``x @ W`` has ``(Permute((1, 0)),)``, the key part of a packed
+projection ``(Narrow(0, d, 2 * d),)``. :func:`take` follows a path, :func:`put` writes a matrix back.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class View:
+    """Reshape without changing the order of elements."""
+
+    shape: tuple[int, ...]
+
+    def take(self, t: Tensor) -> Tensor:
+        """Forward."""
+        return t.reshape(self.shape)
+
+    def put(self, full: Tensor, part: Tensor) -> Tensor:
+        """Back into the layout of ``full``."""
+        return part.reshape(full.shape)
+
+
+@dataclass(frozen=True)
+class Permute:
+    """Reorder axes."""
+
+    order: tuple[int, ...]
+
+    def take(self, t: Tensor) -> Tensor:
+        """Forward."""
+        return t.permute(self.order)
+
+    def put(self, full: Tensor, part: Tensor) -> Tensor:  # noqa: ARG002 - one signature for all steps
+        """Back into the layout of ``full``."""
+        inverse = sorted(range(len(self.order)), key=self.order.__getitem__)
+        return part.permute(inverse)
+
+
+@dataclass(frozen=True)
+class Narrow:
+    """Take positions ``start`` to ``stop`` of one axis."""
+
+    axis: int
+    start: int
+    stop: int
+
+    def take(self, t: Tensor) -> Tensor:
+        """Forward."""
+        return t.narrow(self.axis, self.start, self.stop - self.start)
+
+    def put(self, full: Tensor, part: Tensor) -> Tensor:
+        """Back into ``full``, whose other entries stay as they are."""
+        return torch.slice_scatter(full, part, self.axis, self.start, self.stop)
+
+
+Step = View | Permute | Narrow
+Path = tuple[Step, ...]
+
+
+def take(path: Path, t: Tensor) -> Tensor:
+    """The ``(out, in)`` matrix inside a tensor of the parameter's shape."""
+    for step in path:
+        t = step.take(t)
+    return t
+
+
+def put(path: Path, full: Tensor, matrix: Tensor) -> Tensor:
+    """``full`` with the matrix that ``path`` leads to replaced by ``matrix``."""
+    if not path:
+        return matrix
+    step, rest = path[0], path[1:]
+    return step.put(full, put(rest, step.take(full), matrix))
+
+
+def part_name(path: Path) -> str:
+    """What a layer that covers a part of its parameter is called behind the name: ``[0:64]``."""
+    return "".join(f"[{':, ' * s.axis}{s.start}:{s.stop}]" for s in path if isinstance(s, Narrow))
+
+
+def simplify(path: Path, shape: tuple[int, ...]) -> Path:
+    """An equal path in the shortest form, so that uses spelled differently compare equal.
+
+    Slices come first; what is left is looked at through strides: most chains of views and
+    permutations are the identity or one transposition.
+    """
+    head = tuple(step for step in path if isinstance(step, Narrow))
+    if path[: len(head)] != head:
+        return path
+    part = torch.empty(take(head, torch.empty(shape, device="meta")).shape, device="meta")
+    try:
+        matrix = _as_view(path[len(head) :], part)
+    except RuntimeError:  # a reshape that would copy
+        return path
+    rows, cols = matrix.shape
+    if matrix.stride() == (cols, 1) or 1 in matrix.shape:
+        return (*head, *_reshape(part, (rows, cols)))
+    if matrix.stride() == (1, rows):
+        return (*head, *_reshape(part, (cols, rows)), Permute((1, 0)))
+    return path
+
+
+def _as_view(path: Path, t: Tensor) -> Tensor:
+    for step in path:
+        t = t.view(step.shape) if isinstance(step, View) else step.take(t)
+    return t
+
+
+def _reshape(t: Tensor, shape: tuple[int, ...]) -> Path:
+    return () if tuple(t.shape) == shape else (View(shape),)
+
+
+def disjoint(paths: list[Path], shape: tuple[int, ...]) -> bool:
+    """Whether no two of the paths lead to the same entry of a parameter of this shape."""
+    ranges = []
+    for path in paths:
+        box = [(0, size) for size in shape]
+        for step in path:
+            if not isinstance(step, Narrow):
+                break
+            start = box[step.axis][0]
+            box[step.axis] = (start + step.start, start + step.stop)
+        ranges.append(box)
+    pairs = ((a, b) for i, a in enumerate(ranges) for b in ranges[:i])
+    return not any(all(lo < h and l < hi for (lo, hi), (l, h) in zip(a, b, strict=True)) for a, b in pairs)

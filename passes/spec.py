@@ -1,0 +1,81 @@
+"""What holds of a step graph before and after every pass.
+
+1. The graph is well-formed (:meth:`torch.fx.Graph.lint`): every node is defined before it is used.
+2. Every placeholder and every output carries a descriptor, and no two are equal.
+3. Every node that computes a tensor knows its shape: ``node.meta["val"]``.
+4. A gradient has the shape of its parameter; a factor is a square matrix of a layer that has both.
+"""
+
+import torch
+from torch import fx
+
+from .outputs import KEY, Factor, Grad, InputDescriptor, Param, input_nodes, output_node
+
+
+class SpecError(ValueError):
+    """A graph breaks the rules that all passes rely on; the message says which, and where."""
+
+
+def check(gm: fx.GraphModule) -> None:
+    """Check all of the rules above.
+
+    Raises:
+        SpecError: naming the node and the rule that it breaks.
+    """
+    try:
+        gm.graph.lint()
+    except RuntimeError as error:
+        raise SpecError(f"the graph is not well-formed: {error}") from error
+    _check_inputs(gm)
+    _check_outputs(gm)
+    _check_values(gm)
+    _check_shapes(gm)
+
+
+def _check_inputs(gm: fx.GraphModule) -> None:
+    seen = set()
+    for node in gm.graph.find_nodes(op="placeholder"):
+        descriptor = node.meta.get(KEY)
+        if not isinstance(descriptor, InputDescriptor):
+            raise SpecError(f"input {node.name!r} has no descriptor")
+        if descriptor in seen:
+            raise SpecError(f"two inputs are {descriptor}")
+        seen.add(descriptor)
+
+
+def _check_outputs(gm: fx.GraphModule) -> None:
+    out = output_node(gm.graph)
+    descriptors = out.meta.get(KEY)
+    if descriptors is None or len(descriptors) != len(out.args[0]):  # type: ignore[arg-type]
+        raise SpecError("the outputs do not have one descriptor each")
+    if len(set(descriptors)) != len(descriptors):
+        raise SpecError(f"two outputs share a descriptor: {descriptors}")
+
+
+def _check_values(gm: fx.GraphModule) -> None:
+    for node in gm.graph.nodes:
+        if node.op == "call_function" and "val" not in node.meta:
+            raise SpecError(f"node {node.name!r} ({node.target}) has no value in meta['val']")
+
+
+def _check_shapes(gm: fx.GraphModule) -> None:
+    inputs = input_nodes(gm)
+    out = output_node(gm.graph)
+    sides: dict[str, set[str]] = {}
+    for descriptor, node in zip(out.meta[KEY], out.args[0], strict=True):  # type: ignore[arg-type]
+        if isinstance(descriptor, Grad) and node is not None and Param(str(descriptor.param)) in inputs:
+            _same_shape(descriptor, node, inputs[Param(str(descriptor.param))])
+        if isinstance(descriptor, Factor):
+            shape = node.meta["val"].shape
+            if len(shape) < 2 or shape[-1] != shape[-2]:
+                raise SpecError(f"{descriptor} is not square: {tuple(shape)}")
+            sides.setdefault(descriptor.layer, set()).add(descriptor.side)
+    for layer, found in sides.items():
+        if found != {"A", "G"}:
+            raise SpecError(f"layer {layer!r} has side {found.pop()} only")
+
+
+def _same_shape(descriptor: Grad, gradient: fx.Node, parameter: fx.Node) -> None:
+    got, expected = gradient.meta["val"], parameter.meta["val"]
+    if isinstance(got, torch.Tensor) and tuple(got.shape) != tuple(expected.shape):
+        raise SpecError(f"{descriptor} has shape {tuple(got.shape)}, its parameter {tuple(expected.shape)}")

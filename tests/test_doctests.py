@@ -1,0 +1,26 @@
+"""The examples in the docstrings of the installed package."""
+
+import doctest
+import importlib
+import pkgutil
+
+import pytest
+
+import thor_fx
+import thor_fx.passes
+
+# An editable install does not list passes/ under thor_fx: look into both.
+MODULES = [
+    f"{package.__name__}.{module.name}".removesuffix(".__init__")
+    for package in (thor_fx, thor_fx.passes)
+    for module in [pkgutil.ModuleInfo(None, "__init__", False), *pkgutil.iter_modules(package.__path__)]
+    if module.name not in {"__main__", "passes"}
+]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_docstring_examples(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    module = importlib.import_module(name)
+    result = doctest.testmod(module, optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
+    assert result.failed == 0, "see the captured output"

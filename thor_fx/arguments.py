@@ -1,0 +1,37 @@
+"""Checks of single arguments: every message names the argument, its value and what is allowed."""
+
+import math
+import numbers
+from typing import Any
+
+
+def check_number(name: str, value: Any, *, positive: bool = False) -> None:
+    """Refuse what is no finite number of the right sign."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a number, got {shown(value)}")
+    bound = "> 0" if positive else ">= 0"
+    if not math.isfinite(value) or value < 0 or (positive and value == 0):
+        raise ValueError(f"{name} must be finite and {bound}, got {value!r}")
+
+
+def check_integer(name: str, value: Any, *, optional: bool = False) -> None:
+    """Refuse what is no integer of at least 1 (or None, where that is allowed)."""
+    if value is None and optional:
+        return
+    allowed = "an integer >= 1 or None" if optional else "an integer >= 1"
+    check_type(name, value, int, allowed)
+    if isinstance(value, bool):
+        raise TypeError(f"{name} must be {allowed}, got {shown(value)}")
+    if value < 1:
+        raise ValueError(f"{name} must be {allowed}, got {value!r}")
+
+
+def check_type(name: str, value: Any, expected: type, allowed: str) -> None:
+    """Refuse a value that is not of type ``expected``."""
+    if not isinstance(value, expected):
+        raise TypeError(f"{name} must be {allowed}, got {shown(value)}")
+
+
+def shown(value: Any) -> str:
+    """A value with its type, as errors show it."""
+    return f"{type(value).__name__}: {value!r}"

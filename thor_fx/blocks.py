@@ -1,0 +1,63 @@
+"""THOR's layer-oriented blocks: a factor cut into diagonal blocks, inverted in one batched call.
+
+A side of length ``d`` with block size ``b`` has ``d // b`` full blocks and at most one rest of
+``d % b``. Off-diagonal blocks are dropped (Chen et al. 2021, section 4).
+
+Legend: L layers of equal shape, F equal blocks along the diagonal, b their side.
+"""
+
+import torch
+from torch import Tensor
+
+Blocks = tuple[Tensor, ...]
+"""The diagonal blocks of L matrices from top to bottom, by size: each (L, F, b, b)."""
+
+
+def split(side: int, block_size: int | None) -> list[tuple[int, int]]:
+    """The ``(F, b)`` of a side; ``block_size=None`` keeps it whole.
+
+    Example:
+        >>> split(300, 128), split(10, 128), split(300, None)
+        ([(2, 128), (1, 44)], [(1, 10)], [(1, 300)])
+    """
+    if block_size is None or side <= block_size:
+        return [(1, side)]
+    count, rest = divmod(side, block_size)
+    return [(count, block_size), (1, rest)] if rest else [(count, block_size)]
+
+
+def identity(layers: int, side: int, block_size: int | None, like: Tensor) -> Blocks:
+    """Blocks that leave everything as it is."""
+    return tuple(
+        torch.eye(b, dtype=like.dtype, device=like.device).repeat(layers, count, 1, 1)
+        for count, b in split(side, block_size)
+    )
+
+
+def diagonal_blocks(matrices: Tensor, block_size: int | None) -> Blocks:
+    """Cut the blocks out of (L, d, d) matrices."""
+    parts, start = [], 0
+    for count, b in split(matrices.shape[-1], block_size):
+        stop = start + count * b
+        tiled = matrices[:, start:stop, start:stop].reshape(-1, count, b, count, b)
+        parts.append(tiled.diagonal(dim1=1, dim2=3).movedim(-1, 1))  # (L, F, b, b)
+        start = stop
+    return tuple(parts)
+
+
+def multiply(blocks: Blocks, x: Tensor) -> Tensor:
+    """Block-diagonal times dense: sides (L, d, d) by (L, d, k)."""
+    products, start = [], 0
+    for part in blocks:
+        layers, count, b, _ = part.shape
+        stop = start + count * b
+        tiled = x[:, start:stop].reshape(layers, count, b, -1)  # (L, F, b, k)
+        products.append((part @ tiled).reshape(layers, count * b, -1))
+        start = stop
+    return torch.cat(products, dim=1) if len(products) > 1 else products[0]
+
+
+def precondition(output: Blocks, gradient: Tensor, input_: Blocks) -> Tensor:
+    """``G^-1 gradient A^-1`` for (L, out, in) gradients, given the inverse blocks of both sides."""
+    left = multiply(output, gradient)
+    return multiply(input_, left.mT).mT  # A^-1 is symmetric

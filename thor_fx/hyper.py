@@ -1,0 +1,34 @@
+"""Numbers become 0-D tensors on the device, without a synchronisation."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+
+class HyperTensors:
+    """Turns the hyper-parameters of a step into tensors; a value that has not changed is reused."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, tuple[float, Tensor]] = {}
+
+    def __call__(self, values: Mapping[str, float], params: Mapping[str, Tensor]) -> list[Tensor]:
+        """The tensors in the order of the sorted names."""
+        some = next(iter(params.values()))
+        return [self._tensor(name, values[name], some.device, params) for name in sorted(values)]
+
+    def _tensor(
+        self, name: str, value: float, device: torch.device, params: Mapping[str, Tensor]
+    ) -> Tensor:
+        known = self._known.get(name)
+        if known is None or known[0] != value or known[1].device != device:
+            # NOTE: torch.full launches a kernel; torch.tensor would copy from the host and wait
+            known = (value, torch.full((), value, dtype=self.dtype(params), device=device))
+            self._known[name] = known
+        return known[1]
+
+    @staticmethod
+    def dtype(params: Mapping[str, Tensor]) -> torch.dtype:
+        """The dtype of hyper-parameters: float64 where any parameter is."""
+        wide = any(p.dtype == torch.float64 for p in params.values())
+        return torch.float64 if wide else torch.float32

@@ -1,0 +1,27 @@
+"""Damped inverses that cannot fail silently."""
+
+import torch
+from torch import Tensor
+
+
+def damped_inverse(matrices: Tensor, damping: Tensor, previous: Tensor) -> tuple[Tensor, Tensor]:
+    """``(M + d I)^-1`` of many symmetric positive semi-definite matrices, by Cholesky.
+
+    A matrix that has no finite inverse keeps its previous one. ``cholesky_ex`` reports failure in a
+    tensor, which survives compilation and needs no synchronisation; compiled ``cholesky`` does not.
+
+    Args:
+        matrices: shape (N, b, b).
+        damping: broadcastable to (N, 1, 1).
+        previous: the last good inverses, shape (N, b, b).
+
+    Returns:
+        The inverses, shape (N, b, b), and how many of them failed, an int64 0-D tensor.
+    """
+    eye = torch.eye(matrices.shape[-1], dtype=matrices.dtype, device=matrices.device)
+    damped = matrices + damping * eye
+    usable = damped.isfinite().all(dim=(-2, -1))
+    root, info = torch.linalg.cholesky_ex(torch.where(usable[:, None, None], damped, eye))
+    inverse = torch.cholesky_inverse(root)
+    good = usable & (info == 0) & inverse.isfinite().all(dim=(-2, -1))
+    return torch.where(good[:, None, None], inverse, previous), (~good).sum()

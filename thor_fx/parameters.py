@@ -1,0 +1,48 @@
+"""What counts as trainable parameters."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+
+def check_params(params: Any) -> None:
+    """Refuse what cannot be trained.
+
+    Raises:
+        TypeError: ``params`` is no mapping from names to floating-point tensors.
+        ValueError: there is nothing to train.
+    """
+    if not isinstance(params, Mapping):
+        raise TypeError(
+            f"params must be a mapping from names to tensors, got {type(params).__name__}: "
+            "use dict(model.named_parameters())"
+        )
+    for name, value in params.items():
+        check_param(name, value)
+    if not any(trainable(value) for value in params.values()):
+        raise ValueError(
+            "params has no trainable tensor: unfreeze a parameter with requires_grad_(), or pass one"
+        )
+
+
+def check_param(name: Any, value: Any) -> None:
+    """Refuse a parameter that has no real gradient.
+
+    Raises:
+        TypeError: it is no floating-point tensor, or its name is no text.
+    """
+    if not isinstance(name, str):
+        raise TypeError(f"params must have names as keys, got {name!r}")
+    if not isinstance(value, Tensor):
+        raise TypeError(f"params[{name!r}] must be a tensor, got {type(value).__name__}")
+    if not value.is_floating_point():
+        raise TypeError(
+            f"params[{name!r}] must be floating-point, got {value.dtype}: leave it out of params and "
+            "close over it, or cast it"
+        )
+
+
+def trainable(value: Tensor) -> bool:
+    """Whether an entry of ``params`` is trained: everything but a frozen ``nn.Parameter``."""
+    return value.requires_grad or not isinstance(value, nn.Parameter)

@@ -1,0 +1,317 @@
+"""The functional door: a whole training step as one compiled graph.
+
+Loss, gradients, factors, refresh and parameter update are nodes of one ATen graph. The update is
+Python (:mod:`thor_fx.transform`) that is spliced behind the gradients; what it changes is written
+into the buffers that came in, so a step does not keep two copies of anything.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from .capture import Captured, LossCapture, LossFn, Runner
+from .factors import moments_of
+from .hyper import HyperTensors
+from .inductor import Compiled, check_backend, compile_graph
+from .layers import Coverage, coverage
+from .parameters import check_params, trainable
+from .passes import canonicalize, emit_factors, find_sites, outputs, pipeline
+from .passes.outputs import Grad, Input, Loss, Mutation, Output, Param, Terms
+from .passes.splice import splice
+from .transform import Params, Signals, State, Transform, apply_updates
+
+aten = torch.ops.aten
+
+
+class StepState(NamedTuple):
+    """What a training step carries over.
+
+    Attributes:
+        step: steps taken so far.
+        inner: the state of the transform.
+        buffers: buffers of the model, where the loss function takes them.
+    """
+
+    step: int
+    inner: State
+    buffers: Any = None
+
+
+class StepOutput(NamedTuple):
+    """What a training step returns besides parameters and state: the loss (0-D) and ``aux``."""
+
+    loss: Tensor
+    aux: Any
+
+
+def compile_step(
+    loss_fn: LossFn,
+    tx: Transform,
+    *,
+    donate: bool = True,
+    backend: str = "inductor",
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+    dynamic: bool | None = None,
+) -> "CompiledStep":
+    """Compile loss, gradient, factors and update into one function.
+
+    Args:
+        loss_fn: ``loss_fn(params, *batch)``, returns a scalar loss or ``(loss, aux)``. With buffers,
+            ``loss_fn(params, buffers, *batch)`` returns ``(loss, (new_buffers, aux))``.
+        tx: the update, e.g. :func:`thor_fx.thor`.
+        donate: write the new parameters and state into the tensors that came in, as
+            ``torch.optim`` does. False leaves the arguments alone and costs a copy of both.
+        backend: ``"inductor"``; or ``"aot_eager"`` or ``"eager"`` to interpret the rewritten graph.
+        mode: as in ``torch.compile``.
+        options: Inductor settings, as in ``torch.compile``.
+        dynamic: as in ``torch.compile``: by default a second batch size recompiles once, for all sizes.
+
+    Returns:
+        A step with ``state = step.init(params, *batch)`` and
+        ``params, state, out = step(params, state, *batch)``.
+
+    Raises:
+        TypeError: ``loss_fn`` is not callable or ``tx`` is no transform.
+        ValueError: ``backend`` is unknown.
+
+    Example:
+        >>> import torch, thor_fx
+        >>> def loss_fn(params, x, y):
+        ...     return ((x @ params["w"] - y) ** 2).mean()
+        >>> params = {"w": torch.zeros(3, 1)}
+        >>> x, y = torch.eye(3), torch.ones(3, 1)
+        >>> tx = thor_fx.thor(lr=0.5, damping=0.1, momentum=0.0)
+        >>> step = compile_step(loss_fn, tx, backend="eager")
+        >>> state = step.init(params, x, y)
+        >>> for _ in range(5):
+        ...     params, state, out = step(params, state, x, y)
+        >>> bool(out.loss < 0.01)
+        True
+    """
+    if not callable(loss_fn):
+        raise TypeError(f"loss_fn must be callable, got {type(loss_fn).__name__}: {loss_fn!r}")
+    if not isinstance(tx, Transform):
+        raise TypeError(f"tx must be a Transform, e.g. thor_fx.thor(...), got {type(tx).__name__}: {tx!r}")
+    check_backend(backend)
+    return CompiledStep(loss_fn, tx, donate, _Compiler(backend, mode, options), dynamic)
+
+
+@dataclass(frozen=True)
+class _Compiler:
+    backend: str
+    mode: str | None
+    options: Mapping[str, Any] | None
+
+    def __call__(self, gm: fx.GraphModule, fakes: Sequence[Any]) -> Compiled:
+        return compile_graph(gm, fakes, backend=self.backend, mode=self.mode, options=self.options)
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What the runner is told besides Dynamo's arguments."""
+
+    wants_factors: bool
+    extra: list[Tensor]
+
+
+class _Traced(Exception):
+    """Leaves the runner when only the trace was wanted."""
+
+
+class CompiledStep:
+    """A training step; see :func:`compile_step`.
+
+    Attributes:
+        coverage: which parameters are preconditioned and how; None before ``init``.
+    """
+
+    def __init__(
+        self, loss_fn: LossFn, tx: Transform, donate: bool, compiler: _Compiler, dynamic: bool | None
+    ) -> None:
+        self.coverage: Coverage | None = None
+        self._tx = tx
+        self._donate = donate
+        self._compiler = compiler
+        self._hyper = HyperTensors()
+        self._capture = LossCapture(loss_fn, self._compile, dynamic)
+        self._params: Params = {}
+        self._call: _Call | None = None
+        self._flat: tuple[State, list[Tensor]] = (None, [])
+
+    def init(self, params: Params, *batch: Any, buffers: Any = None) -> StepState:
+        """Trace, compile, and return the state for the first step. Nothing runs yet.
+
+        Raises:
+            TypeError: ``params`` is no mapping of floating-point tensors.
+            ValueError: nothing to train, the loss is no scalar, or it does not depend on ``params``.
+        """
+        check_params(params)
+        self.coverage = None
+        try:
+            self._run(params, None, batch if buffers is None else (buffers, *batch))
+        except _Traced:
+            pass
+        if self.coverage is None:
+            raise ValueError("the loss does not depend on any of params: it is a constant")
+        return StepState(0, self._tx.init(_trained(params, self.coverage), self.coverage), buffers)
+
+    def __call__(
+        self, params: Params, state: StepState, *batch: Any
+    ) -> tuple[Params, StepState, StepOutput]:
+        """Take one step.
+
+        Returns:
+            The new parameters and state (with ``donate`` the same tensors, changed), and the output.
+
+        Raises:
+            TypeError: ``state`` does not come from ``init``.
+            RuntimeError: ``params`` are not those that ``init`` was called with.
+        """
+        if not isinstance(state, StepState):
+            raise TypeError(f"state must come from step.init(params, *batch), got {type(state).__name__}")
+        if not self._donate:
+            params = {name: p.detach().clone() for name, p in params.items()}
+            state = state._replace(inner=pytree.tree_map(torch.clone, state.inner))
+        hyper = self._hyper(self._tx.hyper(state.step), params)
+        call = _Call(self._tx.wants_factors(state.step), [*self._leaves(state.inner), *hyper])
+        loss, aux = self._run(params, call, batch if state.buffers is None else (state.buffers, *batch))
+        buffers, aux = (None, aux) if state.buffers is None else aux
+        return params, StepState(state.step + 1, state.inner, buffers), StepOutput(loss, aux)
+
+    def _run(self, params: Params, call: _Call | None, batch: Sequence[Any]) -> tuple[Tensor, Any]:
+        self._params, self._call = params, call
+        try:
+            return self._capture(params, *batch)
+        finally:
+            self._params, self._call = {}, None
+
+    def _leaves(self, inner: State) -> list[Tensor]:
+        """The tensors of the state; donated state is the same object in every step."""
+        if self._flat[0] is not inner:
+            self._flat = (inner, pytree.tree_leaves(inner))
+        return self._flat[1]
+
+    def _compile(self, captured: Captured) -> Runner:
+        """Called by Dynamo when no guard fits: both kinds of step, from one trace."""
+        graph = pipeline.run(captured.graph, [canonicalize])
+        self._accept(_coverage(graph, self._params))
+        kinds = {True, False} if self._tx.frequency is not None else {False}
+        kinds = {True} if self._tx.frequency == 1 else kinds
+        runs = {kind: self._compile_kind(graph, captured, kind) for kind in sorted(kinds)}
+
+        def runner(*flat: Any) -> Sequence[Any]:
+            if self._call is None:
+                raise _Traced
+            with torch.no_grad():
+                return runs[self._call.wants_factors](*flat, *self._call.extra)
+
+        return runner
+
+    def _accept(self, found: Coverage) -> None:
+        if self.coverage is not None and self.coverage.layers != found.layers:
+            raise RuntimeError(
+                "the layers of this call are not those that step.init saw: call step.init again "
+                f"(then: {sorted(self.coverage.layers)}, now: {sorted(found.layers)})"
+            )
+        self.coverage = found
+
+    def _compile_kind(self, graph: fx.GraphModule, captured: Captured, factors: bool) -> Compiled:
+        assert self.coverage is not None
+        whole = pipeline.run(graph, [emit_factors] if factors else [])
+        append_update(whole, self._tx, self.coverage, results=_forward_outputs(captured))
+        fakes = [node.meta["val"] for node in whole.graph.find_nodes(op="placeholder")]
+        return self._compiler(whole, fakes)
+
+
+def _trained(params: Params, found: Coverage) -> dict[str, Tensor]:
+    return {name: p for name, p in params.items() if name in found.trained}
+
+
+def _coverage(graph: fx.GraphModule, params: Params) -> Coverage:
+    found = coverage(find_sites(graph))
+    seen = found.trained | set(found.unused)
+    unused = tuple(name for name, p in params.items() if name not in seen and trainable(p))
+    frozen = tuple(name for name, p in params.items() if not trainable(p))
+    return Coverage(found.layers, found.norms, found.fallback, found.terms, found.unused + unused, frozen)
+
+
+def _forward_outputs(captured: Captured) -> int:
+    return len(outputs.output_node(captured.forward.graph).args[0])  # type: ignore[arg-type]
+
+
+# --- the update, spliced into the graph ------------------------------------------------------------
+
+
+def append_update(gm: fx.GraphModule, tx: Transform, found: Coverage, *, results: int) -> None:
+    """Append ``tx`` to a step graph, in place.
+
+    The graph gets the leaves of the transform's state and its hyper-parameters (sorted by name) as
+    further inputs, writes the new values into parameters, state and mutated inputs, and returns the
+    ``results`` outputs of the forward pass in their order.
+    """
+    returned = outputs.output_nodes(gm)
+    parameters = {d.name: n for d, n in outputs.input_nodes(gm).items() if isinstance(d, Param)}
+    gradients = {name: returned[Grad(name)] for name in parameters if Grad(name) in returned}
+    trained = {name: parameters[name] for name in gradients}
+    state, hyper = _add_inputs(gm, tx, found, trained)
+    terms = [returned[Terms()]] if Terms() in returned else []
+    operands = (gradients, trained, state, hyper, moments_of(returned), terms)
+    leaves, structure = pytree.tree_flatten(operands)
+
+    def step(*values: Tensor) -> Any:
+        grads, params, old, rates, moments, terms = pytree.tree_unflatten(list(values), structure)
+        updates, new = tx.update(grads, old, params, Signals(found, rates, moments or None, *terms))
+        return apply_updates(params, updates), new
+
+    out = outputs.output_node(gm.graph)
+    new_params, new_state = splice(out.prev, step, *leaves)
+    written = [(trained[name], node) for name, node in new_params.items()]
+    written += list(zip(pytree.tree_leaves(state), pytree.tree_leaves(new_state), strict=True))
+    inputs = gm.graph.find_nodes(op="placeholder")
+    written += [(inputs[d.index], n) for d, n in returned.items() if isinstance(d, Mutation) and n is not None]
+    for target, value in written:
+        _write(out, target, value)
+    _return(out, returned, results)
+    gm.recompile()
+
+
+def _add_inputs(
+    gm: fx.GraphModule, tx: Transform, found: Coverage, trained: Mapping[str, fx.Node]
+) -> tuple[Any, dict[str, fx.Node]]:
+    fakes = {name: node.meta["val"] for name, node in trained.items()}
+    some = next(iter(fakes.values()))
+    with some.fake_mode:
+        state = tx.init(fakes, found)
+        rates = {name: torch.empty((), dtype=HyperTensors.dtype(fakes)) for name in sorted(tx.schedules)}
+        rates = {name: rate.to(some.device) for name, rate in rates.items()}
+    last = gm.graph.find_nodes(op="placeholder")[-1]
+
+    def add(value: Tensor) -> fx.Node:
+        nonlocal last
+        with gm.graph.inserting_after(last):
+            last = gm.graph.placeholder(f"state_{len(gm.graph.find_nodes(op='placeholder'))}")
+        last.meta = {"val": value, outputs.KEY: Input(len(gm.graph.find_nodes(op="placeholder")) - 1)}
+        return last
+
+    return pytree.tree_map(add, state), {name: add(rate) for name, rate in rates.items()}
+
+
+def _write(out: fx.Node, target: fx.Node, value: fx.Node) -> None:
+    if value is target:
+        return
+    with out.graph.inserting_before(out):
+        copied = out.graph.call_function(aten.copy_.default, (target, value))
+    copied.meta["val"] = target.meta["val"]
+
+
+def _return(out: fx.Node, returned: Mapping[Any, fx.Node | None], results: int) -> None:
+    loss = next(node for descriptor, node in returned.items() if isinstance(descriptor, Loss))
+    others = {d.index: node for d, node in returned.items() if isinstance(d, Output)}
+    descriptors = [Output(i) if i in others else Loss() for i in range(results)]
+    out.args = (tuple(others.get(i, loss) for i in range(results)),)
+    out.meta[outputs.KEY] = tuple(descriptors)

@@ -1,0 +1,120 @@
+"""The researcher's door: a training step as an ATen graph to read and rewrite."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from .capture import Captured, LossCapture, LossFn, Runner
+from .parameters import check_params
+from .passes import outputs
+from .passes.outputs import Input, InputDescriptor, Param
+
+
+def trace_step(loss_fn: LossFn, params: Mapping[str, Tensor], *batch: Any) -> fx.GraphModule:
+    """The step graph of ``loss_fn``: forward and backward, before any pass.
+
+    The graph takes the parameters in the order of ``params``, then the tensors of ``batch``, and
+    returns a flat tuple; :mod:`thor_fx.passes.outputs` says what each input and output is. Tensors
+    that ``loss_fn`` closes over are buffers of the graph module.
+
+    Args:
+        loss_fn: ``loss_fn(params, *batch)``, returns a scalar loss or ``(loss, aux)``.
+        params: floating-point tensors by name.
+        *batch: tensors and nests of tensors.
+
+    Returns:
+        A step graph on which every pass of :mod:`thor_fx.passes` works.
+
+    Raises:
+        TypeError: ``params`` is no mapping of tensors.
+        ValueError: ``params`` is empty or not floating-point, the loss is no scalar, or it does not
+            depend on them.
+
+    Example:
+        >>> import torch
+        >>> from thor_fx.passes import find_sites
+        >>> def loss_fn(params, x):
+        ...     return (x @ params["w"]).tanh().mean()
+        >>> gm = trace_step(loss_fn, {"w": torch.ones(3, 2)}, torch.ones(5, 3))
+        >>> [(site.layer, site.dims) for site in find_sites(gm).sites]
+        [('w', (2, 3))]
+    """
+    check_params(params)
+    captured, flat = capture_once(loss_fn, params, *batch)
+    leaves = [leaf for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor)]
+    return _in_order_of_arguments(captured.graph, flat, params, leaves)
+
+
+class _Captured(Exception):
+    """Leaves Dynamo once the graph is there, before anything runs."""
+
+    def __init__(self, captured: Captured, flat: tuple[Any, ...]) -> None:
+        self.captured, self.flat = captured, flat
+
+
+def capture_once(
+    loss_fn: LossFn, params: Mapping[str, Tensor], *batch: Any
+) -> tuple[Captured, tuple[Any, ...]]:
+    """Capture ``loss_fn`` with static shapes; also return the flat arguments of the graph.
+
+    Raises:
+        ValueError: nothing depends on ``params``.
+    """
+
+    def handler(captured: Captured) -> Runner:
+        def leave(*flat: Any) -> Any:
+            raise _Captured(captured, flat)
+
+        return leave
+
+    try:
+        LossCapture(loss_fn, handler, dynamic=False)(params, *batch)
+    except _Captured as result:
+        return result.captured, result.flat
+    raise ValueError("the loss does not depend on any of params: it is a constant")
+
+
+def _in_order_of_arguments(
+    gm: fx.GraphModule, flat: tuple[Any, ...], params: Mapping[str, Tensor], leaves: list[Tensor]
+) -> fx.GraphModule:
+    old = gm.graph.find_nodes(op="placeholder")
+    by_tensor = {id(value): node for node, value in zip(old, flat, strict=True)}
+    descriptors: list[InputDescriptor] = []
+    kept = set()
+    with gm.graph.inserting_before(old[0]):
+        for descriptor, value in _arguments(params, leaves):
+            new = gm.graph.placeholder(_name(descriptor))
+            descriptors.append(descriptor)
+            node = by_tensor.get(id(value))
+            if node is not None and node not in kept:
+                node.replace_all_uses_with(new)
+                kept.add(node)
+                new.meta["val"] = node.meta["val"]
+            else:
+                new.meta["val"] = value.detach().to("meta")
+        for node, value in zip(old, flat, strict=True):
+            if node not in kept:
+                _to_buffer(gm, node, value)
+    for node in old:
+        gm.graph.erase_node(node)
+    outputs.describe(gm, descriptors, outputs.output_node(gm.graph).meta[outputs.KEY])
+    gm.recompile()
+    return gm
+
+
+def _arguments(params: Mapping[str, Tensor], leaves: list[Tensor]) -> list[tuple[InputDescriptor, Tensor]]:
+    named: list[tuple[InputDescriptor, Tensor]] = [(Param(name), value) for name, value in params.items()]
+    return named + [(Input(index), leaf) for index, leaf in enumerate(leaves)]
+
+
+def _name(descriptor: InputDescriptor) -> str:
+    return descriptor.name.replace(".", "_") if isinstance(descriptor, Param) else f"batch_{descriptor.index}"
+
+
+def _to_buffer(gm: fx.GraphModule, node: fx.Node, value: Any) -> None:
+    gm.register_buffer(f"captured_{node.name}", value)
+    buffer = gm.graph.get_attr(f"captured_{node.name}")
+    buffer.meta["val"] = node.meta["val"]
+    node.replace_all_uses_with(buffer)
