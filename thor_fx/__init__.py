@@ -1,22 +1,33 @@
 """Second-order training (THOR / K-FAC) for PyTorch as a compiler pass."""
 
+from .compile import compile  # noqa: A004 - as torch.compile
 from .factors import Kronecker, factors
+from .layers import Coverage, Layer
+from .metrics import metrics
+from .optimizer import Thor
 from .step import CompiledStep, StepOutput, StepState, compile_step
-from .thor import thor
+from .thor import decay_all_but_beta_gamma, thor
 from .trace import trace_step
-from .transform import Signals, Transform, apply_updates, chain
+from .transform import Signals, Transform, apply_updates, centralize_gradients, chain
 
 __all__ = [
     "CompiledStep",
+    "Coverage",
     "Kronecker",
+    "Layer",
     "Signals",
     "StepOutput",
     "StepState",
+    "Thor",
     "Transform",
     "apply_updates",
+    "centralize_gradients",
     "chain",
+    "compile",
     "compile_step",
+    "decay_all_but_beta_gamma",
     "factors",
+    "metrics",
     "thor",
     "trace_step",
 ]

@@ -12,6 +12,7 @@ Dynamo's dynamic shapes.
 """
 
 import contextlib
+import copy
 import itertools
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,8 +23,10 @@ import torch
 import torch._dynamo
 from torch import Tensor, fx
 from torch._dynamo.exc import BackendCompilerFailed
+from torch._dynamo.source import LocalSource
 from torch._functorch._aot_autograd import descriptors as aot
 from torch._functorch.aot_autograd import aot_export_joint_with_descriptors
+from torch._guards import TracingContext, tracing
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
@@ -71,7 +74,7 @@ class LossCapture:
         self._params: Mapping[str, Tensor] = {}
         self._frozen: frozenset[str] = frozenset()
         self._compiled = torch.compile(
-            _own_code(_loss_and_detached_aux(loss_fn)), backend=self._backend, fullgraph=True, dynamic=dynamic
+            own_code(_loss_and_detached_aux(loss_fn)), backend=self._backend, fullgraph=True, dynamic=dynamic
         )
 
     def __call__(self, params: Mapping[str, Tensor], *batch: Any) -> tuple[Tensor, Any]:
@@ -87,7 +90,21 @@ class LossCapture:
 
     def _backend(self, forward: fx.GraphModule, _: Sequence[Any]) -> Runner:
         captured = _capture(forward, self._params)
-        return torch._dynamo.disable(self._handler(captured))
+        return without_dynamo(self._handler(captured))
+
+
+def own_code(function: Any) -> Callable[..., Any]:
+    """A copy with a code object of its own: Dynamo counts recompilations per code object."""
+    code = function.__code__.replace(co_name=f"{function.__name__}_{next(_serial)}")
+    return types.FunctionType(code, function.__globals__, function.__name__, function.__defaults__, function.__closure__)
+
+
+_serial = itertools.count()
+
+
+def without_dynamo(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, which Dynamo must not look into."""
+    return torch._dynamo.disable(function)
 
 
 def fake_mode() -> FakeTensorMode:
@@ -107,24 +124,19 @@ def _loss_and_detached_aux(loss_fn: LossFn) -> LossFn:
     return loss_and_aux
 
 
-_serial = itertools.count()
-
-
-def _own_code(function: Any) -> LossFn:
-    """A copy with a code object of its own: Dynamo counts recompilations per code object."""
-    code = function.__code__.replace(co_name=f"loss_{next(_serial)}")
-    return types.FunctionType(code, function.__globals__, function.__name__, function.__defaults__, function.__closure__)
-
-
 def _capture(forward: fx.GraphModule, params: Mapping[str, Tensor]) -> Captured:
+    inputs = describe_forward_inputs(forward, params)
+    joint = export_joint(forward, inputs)
+    return Captured(_step_graph(joint), forward, inputs)
+
+
+def describe_forward_inputs(
+    forward: fx.GraphModule, params: Mapping[str, Tensor]
+) -> tuple[InputDescriptor, ...]:
+    """What every argument of Dynamo's forward graph is, by identity of the tensors it saw."""
     names = {id(tensor): name for name, tensor in params.items() if trainable(tensor)}
     placeholders = forward.graph.find_nodes(op="placeholder")
-    inputs = tuple(_describe_input(i, node, names) for i, node in enumerate(placeholders))
-    fakes = [_leaf(node, descriptor) for node, descriptor in zip(placeholders, inputs, strict=True)]
-    with contextlib.ExitStack() as stack:
-        joint = aot_export_joint_with_descriptors(stack, forward, tuple(fakes)).graph_module
-    graph = _step_graph(joint, inputs)
-    return Captured(graph, forward, inputs)
+    return tuple(_describe_input(i, node, names) for i, node in enumerate(placeholders))
 
 
 def _describe_input(index: int, node: fx.Node, names: Mapping[int, str]) -> InputDescriptor:
@@ -134,54 +146,87 @@ def _describe_input(index: int, node: fx.Node, names: Mapping[int, str]) -> Inpu
     return Input(index) if name is None else Param(name)
 
 
-def _leaf(node: fx.Node, descriptor: InputDescriptor) -> Any:
-    value = node.meta["example_value"]
-    if isinstance(value, Tensor):
-        value = value.detach()
-        return value.requires_grad_() if isinstance(descriptor, Param) else value
-    return value
-
-
-def _step_graph(joint: fx.GraphModule, inputs: Sequence[InputDescriptor]) -> fx.GraphModule:
-    """Describe a joint graph, and start its backward from the constant 1 instead of a tangent."""
-    graph = joint.graph
-    graph.set_codegen(fx.graph.CodeGen())
-    placeholders = graph.find_nodes(op="placeholder")
-    tangents = [node for node in placeholders if isinstance(node.meta["desc"], aot.TangentAOTInput)]
-    loss = _loss_index(tangents)
-    results = outputs.output_node(graph)
-    described = [
-        (_describe_output(desc, inputs, loss), node)
-        for desc, node in zip(results.meta["desc"], results.args[0], strict=True)  # type: ignore[arg-type]
-        if node is not None  # no gradient
-    ]
-    results.args = (tuple(node for _, node in described),)
-    _fold(tangents[0])
-    outputs.describe(joint, inputs, [descriptor for descriptor, _ in described])
-    value = outputs.output_nodes(joint)[Loss()].meta["val"]  # type: ignore[union-attr]
-    if value.dim() != 0:
-        raise ValueError(f"loss_fn must return a scalar loss, got shape {tuple(value.shape)}: take its mean")
+def export_joint(forward: fx.GraphModule, inputs: Sequence[InputDescriptor]) -> fx.GraphModule:
+    """The joint graph of a forward graph, functional, in ATen operators, with our descriptors."""
+    placeholders = forward.graph.find_nodes(op="placeholder")
+    fakes = [_leaf(node, descriptor) for node, descriptor in zip(placeholders, inputs, strict=True)]
+    mode = next(fake.fake_mode for fake in fakes if isinstance(fake, Tensor))
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(tracing(TracingContext(mode)))
+        joint = aot_export_joint_with_descriptors(stack, forward, tuple(fakes)).graph_module
+    joint.graph.set_codegen(fx.graph.CodeGen())
+    describe_joint(joint, inputs)
     joint.recompile()
     return joint
 
 
-def _loss_index(tangents: Sequence[fx.Node]) -> int:
-    if not tangents:
-        raise ValueError("the loss does not depend on any of params: call the model with them, not with its own")
-    (tangent,) = tangents  # aux is detached: only the loss is differentiable
-    return tangent.meta["desc"].output.idx
+def _leaf(node: fx.Node, descriptor: InputDescriptor) -> Any:
+    value = node.meta["example_value"]
+    if not isinstance(value, Tensor):
+        return value
+    differentiable = isinstance(descriptor, Param) or value.requires_grad
+    return value.detach().requires_grad_(differentiable)
 
 
-def _describe_output(desc: Any, inputs: Sequence[InputDescriptor], loss: int) -> OutputDescriptor:
+def describe_joint(joint: fx.GraphModule, inputs: Sequence[InputDescriptor]) -> None:
+    """Translate AOTAutograd's descriptors of a joint graph into ours.
+
+    Args:
+        joint: as AOTAutograd hands it to compilers.
+        inputs: what the inputs of the forward graph are, in order.
+    """
+    placeholders = joint.graph.find_nodes(op="placeholder")
+    results = outputs.output_node(joint.graph)
+    described_inputs = [_describe_joint_input(i, node, inputs) for i, node in enumerate(placeholders)]
+    described_outputs = [
+        _describe_output(position, desc, inputs) for position, desc in enumerate(results.meta["desc"])
+    ]
+    outputs.describe(joint, described_inputs, described_outputs)
+
+
+def _describe_joint_input(
+    position: int, node: fx.Node, inputs: Sequence[InputDescriptor]
+) -> InputDescriptor:
+    match node.meta["desc"]:
+        case aot.PlainAOTInput(idx=index):
+            return inputs[index]
+        case aot.TangentAOTInput(output=aot.PlainAOTOutput(idx=index)):
+            return Tangent(index)
+    return Input(-1 - position)  # a random seed, a tangent of an aliased output, ...
+
+
+def _describe_output(position: int, desc: Any, inputs: Sequence[InputDescriptor]) -> OutputDescriptor:
     match desc:
         case aot.PlainAOTOutput(idx=index):
-            return Loss() if index == loss else Output(index)
+            return Output(index)
         case aot.InputMutationAOTOutput(mutated_input=aot.PlainAOTInput(idx=index)):
             return Mutation(index)
         case aot.GradAOTOutput(grad_of=aot.PlainAOTInput(idx=index)):
             source = inputs[index]
             return Grad(source.name if isinstance(source, Param) else index)
-    return outputs.Opaque(desc.expr())
+    return outputs.Opaque(f"output {position}")
+
+
+def _step_graph(joint: fx.GraphModule) -> fx.GraphModule:
+    """Start the backward of a joint graph from the constant 1 instead of a tangent."""
+    tangents = {d.index: n for d, n in outputs.input_nodes(joint).items() if isinstance(d, Tangent)}
+    if not tangents:
+        raise ValueError("the loss does not depend on any of params: call the model with them, not with its own")
+    ((index, tangent),) = tangents.items()  # aux is detached: only the loss is differentiable
+    described = [
+        (Loss() if descriptor == Output(index) else descriptor, node)
+        for descriptor, node in outputs.output_nodes(joint).items()
+        if node is not None  # no gradient
+    ]
+    results = outputs.output_node(joint.graph)
+    results.args = (tuple(node for _, node in described),)
+    results.meta[outputs.KEY] = tuple(descriptor for descriptor, _ in described)
+    value = outputs.output_nodes(joint)[Loss()].meta["val"]  # type: ignore[union-attr]
+    if value.dim() != 0:
+        raise ValueError(f"loss_fn must return a scalar loss, got shape {tuple(value.shape)}: take its mean")
+    _fold(tangent)
+    joint.recompile()
+    return joint
 
 
 def _fold(tangent: fx.Node) -> None:
@@ -195,3 +240,34 @@ def _fold(tangent: fx.Node) -> None:
     one.meta = {"val": value, outputs.KEY: Tangent(0)}
     tangent.replace_all_uses_with(one)
     graph.erase_node(tangent)
+
+
+# --- slots -----------------------------------------------------------------------------------------
+
+# NOTE: [Slots] AOTAutograd refuses backward outputs beyond one gradient per input. But an extra input
+# that requires grad and is unused in forward has nothing at its gradient's place. The factor goes
+# there, and autograd delivers it in ``slot.grad``: it adds up over backward passes by itself.
+
+
+def add_slots(forward: fx.GraphModule, slots: Sequence[Tensor]) -> tuple[fx.GraphModule, list[Tensor]]:
+    """A copy of a forward graph with one more, unused input for every slot; and their fake values."""
+    result = copy.deepcopy(forward)  # Dynamo goes on using its own
+    placeholders = result.graph.find_nodes(op="placeholder")
+    last = placeholders[-1]
+    values = (node.meta.get("example_value") for node in placeholders)
+    mode = next(value.fake_mode for value in values if isinstance(value, Tensor))
+    fakes = []
+    for index, slot in enumerate(slots):
+        with result.graph.inserting_after(last):
+            last = result.graph.placeholder(f"slot_{index}")
+        fakes.append(mode.from_tensor(slot, static_shapes=True))
+        last._dynamo_source = LocalSource(f"slot_{index}")  # type: ignore[attr-defined]
+        last.meta["example_value"] = fakes[-1]
+    result.recompile()
+    return result, fakes
+
+
+def make_slot(shape: Sequence[int], like: Tensor) -> Tensor:
+    """A leaf that takes no memory, in the dtype that the factors of a parameter ``like`` are summed in."""
+    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    return torch.zeros((), dtype=dtype, device=like.device).expand(tuple(shape)).requires_grad_()

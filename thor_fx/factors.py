@@ -89,6 +89,15 @@ def moments_of(results: Mapping[Any, Any]) -> dict[str, Moments]:
     }
 
 
+def flat_moments(moments: Mapping[str, Moments]) -> dict[Any, Tensor]:
+    """The inverse of :func:`moments_of`."""
+    return {
+        descriptor: value
+        for name, m in moments.items()
+        for descriptor, value in zip((Factor(name, "A"), Factor(name, "G"), Rows(name)), m, strict=True)
+    }
+
+
 def factors(
     loss_fn: LossFn,
     params: Mapping[str, Tensor],

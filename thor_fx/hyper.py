@@ -12,14 +12,16 @@ class HyperTensors:
     def __init__(self) -> None:
         self._known: dict[str, tuple[float, Tensor]] = {}
 
-    def __call__(self, values: Mapping[str, float], params: Mapping[str, Tensor]) -> list[Tensor]:
+    def __call__(self, values: Mapping[str, float | Tensor], params: Mapping[str, Tensor]) -> list[Tensor]:
         """The tensors in the order of the sorted names."""
         some = next(iter(params.values()))
         return [self._tensor(name, values[name], some.device, params) for name in sorted(values)]
 
     def _tensor(
-        self, name: str, value: float, device: torch.device, params: Mapping[str, Tensor]
+        self, name: str, value: float | Tensor, device: torch.device, params: Mapping[str, Tensor]
     ) -> Tensor:
+        if isinstance(value, Tensor):
+            return value.detach().to(device, self.dtype(params))
         known = self._known.get(name)
         if known is None or known[0] != value or known[1].device != device:
             # NOTE: torch.full launches a kernel; torch.tensor would copy from the host and wait

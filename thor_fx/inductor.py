@@ -3,16 +3,22 @@
 The only module that knows ``torch._inductor``. Written for torch 2.11, 2.13 and 2.15.
 """
 
+import functools
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
-from functorch import make_fx
+from functorch.compile import default_partition, make_boxed_func
 from torch import Tensor, fx
+from torch._dynamo.backends.common import aot_autograd
 from torch._guards import TracingContext, tracing
 from torch._inductor import config as inductor_config
 from torch._inductor import list_mode_options
 from torch._inductor.compile_fx import compile_fx
+from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch._inductor.decomposition import select_decomp_table
 
 Compiled = Callable[..., Sequence[Any]]
 
@@ -52,3 +58,73 @@ def compile_graph(
     mode_of_fakes = next(f.fake_mode for f in fakes if isinstance(f, Tensor))
     with tracing(TracingContext(mode_of_fakes)), torch.no_grad(), inductor_config.patch(patches):
         return compile_fx(gm, list(fakes))
+
+
+# --- the drop-in door: a pass over AOTAutograd's joint graph -----------------------------------------
+
+JointPass = Callable[..., None]
+"""``joint_pass(gm, decompositions=...)`` rewrites a joint graph in place."""
+
+
+def compile_differentiable(
+    forward: fx.GraphModule,
+    inputs: Sequence[Any],
+    joint_pass: JointPass,
+    *,
+    key: str,
+    backend: str = "inductor",
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Compiled:
+    """Compile a forward graph and its backward, with a pass over the joint graph in between.
+
+    Args:
+        forward: Dynamo's graph.
+        inputs: its example inputs.
+        joint_pass: called once with the joint graph, before any of Inductor's own passes.
+        key: all that the effect of ``joint_pass`` depends on; part of the cache key.
+        backend: as in :func:`compile_graph`.
+        mode: as in ``torch.compile``.
+        options: Inductor settings, as in ``torch.compile``.
+    """
+    if backend != "inductor":
+
+        def partition(gm: fx.GraphModule, joint_inputs: Any, **kwargs: Any) -> Any:
+            joint_pass(gm, decompositions={})
+            return default_partition(gm, joint_inputs, **kwargs)
+
+        nop = aot_autograd(fw_compiler=_interpret, bw_compiler=_interpret, partition_fn=partition)
+        return nop(forward, list(inputs))
+    patches = {**(list_mode_options(mode) if mode else {}), **(options or {})}
+    ours = _OnJointGraph(joint_pass, key, patches.get("joint_custom_pre_pass"))
+    return compile_fx(forward, list(inputs), config_patches={**patches, "joint_custom_pre_pass": ours})
+
+
+def _interpret(gm: fx.GraphModule, _: Sequence[Any]) -> Compiled:
+    return make_boxed_func(gm.forward)
+
+
+class _OnJointGraph(CustomGraphPass):
+    """A pass of ours, and then the user's, where there is one. One object: torch 2.11 takes no list."""
+
+    def __init__(self, joint_pass: JointPass, key: str, users: Any) -> None:
+        self._joint_pass, self._key, self._users = joint_pass, key, users
+
+    def __call__(self, graph: fx.Graph) -> None:
+        self._joint_pass(graph.owning_module, decompositions=select_decomp_table())
+        for users in self._users if isinstance(self._users, list | tuple) else [self._users]:
+            if users is not None:
+                users(graph)
+
+    def uuid(self) -> Any:
+        if self._users is not None:
+            return None  # not ours to name: do not cache
+        return f"{_source_hash()}:{self._key}"
+
+
+@functools.cache
+def _source_hash() -> str:
+    """A hash of all of our code: a new version must not find old kernels in a cache."""
+    here = Path(__file__).parent
+    sources = sorted({*here.rglob("*.py"), *here.joinpath("passes").glob("*.py")})
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()

@@ -67,6 +67,16 @@ class Coverage:
             tuple(name for name in self.frozen if name in names),
         )
 
+    def merge(self, other: "Coverage") -> "Coverage":
+        """The coverage of two graphs of one model; a weight with a site anywhere is preconditioned."""
+        layers = {**self.layers, **other.layers}
+        norms = tuple(dict.fromkeys((*self.norms, *other.norms)))
+        covered = {*norms, *(layer.param for layer in layers.values())}
+        fallback = {n: why for n, why in {**self.fallback, **other.fallback}.items() if n not in covered}
+        used = covered | set(fallback)
+        unused = tuple(n for n in dict.fromkeys((*self.unused, *other.unused)) if n not in used)
+        return Coverage(layers, norms, fallback, other.terms or self.terms, unused, self.frozen)
+
 
 def coverage(report: SiteReport, frozen: tuple[str, ...] = ()) -> Coverage:
     """The coverage that a walk over a step graph found."""

@@ -27,14 +27,13 @@ class Options:
     frequency: int = 100
     damping_rule: DampingRule = "factor"
     block_size: int | None = 128
-    gradient_centralization: bool = False
 
     def __post_init__(self) -> None:
         check_number("loss_scale", self.loss_scale, positive=True)
         check_integer("batch_size", self.batch_size, optional=True)
         check_integer("frequency", self.frequency)
         check_integer("block_size", self.block_size, optional=True)
-        for name in ("use_nesterov", "enable_clip_grad", "gradient_centralization"):
+        for name in ("use_nesterov", "enable_clip_grad"):
             check_type(name, getattr(self, name), bool, "True or False")
         if self.decay_filter is not None and not callable(self.decay_filter):
             raise TypeError(

@@ -15,6 +15,7 @@ Legend: L layers of one shape, updated in one batched product.
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
@@ -93,15 +94,21 @@ def precondition(
         groups = by_shape(signals.coverage, params)
         if signals.moments is not None and groups:
             terms = _terms(batch_size, signals.terms, state.terms)
-            pairs = {
-                key: _factors(layers, signals.moments, terms, loss_scale) for key, layers in groups.items()
-            }
-            inverses, failed = _refresh(
-                pairs, state.inverses, lambda a, g: _per_side(damping_rule, lam, a, g), block_size
-            )
+            pairs, kept = {}, {}
+            for key, layers in groups.items():
+                rows = [i for i, layer in enumerate(layers) if layer.name in signals.moments]
+                if rows:
+                    present = [layers[i] for i in rows]
+                    pairs[key] = _factors(present, signals.moments, terms, loss_scale)
+                    kept[key] = _select(state.inverses[key], rows), rows
+            previous = {key: pair for key, (pair, _) in kept.items()}
+            renewed, failed = _refresh(pairs, previous, partial(_per_side, damping_rule, lam), block_size)
+            inverses = dict(state.inverses)
+            for key, pair in renewed.items():
+                inverses[key] = _replace(state.inverses[key], kept[key][1], pair)
             state = PreconditionState(inverses, terms, state.failures + failed)
         new = {name: u / loss_scale for name, u in updates.items()}
-        for name in signals.coverage.norms:
+        for name in set(signals.coverage.norms) & set(updates):
             new[name] = _elementwise(new[name], state.terms, _root(damping_rule, lam))
         for key, layers in groups.items():
             new |= _apply(layers, state.inverses[key], new)
@@ -129,6 +136,26 @@ def _terms(batch_size: int | None, measured: Tensor | None, previous: Tensor) ->
     if batch_size is not None or measured is None:
         return previous
     return measured.to(previous.dtype)
+
+
+def _select(pair: InversePair, rows: list[int]) -> InversePair:
+    """The inverses of some of the L layers: not all have a gradient in every step."""
+    if len(rows) == len(pair.input[0]):
+        return pair
+    return InversePair(*(tuple(torch.stack([part[i] for i in rows]) for part in side) for side in pair))
+
+
+def _replace(pair: InversePair, rows: list[int], new: InversePair) -> InversePair:
+    """All inverses, with those of some layers replaced."""
+    if len(rows) == len(pair.input[0]):
+        return new
+    at = {row: position for position, row in enumerate(rows)}
+
+    def merge(old: Tensor, part: Tensor) -> Tensor:
+        return torch.stack([part[at[i]] if i in at else old[i] for i in range(len(old))])
+
+    sides = zip(pair, new, strict=True)
+    return InversePair(*(tuple(map(merge, old, side)) for old, side in sides))
 
 
 # --- refresh ---------------------------------------------------------------------------------------
@@ -211,13 +238,17 @@ def _invert(jobs: list[Job]) -> tuple[list[Tensor], Tensor]:
 
 
 def _apply(layers: list[Layer], inverses: InversePair, gradients: Updates) -> dict[str, Tensor]:
-    matrices = torch.stack([take(layer.path, gradients[layer.param]) for layer in layers])  # (L, out, in)
+    rows = [i for i, layer in enumerate(layers) if layer.param in gradients]
+    if not rows:
+        return {}
+    present, inverses = [layers[i] for i in rows], _select(inverses, rows)
+    matrices = torch.stack([take(layer.path, gradients[layer.param]) for layer in present])  # (L, out, in)
     working = matrices.to(inverses.input[0].dtype)
     preconditioned = blocks.precondition(inverses.output, working, inverses.input).to(matrices.dtype)
     new = dict(gradients)
-    for layer, matrix in zip(layers, preconditioned.unbind(), strict=True):
+    for layer, matrix in zip(present, preconditioned.unbind(), strict=True):
         new[layer.param] = put(layer.path, new[layer.param], matrix)
-    return {layer.param: new[layer.param] for layer in layers}
+    return {layer.param: new[layer.param] for layer in present}
 
 
 def _elementwise(gradient: Tensor, terms: Tensor, damping: Tensor | float) -> Tensor:

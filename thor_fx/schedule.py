@@ -50,13 +50,13 @@ class Schedule:
                 f"{name} must be a number, a 0-D or 1-D tensor, or a callable step -> value, "
                 f"got {type(value).__name__}: {value!r}"
             )
-        self._constant = self._function is None and (not isinstance(value, Tensor) or value.dim() == 0)
+        self.constant = self._function is None and (not isinstance(value, Tensor) or value.dim() == 0)
 
     def __call__(self, step: int) -> float:
         """The value in step ``step``; a table that has run out keeps its last value, and says so once."""
         if self._function is not None:
             return self._checked(float(self._function(step)))
-        if step >= len(self._table) and not (self._constant or self._ran_out):
+        if step >= len(self._table) and not (self.constant or self._ran_out):
             self._ran_out = True
             warnings.warn(
                 f"the {self.name} table has {len(self._table)} values and step {step} is past its end: "

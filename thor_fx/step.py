@@ -1,8 +1,6 @@
 """The functional door: a whole training step as one compiled graph.
 
-Loss, gradients, factors, refresh and parameter update are nodes of one ATen graph. The update is
-Python (:mod:`thor_fx.transform`) that is spliced behind the gradients; what it changes is written
-into the buffers that came in, so a step does not keep two copies of anything.
+Loss, gradients, factors, refresh and parameter update are nodes of one ATen graph.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,17 +12,13 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from .capture import Captured, LossCapture, LossFn, Runner
-from .factors import moments_of
 from .hyper import HyperTensors
 from .inductor import Compiled, check_backend, compile_graph
 from .layers import Coverage, coverage
 from .parameters import check_params, trainable
 from .passes import canonicalize, emit_factors, find_sites, outputs, pipeline
-from .passes.outputs import Grad, Input, Loss, Mutation, Output, Param, Terms
-from .passes.splice import splice
-from .transform import Params, Signals, State, Transform, apply_updates
-
-aten = torch.ops.aten
+from .transform import Params, State, Transform
+from .update import append_update, return_forward
 
 
 class StepState(NamedTuple):
@@ -223,7 +217,8 @@ class CompiledStep:
     def _compile_kind(self, graph: fx.GraphModule, captured: Captured, factors: bool) -> Compiled:
         assert self.coverage is not None
         whole = pipeline.run(graph, [emit_factors] if factors else [])
-        append_update(whole, self._tx, self.coverage, results=_forward_outputs(captured))
+        append_update(whole, self._tx, self.coverage, self.coverage.trained)
+        return_forward(whole, _forward_outputs(captured))
         fakes = [node.meta["val"] for node in whole.graph.find_nodes(op="placeholder")]
         return self._compiler(whole, fakes)
 
@@ -242,76 +237,3 @@ def _coverage(graph: fx.GraphModule, params: Params) -> Coverage:
 
 def _forward_outputs(captured: Captured) -> int:
     return len(outputs.output_node(captured.forward.graph).args[0])  # type: ignore[arg-type]
-
-
-# --- the update, spliced into the graph ------------------------------------------------------------
-
-
-def append_update(gm: fx.GraphModule, tx: Transform, found: Coverage, *, results: int) -> None:
-    """Append ``tx`` to a step graph, in place.
-
-    The graph gets the leaves of the transform's state and its hyper-parameters (sorted by name) as
-    further inputs, writes the new values into parameters, state and mutated inputs, and returns the
-    ``results`` outputs of the forward pass in their order.
-    """
-    returned = outputs.output_nodes(gm)
-    parameters = {d.name: n for d, n in outputs.input_nodes(gm).items() if isinstance(d, Param)}
-    gradients = {name: returned[Grad(name)] for name in parameters if Grad(name) in returned}
-    trained = {name: parameters[name] for name in gradients}
-    state, hyper = _add_inputs(gm, tx, found, trained)
-    terms = [returned[Terms()]] if Terms() in returned else []
-    operands = (gradients, trained, state, hyper, moments_of(returned), terms)
-    leaves, structure = pytree.tree_flatten(operands)
-
-    def step(*values: Tensor) -> Any:
-        grads, params, old, rates, moments, terms = pytree.tree_unflatten(list(values), structure)
-        updates, new = tx.update(grads, old, params, Signals(found, rates, moments or None, *terms))
-        return apply_updates(params, updates), new
-
-    out = outputs.output_node(gm.graph)
-    new_params, new_state = splice(out.prev, step, *leaves)
-    written = [(trained[name], node) for name, node in new_params.items()]
-    written += list(zip(pytree.tree_leaves(state), pytree.tree_leaves(new_state), strict=True))
-    inputs = gm.graph.find_nodes(op="placeholder")
-    written += [(inputs[d.index], n) for d, n in returned.items() if isinstance(d, Mutation) and n is not None]
-    for target, value in written:
-        _write(out, target, value)
-    _return(out, returned, results)
-    gm.recompile()
-
-
-def _add_inputs(
-    gm: fx.GraphModule, tx: Transform, found: Coverage, trained: Mapping[str, fx.Node]
-) -> tuple[Any, dict[str, fx.Node]]:
-    fakes = {name: node.meta["val"] for name, node in trained.items()}
-    some = next(iter(fakes.values()))
-    with some.fake_mode:
-        state = tx.init(fakes, found)
-        rates = {name: torch.empty((), dtype=HyperTensors.dtype(fakes)) for name in sorted(tx.schedules)}
-        rates = {name: rate.to(some.device) for name, rate in rates.items()}
-    last = gm.graph.find_nodes(op="placeholder")[-1]
-
-    def add(value: Tensor) -> fx.Node:
-        nonlocal last
-        with gm.graph.inserting_after(last):
-            last = gm.graph.placeholder(f"state_{len(gm.graph.find_nodes(op='placeholder'))}")
-        last.meta = {"val": value, outputs.KEY: Input(len(gm.graph.find_nodes(op="placeholder")) - 1)}
-        return last
-
-    return pytree.tree_map(add, state), {name: add(rate) for name, rate in rates.items()}
-
-
-def _write(out: fx.Node, target: fx.Node, value: fx.Node) -> None:
-    if value is target:
-        return
-    with out.graph.inserting_before(out):
-        copied = out.graph.call_function(aten.copy_.default, (target, value))
-    copied.meta["val"] = target.meta["val"]
-
-
-def _return(out: fx.Node, returned: Mapping[Any, fx.Node | None], results: int) -> None:
-    loss = next(node for descriptor, node in returned.items() if isinstance(descriptor, Loss))
-    others = {d.index: node for d, node in returned.items() if isinstance(d, Output)}
-    descriptors = [Output(i) if i in others else Loss() for i in range(results)]
-    out.args = (tuple(others.get(i, loss) for i in range(results)),)
-    out.meta[outputs.KEY] = tuple(descriptors)

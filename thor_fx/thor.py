@@ -121,3 +121,15 @@ def thor_chain(
     links.append(heavy_ball(momentum, nesterov=options.use_nesterov))
     links.append(scale_by_learning_rate(lr))
     return chain(*links)
+
+
+def decay_all_but_beta_gamma(name: str) -> bool:
+    """A ``decay_filter``: no weight decay for names that contain ``beta`` or ``gamma``.
+
+    This is what the documentation of MindSpore's ``nn.thor`` promises and its code does not do.
+
+    Example:
+        >>> [name for name in ("fc.weight", "norm.gamma") if decay_all_but_beta_gamma(name)]
+        ['fc.weight']
+    """
+    return "beta" not in name and "gamma" not in name

@@ -147,11 +147,27 @@ def heavy_ball(momentum: Schedule, *, nesterov: bool = False) -> Transform:
     def update(updates: Updates, state: State, _: Params, signals: Signals) -> tuple[Updates, State]:
         mu = signals.hyper["momentum"]
         moving = {name: mu * state[name] + u for name, u in updates.items()}
+        new_state = {**state, **moving}
         if nesterov:
-            return {name: u + mu * moving[name] for name, u in updates.items()}, moving
-        return moving, moving
+            return {name: u + mu * moving[name] for name, u in updates.items()}, new_state
+        return moving, new_state
 
     return Transform(init, update, {"momentum": momentum})
+
+
+def centralize_gradients() -> Transform:
+    """Subtract from every gradient its mean over all axes but the first (Yong et al. 2020, eq. 1).
+
+    For weights of convolutions: gradients of three axes or more. Others pass unchanged.
+    """
+
+    def centralize(updates: Updates, _params: Params, _signals: Signals) -> Updates:
+        return {
+            name: u - u.mean(dim=tuple(range(1, u.dim())), keepdim=True) if u.dim() > 2 else u
+            for name, u in updates.items()
+        }
+
+    return stateless(centralize)
 
 
 class SkipState(NamedTuple):
@@ -187,33 +203,43 @@ def partition(transforms: Mapping[str, Transform], groups: Mapping[str, str]) ->
     """Different transforms for different parameters.
 
     Args:
-        transforms: by label. They read ``signals.hyper[label]``.
+        transforms: by label; the schedule ``lr`` of label ``x`` is called ``x.lr`` outside.
         groups: the label of every parameter.
     """
+    schedules = {
+        f"{label}.{name}": schedule
+        for label, transform in transforms.items()
+        for name, schedule in transform.schedules.items()
+    }
 
-    def members(label: str, updates: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {name: u for name, u in updates.items() if groups[name] == label}
+    def members(label: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: tensor for name, tensor in tensors.items() if groups[name] == label}
+
+    def restrict(label: str, names: Mapping[str, Tensor], signals: Signals) -> Signals:
+        hyper = {name: signals.hyper[f"{label}.{name}"] for name in transforms[label].schedules}
+        return replace(signals, coverage=signals.coverage.restrict(frozenset(names)), hyper=hyper)
 
     def init(params: Params, coverage: Coverage) -> dict[str, State]:
+        mine = {label: members(label, params) for label in transforms}
         return {
-            label: transform.init(mine, coverage.restrict(frozenset(mine)))
-            for label, transform in transforms.items()
-            if (mine := members(label, params))
+            label: transforms[label].init(own, coverage.restrict(frozenset(own)))
+            for label, own in mine.items()
+            if own
         }
 
     def update(updates: Updates, state: State, params: Params, signals: Signals) -> tuple[Updates, State]:
         new: dict[str, Tensor] = {}
         new_state = dict(state)
         for label, inner in state.items():
-            mine = members(label, updates)
-            seen = replace(
-                signals, coverage=signals.coverage.restrict(frozenset(mine)), hyper=signals.hyper[label]
+            own = members(label, params)
+            changed, new_state[label] = transforms[label].update(
+                members(label, updates), inner, own, restrict(label, own, signals)
             )
-            changed, new_state[label] = transforms[label].update(mine, inner, params, seen)
             new |= changed
         return new, new_state
 
-    return Transform(init, update)
+    frequencies = {transform.frequency for transform in transforms.values()} - {None}
+    return Transform(init, update, schedules, next(iter(frequencies), None))
 
 
 def apply_updates(params: Params, updates: Updates) -> dict[str, Tensor]:

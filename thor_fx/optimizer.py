@@ -1,0 +1,319 @@
+"""The drop-in door's optimizer: a shell around :func:`thor_fx.thor`, without mathematics of its own."""
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from .arguments import check_type, shown
+from .capture import without_dynamo
+from .compile import Collector, collector_of
+from .factors import Moments, flat_moments
+from .hyper import HyperTensors
+from .inductor import Compiled, check_backend, compile_graph
+from .layers import Coverage
+from .metrics import metrics
+from .optimizer_state import parts, restore, views
+from .options import Options, number_schedule, value_schedule
+from .precondition import DampingRule
+from .schedule import Schedule, Value
+from .thor import thor_chain
+from .transform import Transform, centralize_gradients, chain, partition, skip_nonfinite
+from .update import update_graph
+
+class Thor(torch.optim.Optimizer):
+    """THOR for a model compiled by :func:`thor_fx.compile`.
+
+    A ``torch.optim.Optimizer``: ``lr``, ``damping``, ``momentum`` and ``weight_decay`` live in
+    ``param_groups``, where schedulers and users may change them between steps. Where ``lr`` or
+    ``damping`` was given as a table or a callable, it is looked up in every step and overwrites the
+    group's value.
+
+    Args:
+        model: a model compiled by :func:`thor_fx.compile`; all its trainable parameters are optimized.
+        lr: learning rate: number, 0-D tensor, 1-D tensor (one value per step) or callable.
+        damping: ``lambda``, given like ``lr``.
+        momentum: of the heavy ball.
+        weight_decay: see :func:`thor_fx.thor`, as all arguments up to ``frequency``.
+        loss_scale: the caller multiplies the loss by it.
+        batch_size: terms that the loss averages over; None: as read off the graph.
+        use_nesterov: Nesterov's form of momentum.
+        decay_filter: ``name -> bool``.
+        split_indices: groups of factors that are reduced together when training is distributed.
+        enable_clip_grad: clip every update to L2 norm 1.
+        frequency: factors and inverses are renewed in step 0 and every ``frequency`` steps.
+        params: groups with settings of their own, ``[{"params": [...], "lr": ...}, ...]``; members
+            are parameters of ``model`` or their names. Everything else forms a last group. A group
+            may also set ``grad_centralization=True`` for weights of convolutions.
+        damping_rule: ``"factor"``, ``"sqrt"`` or ``"pi"``.
+        block_size: side of THOR's diagonal blocks; None: whole factors.
+        backend: compiles the update: ``"inductor"``, or ``"eager"`` to interpret it; None: as the model.
+
+    Raises:
+        TypeError: ``model`` is not compiled by us, or an argument has a wrong type.
+        ValueError: an argument has a wrong value, or a group names a parameter that is not the model's.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        lr: Value,
+        damping: Value,
+        momentum: float,
+        weight_decay: float = 0.0,
+        loss_scale: float = 1.0,
+        batch_size: int | None = None,
+        use_nesterov: bool = False,
+        decay_filter: Callable[[str], bool] | None = None,
+        split_indices: Sequence[int] | None = None,
+        enable_clip_grad: bool = False,
+        frequency: int = 100,
+        *,
+        params: Iterable[Mapping[str, Any]] | None = None,
+        damping_rule: DampingRule = "factor",
+        block_size: int | None = 128,
+        backend: str | None = None,
+    ) -> None:
+        self._model = model
+        self._collector: Collector = collector_of(model)
+        self._options = Options(
+            loss_scale, batch_size, use_nesterov, decay_filter, split_indices, enable_clip_grad,
+            frequency, damping_rule, block_size,
+        )  # fmt: skip
+        self._backend = self._collector.backend if backend is None else backend
+        check_backend(self._backend)
+        self._hyper = HyperTensors()
+        self._schedules: list[dict[str, Schedule]] = []
+        self._warned = False
+        self._forget()
+        defaults: dict[str, Any] = {"lr": lr, "damping": damping, "momentum": momentum}
+        defaults |= {"weight_decay": weight_decay, "grad_centralization": False, "step": 0}
+        super().__init__(self._with_rest(list(params or [])), defaults)
+
+    # --- groups ------------------------------------------------------------------------------------
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of parameters of the model, given as tensors or by name, e.g. after unfreezing.
+
+        Raises:
+            TypeError: a setting has a wrong type.
+            ValueError: a member is no parameter of the model, or a setting has a wrong value.
+        """
+        group = dict(param_group)
+        group["params"] = self._members(group.get("params"))
+        schedules = {
+            name: _schedule(name, group.get(name, self.defaults[name]))
+            for name in ("lr", "damping", "momentum", "weight_decay")
+        }
+        group |= {name: schedule(0) for name, schedule in schedules.items()}
+        if self.param_groups:
+            group["step"] = self.param_groups[0]["step"]
+        self._check_centralization(group)
+        super().add_param_group(group)
+        self._schedules.append(schedules)
+        self._forget()
+
+    def _with_rest(self, groups: list[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """The groups that were asked for, and one with every other trainable parameter."""
+        named = [{**group, "params": self._members(group.get("params"))} for group in groups]
+        taken = {id(p) for group in named for p in group["params"]}
+        rest = [p for p in self._model.parameters() if p.requires_grad and id(p) not in taken]
+        return [*named, {"params": rest}] if rest else named
+
+    def _members(self, members: Any) -> list[Tensor]:
+        names = dict(self._model.named_parameters())
+        known = {id(p) for p in names.values()}
+        members = [members] if isinstance(members, Tensor | str) else list(members or [])
+        found = [names.get(m) if isinstance(m, str) else m for m in members]
+        for member, parameter in zip(members, found, strict=True):
+            if id(parameter) not in known:
+                text = repr(member) if isinstance(member, str) else shown(member)
+                raise ValueError(f"params holds {text}, which is no parameter of the model")
+        return found  # type: ignore[return-value]
+
+    def _check_centralization(self, group: Mapping[str, Any]) -> None:
+        wanted = group.get("grad_centralization", False)
+        check_type("grad_centralization", wanted, bool, "True or False")
+        flat = [name for name, p in self._names(group["params"]) if p.dim() < 3]
+        if wanted and flat:
+            raise ValueError(
+                f"grad_centralization=True is for weights of convolutions, and {flat[0]!r} is none: "
+                "put it into another group"
+            )
+
+    def _names(self, tensors: Iterable[Tensor]) -> list[tuple[str, Tensor]]:
+        wanted = {id(tensor) for tensor in tensors}
+        return [(name, p) for name, p in self._model.named_parameters() if id(p) in wanted]
+
+    # --- the step ----------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update all parameters that have a gradient.
+
+        Args:
+            closure: recomputes the loss and calls ``backward``.
+
+        Returns:
+            What ``closure`` returned, or None.
+
+        Raises:
+            RuntimeError: a factor is needed, and no forward pass has collected any so far.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        step: int = self.param_groups[0]["step"]
+        moments, terms = self._collector.take() if self._collector.wanted else ({}, None)
+        if not self._factors_due(step, moments):
+            moments, terms = {}, None
+        self._build()
+        gradients = {name: p.grad for name, p in self._params.items() if p.grad is not None}
+        if gradients:
+            self._update(gradients, moments, terms)
+            for group in self.param_groups:
+                group["step"] = step + 1
+            self._overdue = self._overdue and not moments
+        self._collector.wanted = self._overdue or (step + 1) % self._options.frequency == 0
+        return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget gradients, and factors that no step has used."""
+        super().zero_grad(set_to_none)
+        self._collector.clear()
+
+    @property
+    def coverage(self) -> Coverage | None:
+        """Which parameters are preconditioned and how; None before the first backward pass."""
+        return self._collector.coverage
+
+    def metrics(self) -> dict[str, int]:
+        """What went wrong so far, and was caught: :func:`thor_fx.metrics`."""
+        return metrics(self._inner)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue from a saved state; the momentum and all inverses are restored."""
+        super().load_state_dict(state_dict)
+        self._forget()
+        self._collector.wanted = True  # the layers have to be found before the next step
+        self._collector.clear()
+
+    def _factors_due(self, step: int, moments: Mapping[str, Moments]) -> bool:
+        due = self._overdue or step % self._options.frequency == 0
+        if moments or not due:
+            return due
+        self._overdue = True
+        if self._collector.coverage is None:
+            raise RuntimeError(
+                "no factors were collected before the first step: create Thor before the forward pass, "
+                "call the model itself (not model.forward) in training mode, and call backward"
+            )
+        if not self._warned:
+            self._warned = True
+            warnings.warn(
+                "a factor step found no factors (was the model in evaluation mode?): the last inverses "
+                "are used until there are some",
+                stacklevel=3,
+            )
+        return False
+
+    def _update(
+        self, gradients: Mapping[str, Tensor], moments: Mapping[str, Moments], terms: Tensor | None
+    ) -> None:
+        key = tuple(gradients), tuple(moments), terms is not None
+        if key not in self._compiled:
+            self._compiled[key] = self._compile(gradients, moments, terms)
+        measured = [] if terms is None else [terms]
+        flat = [*gradients.values(), *flat_moments(moments).values(), *measured]
+        self._compiled[key](*self._params.values(), *flat, *self._leaves, *self._rates())
+
+    def _compile(
+        self, gradients: Mapping[str, Tensor], moments: Mapping[str, Moments], terms: Tensor | None
+    ) -> Compiled:
+        for name, gradient in gradients.items():
+            if gradient.layout != torch.strided:
+                raise TypeError(
+                    f"the gradient of {name!r} is {gradient.layout}: Thor needs dense gradients "
+                    "(sparse=False on the embedding)"
+                )
+        gm = update_graph(self._tx, self._found, self._params, gradients, moments, terms)
+        fakes = [node.meta["val"] for node in gm.graph.find_nodes(op="placeholder")]
+        return without_dynamo(compile_graph(gm, fakes, backend=self._backend))
+
+    def _rates(self) -> list[Tensor]:
+        """The hyper-parameters of this step, as tensors in the order of their names."""
+        values: dict[str, float | Tensor] = {}
+        for label, (group, schedules) in enumerate(zip(self.param_groups, self._schedules, strict=True)):
+            for name, schedule in schedules.items():
+                if not schedule.constant:
+                    group[name] = schedule(group["step"])
+                values[f"{label}.{name}"] = group[name]
+        return self._hyper({name: values[name] for name in self._tx.schedules}, self._params)
+
+    # --- what is derived from groups and graphs ------------------------------------------------------
+
+    def _forget(self) -> None:
+        self._built_for: int | None = None
+        self._overdue = False
+        self._compiled: dict[Any, Compiled] = {}
+        self._params: dict[str, Tensor] = {}
+        self._inner: Any = None
+        self._leaves: list[Tensor] = []
+
+    def _build(self) -> None:
+        """Make the transform and its state for the groups and layers there are; keep what is known."""
+        if self._built_for == len(self._collector.graphs):
+            return
+        self._forget()
+        self._built_for = len(self._collector.graphs)
+        groups = {
+            name: str(label)
+            for label, group in enumerate(self.param_groups)
+            for name, _ in self._names(group["params"])
+        }
+        self._params = {name: p for name, p in self._model.named_parameters() if name in groups}
+        self._found = _complete(self._collector.coverage, self._params)
+        self._tx = skip_nonfinite(partition(self._transforms(), groups))
+        self._inner = self._tx.init(self._params, self._found)
+        self._leaves = pytree.tree_leaves(self._inner)
+        self._restore()
+
+    def _transforms(self) -> dict[str, Transform]:
+        made = {}
+        for label, (group, schedules) in enumerate(zip(self.param_groups, self._schedules, strict=True)):
+            links = [centralize_gradients()] if group["grad_centralization"] else []
+            made[str(label)] = chain(*links, thor_chain(self._options, **schedules))
+        return made
+
+    def _restore(self) -> None:
+        """Copy the known state into the new one, and let ``self.state`` show the new one."""
+        for name, entry in views(self._inner, self._found, self._params).items():
+            parameter = self._params[name]
+            restore(entry, self.state.get(parameter, {}), name)
+            self.state[parameter] = entry
+        for label, (preconditioning, _) in parts(self._inner).items():
+            group = self.param_groups[int(label)]
+            counters = {
+                "terms": preconditioning.terms,
+                "failed_inverses": preconditioning.failures,
+                "skipped_steps": self._inner.skipped,
+            }
+            restore(counters, {name: group[name] for name in counters if name in group}, f"group {label}")
+            group |= counters
+
+
+def _schedule(name: str, value: Any) -> Schedule:
+    return value_schedule(name, value) if name in {"lr", "damping"} else number_schedule(name, value)
+
+
+def _complete(found: Coverage | None, params: Mapping[str, Tensor]) -> Coverage:
+    """The coverage with a place for parameters that no compiled graph has used."""
+    found = found or Coverage({}, (), {})
+    found = found.restrict(frozenset(params))
+    others = {name: "no compiled graph uses it" for name in params if name not in found.trained}
+    return replace(found, fallback={**found.fallback, **others}, unused=())

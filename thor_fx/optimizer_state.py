@@ -1,0 +1,70 @@
+"""The state of :class:`thor_fx.Thor` by parameter, as ``torch.optim`` keeps it.
+
+The update works on stacks: the inverses of all layers of one shape are one tensor. State dicts speak
+of single parameters. :func:`views` gives the stacks' slices by parameter: the same memory.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from .layers import Coverage
+from .precondition import InversePair, PreconditionState, by_shape
+from .transform import SkipState
+
+Entry = dict[str, Any]
+
+
+def views(state: SkipState, found: Coverage, params: Mapping[str, Tensor]) -> dict[str, Entry]:
+    """The state of every parameter: its momentum, and the inverses of its layers."""
+    entries: dict[str, Entry] = {}
+    for preconditioning, momentum in parts(state).values():
+        for name, value in momentum.items():
+            entries.setdefault(name, {})["momentum"] = value
+        mine = found.restrict(frozenset(momentum))
+        for key, layers in by_shape(mine, params).items():
+            for position, layer in enumerate(layers):
+                inverses = entries[layer.param].setdefault("inverses", {})
+                inverses[layer.name] = _pair(preconditioning.inverses[key], position)
+    return entries
+
+
+def parts(state: SkipState) -> dict[str, tuple[PreconditionState, dict[str, Tensor]]]:
+    """Preconditioner and momentum of every group of parameters, by label."""
+    found = {}
+    for label, links in state.inner.items():
+        while isinstance(links[-1], tuple) and links[-1]:  # a chain in a chain
+            links = links[-1]
+        preconditioning = next(link for link in links if isinstance(link, PreconditionState))
+        momentum = next(link for link in links if isinstance(link, dict))
+        found[label] = preconditioning, momentum
+    return found
+
+
+def restore(target: Any, saved: Any, name: str) -> None:
+    """Copy what was saved of one parameter into its views; what was not saved stays as it is.
+
+    Raises:
+        ValueError: a saved tensor has another shape.
+    """
+    if isinstance(target, Tensor):
+        if target.shape != saved.shape:
+            raise ValueError(
+                f"the saved state of {name!r} has shape {tuple(saved.shape)}, this optimizer needs "
+                f"{tuple(target.shape)}: use the block_size and the model that it was saved with"
+            )
+        target.copy_(saved)
+        return
+    pairs = target.items() if isinstance(target, dict) else enumerate(target)
+    for key, inner in pairs:
+        if isinstance(saved, dict) and key not in saved:
+            continue
+        restore(inner, saved[key], f"{name}.{key}")
+
+
+def _pair(pair: InversePair, position: int) -> Entry:
+    return {
+        "input": [part[position] for part in pair.input],
+        "output": [part[position] for part in pair.output],
+    }

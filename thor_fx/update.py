@@ -1,0 +1,135 @@
+"""The update as nodes of a graph: Python that is spliced behind the gradients.
+
+What it changes is written into the tensors that came in, so nothing is kept twice.
+"""
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from .capture import fake_mode
+from .factors import Moments, flat_moments, moments_of
+from .hyper import HyperTensors
+from .layers import Coverage
+from .passes import outputs
+from .passes.outputs import Grad, Input, InputDescriptor, Loss, Mutation, Output, Param, Terms
+from .passes.splice import splice
+from .transform import Signals, Transform, apply_updates
+
+aten = torch.ops.aten
+
+def append_update(gm: fx.GraphModule, tx: Transform, found: Coverage, trained: Collection[str]) -> None:
+    """Append ``tx`` to a graph that returns gradients, in place.
+
+    The graph gets the leaves of the transform's state and its hyper-parameters (sorted by name) as
+    further inputs, and writes the new values into parameters, state and mutated inputs. Its own
+    results stay.
+
+    Args:
+        gm: a step graph, with or without factors.
+        tx: what to do with the gradients.
+        found: the coverage of the model.
+        trained: names of all parameters that the state is about; a step may have gradients for some.
+    """
+    returned = outputs.output_nodes(gm)
+    params = {
+        d.name: n for d, n in outputs.input_nodes(gm).items() if isinstance(d, Param) and d.name in trained
+    }
+    gradients = {name: returned[Grad(name)] for name in params if Grad(name) in returned}
+    state, hyper = _add_inputs(gm, tx, found, params)
+    terms = [returned[Terms()]] if Terms() in returned else []
+    operands = (gradients, params, state, hyper, moments_of(returned), terms)
+    leaves, structure = pytree.tree_flatten(operands)
+
+    def step(*values: Tensor) -> Any:
+        grads, old_params, old, rates, moments, terms = pytree.tree_unflatten(list(values), structure)
+        updates, new = tx.update(grads, old, old_params, Signals(found, rates, moments or None, *terms))
+        return apply_updates(old_params, updates), new
+
+    out = outputs.output_node(gm.graph)
+    new_params, new_state = splice(out.prev, step, *leaves)
+    inputs = gm.graph.find_nodes(op="placeholder")
+    written = [(params[name], node) for name, node in new_params.items()]
+    written += zip(pytree.tree_leaves(state), pytree.tree_leaves(new_state), strict=True)
+    written += [(inputs[d.index], n) for d, n in returned.items() if isinstance(d, Mutation)]
+    for target, value in written:
+        _write(out, target, value)
+    gm.recompile()
+
+
+def return_forward(gm: fx.GraphModule, results: int) -> None:
+    """Return what the forward graph returned, ``results`` values in its order, and nothing else."""
+    returned = outputs.output_nodes(gm)
+    order = [Output(i) if Output(i) in returned else Loss() for i in range(results)]
+    out = outputs.output_node(gm.graph)
+    out.args = (tuple(returned[descriptor] for descriptor in order),)
+    out.meta[outputs.KEY] = tuple(order)
+    gm.recompile()
+
+
+def update_graph(
+    tx: Transform,
+    found: Coverage,
+    params: Mapping[str, Tensor],
+    gradients: Mapping[str, Tensor],
+    moments: Mapping[str, Moments],
+    terms: Tensor | None,
+) -> fx.GraphModule:
+    """The update alone, as a graph of flat arguments.
+
+    The arguments are: parameters, gradients, moments, terms, leaves of the state, hyper-parameters.
+    All are tensors; the values given here tell shapes only.
+    """
+    values: dict[Any, Tensor] = {Grad(name): g for name, g in gradients.items()}
+    values |= flat_moments(moments)
+    if terms is not None:
+        values[Terms()] = terms
+    graph = fx.Graph()
+    mode = fake_mode()
+
+    def add(name: str, value: Tensor, descriptor: InputDescriptor) -> fx.Node:
+        node = graph.placeholder(name)
+        node.meta = {"val": mode.from_tensor(value.detach(), static_shapes=True), outputs.KEY: descriptor}
+        return node
+
+    for i, (name, value) in enumerate(params.items()):
+        add(f"param_{i}", value, Param(name))
+    nodes = [add(f"value_{i}", v, Input(len(params) + i)) for i, v in enumerate(values.values())]
+    graph.output(tuple(nodes)).meta[outputs.KEY] = tuple(values)
+    gm = fx.GraphModule(torch.nn.Module(), graph)
+    append_update(gm, tx, found, frozenset(params))
+    outputs.select(gm, lambda _: False)
+    gm.recompile()
+    return gm
+
+
+def _add_inputs(
+    gm: fx.GraphModule, tx: Transform, found: Coverage, trained: Mapping[str, fx.Node]
+) -> tuple[Any, dict[str, fx.Node]]:
+    fakes = {name: node.meta["val"] for name, node in trained.items()}
+    some = next(iter(fakes.values()))
+    with some.fake_mode:
+        state = tx.init(fakes, found)
+        rates = {name: torch.empty((), dtype=HyperTensors.dtype(fakes)) for name in sorted(tx.schedules)}
+        rates = {name: rate.to(some.device) for name, rate in rates.items()}
+    last = gm.graph.find_nodes(op="placeholder")[-1]
+
+    def add(value: Tensor) -> fx.Node:
+        nonlocal last
+        with gm.graph.inserting_after(last):
+            last = gm.graph.placeholder(f"state_{len(gm.graph.find_nodes(op='placeholder'))}")
+        last.meta = {"val": value, outputs.KEY: Input(len(gm.graph.find_nodes(op="placeholder")) - 1)}
+        return last
+
+    return pytree.tree_map(add, state), {name: add(rate) for name, rate in rates.items()}
+
+
+def _write(out: fx.Node, target: fx.Node, value: fx.Node) -> None:
+    if value is target:
+        return
+    with out.graph.inserting_before(out):
+        copied = out.graph.call_function(aten.copy_.default, (target, value))
+    copied.meta["val"] = target.meta["val"]
