@@ -9,9 +9,10 @@ from .canonicalize import canonicalize
 from .emit_factors import drop_factors, emit_factors
 from .outputs import Factor, Grad, Input, Loss, Mutation, Output, Param, Rows, Tangent, Terms
 from .pipeline import Pass, PassError, run
-from .sites import Site, SiteReport, find_sites
+from .sites import SiteReport, find_sites
 from .spec import SpecError, check
 from .splice import splice
+from .walk import Operand, Site
 
 __all__ = [
     "Factor",
@@ -19,6 +20,7 @@ __all__ = [
     "Input",
     "Loss",
     "Mutation",
+    "Operand",
     "Output",
     "Param",
     "Pass",

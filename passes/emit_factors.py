@@ -20,8 +20,9 @@ import torch
 from torch import Tensor, fx
 
 from .outputs import Factor, OutputDescriptor, Rows, Terms, append, select
-from .sites import Operand, Site, SiteReport, find_sites
+from .sites import SiteReport, find_sites
 from .splice import Decompositions, splice
+from .walk import Operand, Site
 
 
 def emit_factors(

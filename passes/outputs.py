@@ -15,7 +15,7 @@ The descriptor of a placeholder, and the tuple of descriptors of the output node
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from torch import fx
 
@@ -107,6 +107,12 @@ def output_node(graph: fx.Graph) -> fx.Node:
     return next(node for node in reversed(graph.nodes) if node.op == "output")
 
 
+def results(gm: fx.GraphModule) -> list[fx.Node | None]:
+    """What a graph returns. ``None`` where it returns nothing."""
+    flat: Any = output_node(gm.graph).args[0]
+    return list(flat)
+
+
 def describe(
     gm: fx.GraphModule, inputs: Sequence[InputDescriptor], outputs: Sequence[OutputDescriptor]
 ) -> None:
@@ -114,10 +120,9 @@ def describe(
     placeholders = gm.graph.find_nodes(op="placeholder")
     for node, descriptor in zip(placeholders, inputs, strict=True):
         node.meta[KEY] = descriptor
-    out = output_node(gm.graph)
-    if len(outputs) != len(out.args[0]):  # type: ignore[arg-type]
-        raise ValueError(f"{len(outputs)} descriptors for {len(out.args[0])} outputs")  # type: ignore[arg-type]
-    out.meta[KEY] = tuple(outputs)
+    if len(outputs) != len(results(gm)):
+        raise ValueError(f"{len(outputs)} descriptors for {len(results(gm))} outputs")
+    output_node(gm.graph).meta[KEY] = tuple(outputs)
 
 
 def input_nodes(gm: fx.GraphModule) -> dict[InputDescriptor, fx.Node]:
@@ -131,14 +136,13 @@ def input_nodes(gm: fx.GraphModule) -> dict[InputDescriptor, fx.Node]:
 
 def output_nodes(gm: fx.GraphModule) -> dict[OutputDescriptor, fx.Node | None]:
     """Every output with its descriptor, in order. ``None`` where the graph returns nothing."""
-    out = output_node(gm.graph)
-    return dict(zip(out.meta[KEY], out.args[0], strict=True))  # type: ignore[arg-type]
+    return dict(zip(output_node(gm.graph).meta[KEY], results(gm), strict=True))
 
 
 def append(gm: fx.GraphModule, new: Iterable[tuple[OutputDescriptor, fx.Node]]) -> None:
     """Add outputs after the existing ones; a descriptor that is already there is refused."""
     out = output_node(gm.graph)
-    descriptors, nodes = list(out.meta[KEY]), list(out.args[0])  # type: ignore[arg-type]
+    descriptors, nodes = list(out.meta[KEY]), results(gm)
     for descriptor, node in new:
         if descriptor in descriptors:
             raise ValueError(f"the graph already returns {descriptor}")

@@ -127,4 +127,6 @@ def disjoint(paths: list[Path], shape: tuple[int, ...]) -> bool:
             box[step.axis] = (start + step.start, start + step.stop)
         ranges.append(box)
     pairs = ((a, b) for i, a in enumerate(ranges) for b in ranges[:i])
-    return not any(all(lo < h and l < hi for (lo, hi), (l, h) in zip(a, b, strict=True)) for a, b in pairs)
+    return not any(
+        all(a0 < b1 and b0 < a1 for (a0, a1), (b0, b1) in zip(a, b, strict=True)) for a, b in pairs
+    )

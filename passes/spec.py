@@ -9,7 +9,17 @@
 import torch
 from torch import fx
 
-from .outputs import KEY, Factor, Grad, InputDescriptor, Param, input_nodes, output_node
+from .outputs import (
+    KEY,
+    Factor,
+    Grad,
+    InputDescriptor,
+    Param,
+    input_nodes,
+    output_node,
+    output_nodes,
+    results,
+)
 
 
 class SpecError(ValueError):
@@ -44,9 +54,8 @@ def _check_inputs(gm: fx.GraphModule) -> None:
 
 
 def _check_outputs(gm: fx.GraphModule) -> None:
-    out = output_node(gm.graph)
-    descriptors = out.meta.get(KEY)
-    if descriptors is None or len(descriptors) != len(out.args[0]):  # type: ignore[arg-type]
+    descriptors = output_node(gm.graph).meta.get(KEY)
+    if descriptors is None or len(descriptors) != len(results(gm)):
         raise SpecError("the outputs do not have one descriptor each")
     if len(set(descriptors)) != len(descriptors):
         raise SpecError(f"two outputs share a descriptor: {descriptors}")
@@ -60,10 +69,11 @@ def _check_values(gm: fx.GraphModule) -> None:
 
 def _check_shapes(gm: fx.GraphModule) -> None:
     inputs = input_nodes(gm)
-    out = output_node(gm.graph)
     sides: dict[str, set[str]] = {}
-    for descriptor, node in zip(out.meta[KEY], out.args[0], strict=True):  # type: ignore[arg-type]
-        if isinstance(descriptor, Grad) and node is not None and Param(str(descriptor.param)) in inputs:
+    for descriptor, node in output_nodes(gm).items():
+        if node is None:
+            continue
+        if isinstance(descriptor, Grad) and Param(str(descriptor.param)) in inputs:
             _same_shape(descriptor, node, inputs[Param(str(descriptor.param))])
         if isinstance(descriptor, Factor):
             shape = node.meta["val"].shape

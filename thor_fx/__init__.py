@@ -1,6 +1,6 @@
 """Second-order training (THOR / K-FAC) for PyTorch as a compiler pass."""
 
-from .compile import compile  # noqa: A004 - as torch.compile
+from .compile import compile
 from .factors import Kronecker, factors
 from .layers import Coverage, Layer
 from .metrics import metrics

@@ -15,7 +15,7 @@ import contextlib
 import copy
 import itertools
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,12 +27,22 @@ from torch._dynamo.source import LocalSource
 from torch._functorch._aot_autograd import descriptors as aot
 from torch._functorch.aot_autograd import aot_export_joint_with_descriptors
 from torch._guards import TracingContext, tracing
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from .parameters import trainable
 from .passes import outputs
-from .passes.outputs import Grad, Input, InputDescriptor, Loss, Mutation, Output, OutputDescriptor, Param, Tangent
+from .passes.outputs import (
+    Grad,
+    Input,
+    InputDescriptor,
+    Loss,
+    Mutation,
+    Output,
+    OutputDescriptor,
+    Param,
+    Tangent,
+)
 
 LossFn = Callable[..., Any]
 Runner = Callable[..., Sequence[Any]]
@@ -96,7 +106,9 @@ class LossCapture:
 def own_code(function: Any) -> Callable[..., Any]:
     """A copy with a code object of its own: Dynamo counts recompilations per code object."""
     code = function.__code__.replace(co_name=f"{function.__name__}_{next(_serial)}")
-    return types.FunctionType(code, function.__globals__, function.__name__, function.__defaults__, function.__closure__)
+    return types.FunctionType(
+        code, function.__globals__, function.__name__, function.__defaults__, function.__closure__
+    )
 
 
 _serial = itertools.count()
@@ -150,7 +162,7 @@ def export_joint(forward: fx.GraphModule, inputs: Sequence[InputDescriptor]) -> 
     """The joint graph of a forward graph, functional, in ATen operators, with our descriptors."""
     placeholders = forward.graph.find_nodes(op="placeholder")
     fakes = [_leaf(node, descriptor) for node, descriptor in zip(placeholders, inputs, strict=True)]
-    mode = next(fake.fake_mode for fake in fakes if isinstance(fake, Tensor))
+    mode = _mode_of(fakes)
     with contextlib.ExitStack() as stack:
         stack.enter_context(tracing(TracingContext(mode)))
         joint = aot_export_joint_with_descriptors(stack, forward, tuple(fakes)).graph_module
@@ -158,6 +170,10 @@ def export_joint(forward: fx.GraphModule, inputs: Sequence[InputDescriptor]) -> 
     describe_joint(joint, inputs)
     joint.recompile()
     return joint
+
+
+def _mode_of(values: Iterable[Any]) -> FakeTensorMode:
+    return next(value.fake_mode for value in values if isinstance(value, FakeTensor))
 
 
 def _leaf(node: fx.Node, descriptor: InputDescriptor) -> Any:
@@ -184,9 +200,7 @@ def describe_joint(joint: fx.GraphModule, inputs: Sequence[InputDescriptor]) -> 
     outputs.describe(joint, described_inputs, described_outputs)
 
 
-def _describe_joint_input(
-    position: int, node: fx.Node, inputs: Sequence[InputDescriptor]
-) -> InputDescriptor:
+def _describe_joint_input(position: int, node: fx.Node, inputs: Sequence[InputDescriptor]) -> InputDescriptor:
     match node.meta["desc"]:
         case aot.PlainAOTInput(idx=index):
             return inputs[index]
@@ -211,7 +225,9 @@ def _step_graph(joint: fx.GraphModule) -> fx.GraphModule:
     """Start the backward of a joint graph from the constant 1 instead of a tangent."""
     tangents = {d.index: n for d, n in outputs.input_nodes(joint).items() if isinstance(d, Tangent)}
     if not tangents:
-        raise ValueError("the loss does not depend on any of params: call the model with them, not with its own")
+        raise ValueError(
+            "the loss does not depend on any of params: call the model with them, not with its own"
+        )
     ((index, tangent),) = tangents.items()  # aux is detached: only the loss is differentiable
     described = [
         (Loss() if descriptor == Output(index) else descriptor, node)
@@ -235,7 +251,9 @@ def _fold(tangent: fx.Node) -> None:
     last = graph.find_nodes(op="placeholder")[-1]
     with graph.inserting_after(last):
         one = graph.call_function(
-            torch.ops.aten.full.default, ([], 1.0), {"dtype": value.dtype, "device": value.device, "pin_memory": False}
+            torch.ops.aten.full.default,
+            ([], 1.0),
+            {"dtype": value.dtype, "device": value.device, "pin_memory": False},
         )
     one.meta = {"val": value, outputs.KEY: Tangent(0)}
     tangent.replace_all_uses_with(one)
@@ -254,14 +272,13 @@ def add_slots(forward: fx.GraphModule, slots: Sequence[Tensor]) -> tuple[fx.Grap
     result = copy.deepcopy(forward)  # Dynamo goes on using its own
     placeholders = result.graph.find_nodes(op="placeholder")
     last = placeholders[-1]
-    values = (node.meta.get("example_value") for node in placeholders)
-    mode = next(value.fake_mode for value in values if isinstance(value, Tensor))
-    fakes = []
+    mode = _mode_of(node.meta.get("example_value") for node in placeholders)
+    fakes: list[Tensor] = []
     for index, slot in enumerate(slots):
         with result.graph.inserting_after(last):
             last = result.graph.placeholder(f"slot_{index}")
         fakes.append(mode.from_tensor(slot, static_shapes=True))
-        last._dynamo_source = LocalSource(f"slot_{index}")  # type: ignore[attr-defined]
+        last._dynamo_source = LocalSource(f"slot_{index}")
         last.meta["example_value"] = fakes[-1]
     result.recompile()
     return result, fakes

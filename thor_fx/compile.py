@@ -33,7 +33,7 @@ from .passes.splice import Decompositions
 Module = TypeVar("Module", bound=nn.Module)
 
 
-def compile(  # noqa: A001 - as torch.compile
+def compile(
     model: Module,
     *,
     backend: str = "inductor",
@@ -211,8 +211,7 @@ class _FactorCompiler:
         found = _analyse(forward, described)
         used = {d.name: params[d.name] for d in described if isinstance(d, Param)}
         slots = {
-            descriptor: make_slot(shape, used[layer])
-            for descriptor, shape, layer in _slot_shapes(found)
+            descriptor: make_slot(shape, used[layer]) for descriptor, shape, layer in _slot_shapes(found)
         }
         slotted, fakes = add_slots(forward, list(slots.values()))
         described += tuple(Input(len(described) + i) for i in range(len(slots)))
@@ -222,7 +221,9 @@ class _FactorCompiler:
         self.collector.graphs.append(graph)
         return without_dynamo(_runner(compiled, graph, self.collector))
 
-    def _compile(self, forward: fx.GraphModule, inputs: Sequence[Any], joint_pass: JointPass, key: str) -> Runner:
+    def _compile(
+        self, forward: fx.GraphModule, inputs: Sequence[Any], joint_pass: JointPass, key: str
+    ) -> Runner:
         return compile_differentiable(
             forward, inputs, joint_pass, key=key, backend=self.backend, mode=self.mode, options=self.options
         )

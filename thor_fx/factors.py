@@ -138,7 +138,7 @@ def factors(
     check_number("loss_scale", loss_scale, positive=True)
     graph = pipeline.run(trace_step(loss_fn, params, *batch), [canonicalize, emit_factors])
     results = run_graph(graph, params, *batch)
-    terms = batch_size or results.get(Terms(), 1)
+    terms = results[Terms()] if batch_size is None and Terms() in results else batch_size or 1
     return kronecker(moments_of(results), terms, loss_scale)
 
 

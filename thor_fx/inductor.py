@@ -7,11 +7,11 @@ import functools
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from functorch.compile import default_partition, make_boxed_func
-from torch import Tensor, fx
+from torch import fx
 from torch._dynamo.backends.common import aot_autograd
 from torch._guards import TracingContext, tracing
 from torch._inductor import config as inductor_config
@@ -19,6 +19,7 @@ from torch._inductor import list_mode_options
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.decomposition import select_decomp_table
+from torch._subclasses.fake_tensor import FakeTensor
 
 Compiled = Callable[..., Sequence[Any]]
 
@@ -55,9 +56,9 @@ def compile_graph(
     if backend != "inductor":
         return gm
     patches = {**(list_mode_options(mode) if mode else {}), **(options or {})}
-    mode_of_fakes = next(f.fake_mode for f in fakes if isinstance(f, Tensor))
-    with tracing(TracingContext(mode_of_fakes)), torch.no_grad(), inductor_config.patch(patches):
-        return compile_fx(gm, list(fakes))
+    fake_mode = next(fake.fake_mode for fake in fakes if isinstance(fake, FakeTensor))
+    with tracing(TracingContext(fake_mode)), torch.no_grad(), inductor_config.patch(patches):
+        return cast(Compiled, compile_fx(gm, list(fakes)))
 
 
 # --- the drop-in door: a pass over AOTAutograd's joint graph -----------------------------------------
@@ -96,8 +97,8 @@ def compile_differentiable(
         nop = aot_autograd(fw_compiler=_interpret, bw_compiler=_interpret, partition_fn=partition)
         return nop(forward, list(inputs))
     patches = {**(list_mode_options(mode) if mode else {}), **(options or {})}
-    ours = _OnJointGraph(joint_pass, key, patches.get("joint_custom_pre_pass"))
-    return compile_fx(forward, list(inputs), config_patches={**patches, "joint_custom_pre_pass": ours})
+    patches["joint_custom_pre_pass"] = _OnJointGraph(joint_pass, key, patches.get("joint_custom_pre_pass"))
+    return cast(Compiled, compile_fx(forward, list(inputs), config_patches=patches))
 
 
 def _interpret(gm: fx.GraphModule, _: Sequence[Any]) -> Compiled:

@@ -25,6 +25,7 @@ from .thor import thor_chain
 from .transform import Transform, centralize_gradients, chain, partition, skip_nonfinite
 from .update import update_graph
 
+
 class Thor(torch.optim.Optimizer):
     """THOR for a model compiled by :func:`thor_fx.compile`.
 
@@ -89,6 +90,7 @@ class Thor(torch.optim.Optimizer):
         self._hyper = HyperTensors()
         self._schedules: list[dict[str, Schedule]] = []
         self._warned = False
+        self._overdue = False
         self._forget()
         defaults: dict[str, Any] = {"lr": lr, "damping": damping, "momentum": momentum}
         defaults |= {"weight_decay": weight_decay, "grad_centralization": False, "step": 0}
@@ -259,7 +261,6 @@ class Thor(torch.optim.Optimizer):
 
     def _forget(self) -> None:
         self._built_for: int | None = None
-        self._overdue = False
         self._compiled: dict[Any, Compiled] = {}
         self._params: dict[str, Tensor] = {}
         self._inner: Any = None

@@ -33,9 +33,8 @@ def views(state: SkipState, found: Coverage, params: Mapping[str, Tensor]) -> di
 def parts(state: SkipState) -> dict[str, tuple[PreconditionState, dict[str, Tensor]]]:
     """Preconditioner and momentum of every group of parameters, by label."""
     found = {}
-    for label, links in state.inner.items():
-        while isinstance(links[-1], tuple) and links[-1]:  # a chain in a chain
-            links = links[-1]
+    for label, outer in state.inner.items():
+        links = outer[-1] if isinstance(outer[-1], tuple) and outer[-1] else outer  # a chain in a chain
         preconditioning = next(link for link in links if isinstance(link, PreconditionState))
         momentum = next(link for link in links if isinstance(link, dict))
         found[label] = preconditioning, momentum

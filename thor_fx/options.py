@@ -36,9 +36,7 @@ class Options:
         for name in ("use_nesterov", "enable_clip_grad"):
             check_type(name, getattr(self, name), bool, "True or False")
         if self.decay_filter is not None and not callable(self.decay_filter):
-            raise TypeError(
-                f"decay_filter must be a callable name -> bool, got {shown(self.decay_filter)}"
-            )
+            raise TypeError(f"decay_filter must be a callable name -> bool, got {shown(self.decay_filter)}")
         if self.damping_rule not in get_args(DampingRule):
             raise ValueError(
                 f"damping_rule must be one of {list(get_args(DampingRule))}, got {self.damping_rule!r}"

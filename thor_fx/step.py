@@ -3,6 +3,7 @@
 Loss, gradients, factors, refresh and parameter update are nodes of one ATen graph.
 """
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -146,17 +147,13 @@ class CompiledStep:
         """
         check_params(params)
         self.coverage = None
-        try:
+        with contextlib.suppress(_Traced):
             self._run(params, None, batch if buffers is None else (buffers, *batch))
-        except _Traced:
-            pass
         if self.coverage is None:
             raise ValueError("the loss does not depend on any of params: it is a constant")
         return StepState(0, self._tx.init(_trained(params, self.coverage), self.coverage), buffers)
 
-    def __call__(
-        self, params: Params, state: StepState, *batch: Any
-    ) -> tuple[Params, StepState, StepOutput]:
+    def __call__(self, params: Params, state: StepState, *batch: Any) -> tuple[Params, StepState, StepOutput]:
         """Take one step.
 
         Returns:

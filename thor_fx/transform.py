@@ -91,8 +91,8 @@ def chain(*transforms: Transform) -> Transform:
     ) -> tuple[Updates, tuple[State, ...]]:
         new_state = []
         for transform, inner in zip(transforms, state, strict=True):
-            updates, inner = transform.update(updates, inner, params, signals)
-            new_state.append(inner)
+            updates, new_inner = transform.update(updates, inner, params, signals)
+            new_state.append(new_inner)
         return updates, tuple(new_state)
 
     return Transform(init, update, schedules, next(iter(frequencies), None))

@@ -21,6 +21,7 @@ from .transform import Signals, Transform, apply_updates
 
 aten = torch.ops.aten
 
+
 def append_update(gm: fx.GraphModule, tx: Transform, found: Coverage, trained: Collection[str]) -> None:
     """Append ``tx`` to a graph that returns gradients, in place.
 

@@ -1,0 +1,94 @@
+"""Typed access to what ``torch.fx`` leaves untyped: arguments, values and order of nodes."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import fx
+
+aten = torch.ops.aten
+
+CASTS = {
+    aten._to_copy.default,
+    torch.ops.prims.convert_element_type.default,
+    aten.detach.default,
+    aten.alias.default,
+    aten.clone.default,
+}
+RESHAPES = {
+    aten.view.default,
+    aten._unsafe_view.default,
+    aten.reshape.default,
+    aten.squeeze.default,
+    aten.squeeze.dim,
+    aten.squeeze.dims,
+    aten.unsqueeze.default,
+}
+PERMUTES = {aten.permute.default, aten.t.default, aten.transpose.int}
+
+
+def arguments(node: fx.Node) -> tuple[Any, ...]:
+    """The positional arguments, as the operator's schema types them."""
+    return node.args
+
+
+def source(node: fx.Node) -> fx.Node:
+    """The first argument of an operator on a tensor."""
+    first = node.args[0]
+    assert isinstance(first, fx.Node), f"{node.name} takes no tensor"
+    return first
+
+
+def shape(node: fx.Node) -> tuple[int, ...]:
+    """The shape of a node's value; symbolic sizes stay symbolic."""
+    return tuple(node.meta["val"].shape)
+
+
+def target(node: fx.Node) -> Any:
+    """What a node computes: an operator, for all but inputs and outputs."""
+    return node.target if node.op == "call_function" else None
+
+
+def permutation(node: fx.Node) -> tuple[int, ...]:
+    """The order of axes that a permutation, in whatever spelling, makes."""
+    dims = len(shape(node))
+    if target(node) is aten.permute.default:
+        return tuple(axis % dims for axis in arguments(node)[1])
+    order = list(range(dims))
+    if dims > 1:
+        first, second = (0, 1) if target(node) is aten.t.default else arguments(node)[1:3]
+        order[first], order[second] = order[second], order[first]
+    return tuple(order)
+
+
+def downstream(nodes: Iterable[fx.Node]) -> set[fx.Node]:
+    """Everything that depends on ``nodes``, themselves included."""
+    return _closure(nodes, lambda node: node.users)
+
+
+def upstream(nodes: Iterable[fx.Node]) -> set[fx.Node]:
+    """Everything that ``nodes`` depend on, themselves included."""
+    return _closure(nodes, lambda node: node.all_input_nodes)
+
+
+def chain(node: fx.Node | None, length: int = 4) -> str:
+    """The operators that a value ends in, last first: ``view <- sum <- mul``."""
+    names: list[str] = []
+    while node is not None and len(names) < length:
+        if node.op != "call_function":
+            names.append(node.name)
+            break
+        names.append(getattr(node.target, "__name__", str(node.target)).split(".")[0])
+        node = next(iter(node.all_input_nodes), None)
+    return " <- ".join(names)
+
+
+def _closure(nodes: Iterable[fx.Node], following: Callable[[fx.Node], Iterable[fx.Node]]) -> set[fx.Node]:
+    found: set[fx.Node] = set()
+    todo = list(nodes)
+    while todo:
+        node = todo.pop()
+        if node not in found:
+            found.add(node)
+            todo += following(node)
+    return found
