@@ -73,7 +73,7 @@ def find_sites(gm: fx.GraphModule) -> SiteReport:
             try:
                 sites += _sites_of(name, gradient, backward)
             except NoSite as reason:
-                reasons[name] = str(reason)
+                reasons[name] = f"a vector: {reason}" if len(shape(gradient)) < 2 else str(reason)
     return SiteReport(tuple(sites), tuple(norms), reasons, _nearest(gm, sites))
 
 

@@ -69,7 +69,7 @@ class NoSite(Exception):
 
 def unlike(node: fx.Node, detail: str = "") -> NoSite:
     """The reason for a gradient that ends in ``node``."""
-    return NoSite(f"its gradient is {chain(node)}{detail}, not a product of two matrices")
+    return NoSite(f"its gradient is {chain(node)}{detail}, no product of matrices")
 
 
 @dataclass(frozen=True)

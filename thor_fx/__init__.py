@@ -1,6 +1,7 @@
 """Second-order training (THOR / K-FAC) for PyTorch as a compiler pass."""
 
 from .compile import compile
+from .explain import Report, explain
 from .factors import Kronecker, factors
 from .layers import Coverage, Layer
 from .metrics import metrics
@@ -15,6 +16,7 @@ __all__ = [
     "Coverage",
     "Kronecker",
     "Layer",
+    "Report",
     "Signals",
     "StepOutput",
     "StepState",
@@ -26,6 +28,7 @@ __all__ = [
     "compile",
     "compile_step",
     "decay_all_but_beta_gamma",
+    "explain",
     "factors",
     "metrics",
     "thor",

@@ -26,12 +26,9 @@ def split(side: int, block_size: int | None) -> list[tuple[int, int]]:
     return [(count, block_size), (1, rest)] if rest else [(count, block_size)]
 
 
-def identity(layers: int, side: int, block_size: int | None, like: Tensor) -> Blocks:
-    """Blocks that leave everything as it is."""
-    return tuple(
-        torch.eye(b, dtype=like.dtype, device=like.device).repeat(layers, count, 1, 1)
-        for count, b in split(side, block_size)
-    )
+def zeros(layers: int, side: int, block_size: int | None, like: Tensor) -> Blocks:
+    """Blocks of zeros for ``layers`` matrices of one side."""
+    return tuple(like.new_zeros(layers, count, b, b) for count, b in split(side, block_size))
 
 
 def diagonal_blocks(matrices: Tensor, block_size: int | None) -> Blocks:

@@ -1,7 +1,7 @@
 """Adapter to Dynamo and AOTAutograd: Python functions become step graphs.
 
-The only module that knows ``torch._dynamo`` and the joint export of AOTAutograd. Written for torch
-2.11, 2.13 and 2.15.
+The only module that knows ``torch._dynamo`` and the joint export of AOTAutograd. Written for
+torch 2.11, 2.13 and 2.15.
 
 NOTE: [Dynamo guards the loss, we run the step] A loss function is handed to ``torch.compile`` with a
 backend of our own. Dynamo traces the *forward* computation only, guards on everything it read

@@ -156,6 +156,7 @@ class Collector:
         wanted: whether the next forward pass in training mode is to collect factors.
         graphs: every graph compiled so far.
         last: the graph that ran last.
+        coverage: the coverage of all graphs together; None before the first.
     """
 
     backend: str
@@ -163,15 +164,12 @@ class Collector:
     graphs: list[SlottedGraph] = field(default_factory=list)
     last: SlottedGraph | None = None
 
-    @property
-    def coverage(self) -> Coverage | None:
-        """The coverage of all graphs together; None before the first."""
-        if not self.graphs:
-            return None
-        merged = self.graphs[0].coverage
-        for graph in self.graphs[1:]:
-            merged = merged.merge(graph.coverage)
-        return merged
+    coverage: Coverage | None = None
+
+    def add(self, graph: SlottedGraph) -> None:
+        """Remember one more compiled graph."""
+        self.graphs.append(graph)
+        self.coverage = graph.coverage if self.coverage is None else self.coverage.merge(graph.coverage)
 
     def clear(self) -> None:
         """Forget what has been collected."""
@@ -218,7 +216,7 @@ class _FactorCompiler:
         fill = _FillSlots(described, tuple(slots))
         compiled = self._compile(slotted, [*inputs, *fakes], fill, key=repr(fill))
         graph = SlottedGraph(found, slots)
-        self.collector.graphs.append(graph)
+        self.collector.add(graph)
         return without_dynamo(_runner(compiled, graph, self.collector))
 
     def _compile(

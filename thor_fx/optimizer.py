@@ -164,23 +164,23 @@ class Thor(torch.optim.Optimizer):
             What ``closure`` returned, or None.
 
         Raises:
-            RuntimeError: a factor is needed, and no forward pass has collected any so far.
+            RuntimeError: there are gradients, but the compiled model has not been run in training mode.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if all(p.grad is None for group in self.param_groups for p in group["params"]):
+            return loss
+        self._build()
         step: int = self.param_groups[0]["step"]
         moments, terms = self._collector.take() if self._collector.wanted else ({}, None)
         if not self._factors_due(step, moments):
             moments, terms = {}, None
-        self._build()
         gradients = {name: p.grad for name, p in self._params.items() if p.grad is not None}
-        if gradients:
-            self._update(gradients, moments, terms)
-            for group in self.param_groups:
-                group["step"] = step + 1
-            self._overdue = self._overdue and not moments
+        self._update(gradients, moments, terms)
+        for group in self.param_groups:
+            group["step"] = step + 1
         self._collector.wanted = self._overdue or (step + 1) % self._options.frequency == 0
         return loss
 
@@ -207,22 +207,15 @@ class Thor(torch.optim.Optimizer):
 
     def _factors_due(self, step: int, moments: Mapping[str, Moments]) -> bool:
         due = self._overdue or step % self._options.frequency == 0
-        if moments or not due:
-            return due
-        self._overdue = True
-        if self._collector.coverage is None:
-            raise RuntimeError(
-                "no factors were collected before the first step: create Thor before the forward pass, "
-                "call the model itself (not model.forward) in training mode, and call backward"
-            )
-        if not self._warned:
+        self._overdue = due and not moments
+        if self._overdue and not self._warned:
             self._warned = True
             warnings.warn(
                 "a factor step found no factors (was the model in evaluation mode?): the last inverses "
                 "are used until there are some",
                 stacklevel=3,
             )
-        return False
+        return due
 
     def _update(
         self, gradients: Mapping[str, Tensor], moments: Mapping[str, Moments], terms: Tensor | None
@@ -268,6 +261,11 @@ class Thor(torch.optim.Optimizer):
 
     def _build(self) -> None:
         """Make the transform and its state for the groups and layers there are; keep what is known."""
+        if self._collector.coverage is None:
+            raise RuntimeError(
+                "no compiled graph of the model has been seen: create Thor before the forward pass, call "
+                "the model itself (not model.forward) in training mode, and then backward"
+            )
         if self._built_for == len(self._collector.graphs):
             return
         self._forget()
@@ -312,9 +310,8 @@ def _schedule(name: str, value: Any) -> Schedule:
     return value_schedule(name, value) if name in {"lr", "damping"} else number_schedule(name, value)
 
 
-def _complete(found: Coverage | None, params: Mapping[str, Tensor]) -> Coverage:
+def _complete(found: Coverage, params: Mapping[str, Tensor]) -> Coverage:
     """The coverage with a place for parameters that no compiled graph has used."""
-    found = found or Coverage({}, (), {})
     found = found.restrict(frozenset(params))
     others = {name: "no compiled graph uses it" for name in params if name not in found.trained}
     return replace(found, fallback={**found.fallback, **others}, unused=())

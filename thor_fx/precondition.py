@@ -80,8 +80,9 @@ def precondition(
         for key, layers in by_shape(coverage, params).items():
             like = _accumulator(params[layers[0].param])
             count, out, in_ = len(layers), layers[0].out, layers[0].in_
+            # NOTE: zeros and not identities: a layer that never had a good inverse does not move
             inverses[key] = InversePair(
-                blocks.identity(count, in_, block_size, like), blocks.identity(count, out, block_size, like)
+                blocks.zeros(count, in_, block_size, like), blocks.zeros(count, out, block_size, like)
             )
         any_param = _accumulator(next(iter(params.values())))
         terms = torch.full_like(any_param, batch_size or 1)
