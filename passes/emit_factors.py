@@ -8,7 +8,8 @@ With the rows ``a_r`` and ``g_r`` of a layer (``r`` over all uses and positions,
     Terms()            = n, the rows of the site nearest the loss
 
 Sums and not means: they add up over micro-batches, graphs and devices as they are.
-``A = Factor/R`` and ``G = n Factor`` (:mod:`thor_fx.factors`).
+``A = Factor/R`` and ``G = n Factor`` (:mod:`thor_fx.factors`). Where a weight is used as ``W`` and as
+``W.T``, the uses of the transpose have sums of their own, under the name of the layer with ``.T``.
 
 Afterwards everything that the graph returned before is computed by the same nodes as before.
 """
@@ -43,17 +44,31 @@ def emit_factors(
     insert = partial(splice, decompositions=decompositions)
     new: list[tuple[OutputDescriptor, fx.Node]] = []
     for layer, sites in report.layers.items():
-        anchor = max((site.gradient for site in sites), key=last.__getitem__)
-        activations = [site.activation for site in sites]
-        moment = insert(anchor, second_moment(activations), *(o.node for o in activations))
-        new.append((Factor(layer, "A"), moment))
-        cotangents = [site.cotangent for site in sites]
-        moment = insert(anchor, second_moment(cotangents), *(o.node for o in cotangents))
-        new.append((Factor(layer, "G"), moment))
-        new.append((Rows(layer), insert(anchor, row_count(activations), *(o.node for o in activations))))
+        for name, uses in ((layer, False), (transposed(layer), True)):
+            same = [site for site in sites if site.flipped is uses]
+            if same:
+                new += _moments(name, same, max((s.gradient for s in same), key=last.__getitem__), insert)
     if report.nearest is not None:
         new.append((Terms(), _terms(report.nearest, insert)))
     append(gm, new)
+
+
+def transposed(layer: str) -> str:
+    """What the uses of a layer's transposed matrix are called in descriptors."""
+    return f"{layer}.T"
+
+
+def _moments(
+    layer: str, sites: list[Site], anchor: fx.Node, insert: Callable[..., fx.Node]
+) -> list[tuple[OutputDescriptor, fx.Node]]:
+    activations = [site.activation for site in sites]
+    cotangents = [site.cotangent for site in sites]
+    inputs, gradients = [o.node for o in activations], [o.node for o in cotangents]
+    return [
+        (Factor(layer, "A"), insert(anchor, second_moment(activations), *inputs)),
+        (Factor(layer, "G"), insert(anchor, second_moment(cotangents), *gradients)),
+        (Rows(layer), insert(anchor, row_count(activations), *inputs)),
+    ]
 
 
 def drop_factors(gm: fx.GraphModule) -> None:

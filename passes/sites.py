@@ -16,7 +16,7 @@ from torch import fx
 
 from .nodes import CASTS, RESHAPES, downstream, shape, source, target, upstream
 from .outputs import Grad, Loss, Output, Param, Tangent, input_nodes, output_nodes
-from .reindex import disjoint, simplify
+from .reindex import Permute, disjoint, simplify
 from .walk import NoSite, Site, Walk
 
 aten = torch.ops.aten
@@ -99,10 +99,21 @@ def _sites_of(name: str, gradient: fx.Node, backward: set[fx.Node]) -> list[Site
     if not sites:
         raise NoSite("its gradient is zero")
     sizes = tuple(int(size) for size in shape(gradient))
-    sites = [replace(site, path=simplify(site.path, sizes)) for site in sites]
+    sites = _one_orientation([replace(site, path=simplify(site.path, sizes)) for site in sites], sizes)
     if not disjoint(list({site.path for site in sites}), sizes):
-        raise NoSite("its uses disagree on which axis is the input (W in one, W.T in another)")
+        raise NoSite("its uses are of parts that overlap, so no part has one factor pair")
     return sites
+
+
+def _one_orientation(sites: list[Site], sizes: tuple[int, ...]) -> list[Site]:
+    """Where a matrix is used both ways, let all uses speak of it as it is stored; mark the others."""
+    paths = {site.path for site in sites}
+    result = []
+    for site in sites:
+        other = simplify((*site.path, Permute((1, 0))), sizes)
+        flipped = other in paths and len(other) < len(site.path)
+        result.append(replace(site, path=other, flipped=True) if flipped else site)
+    return result
 
 
 NORM_BACKWARDS = {aten.native_layer_norm_backward.default, aten._fused_rms_norm_backward.default}

@@ -44,13 +44,24 @@ class Operand:
 
 @dataclass(frozen=True)
 class Site:
-    """One use of a weight: a summand ``sum_r g_r a_r^T`` of its gradient, with both operands."""
+    """One use of a weight: a summand ``sum_r g_r a_r^T`` of its gradient, with both operands.
+
+    Attributes:
+        param: name of the parameter.
+        path: where the layer's (out, in) matrix lies in the parameter.
+        gradient: the contraction.
+        activation: the rows ``a_r``.
+        cotangent: the rows ``g_r``.
+        flipped: this use is of the layer's transposed matrix, and others are not (a tied
+            auto-encoder: ``W`` and ``W.T``). Its activation then has ``out`` features.
+    """
 
     param: str
     path: Path
     gradient: fx.Node
     activation: Operand
     cotangent: Operand
+    flipped: bool = False
 
     @property
     def layer(self) -> str:
@@ -59,8 +70,9 @@ class Site:
 
     @property
     def dims(self) -> tuple[int, int]:
-        """``(out, in)``."""
-        return self.cotangent.features, self.activation.features
+        """``(out, in)`` of the layer."""
+        dims = self.cotangent.features, self.activation.features
+        return dims[::-1] if self.flipped else dims
 
 
 class NoSite(Exception):

@@ -27,6 +27,7 @@ from .inductor import JointPass, check_backend, compile_differentiable
 from .layers import Coverage, coverage
 from .parameters import check_params
 from .passes import emit_factors, find_sites, outputs
+from .passes.emit_factors import transposed
 from .passes.outputs import Factor, Input, InputDescriptor, Param, Rows, Terms
 from .passes.splice import Decompositions
 
@@ -246,9 +247,12 @@ def _slot_shapes(found: Coverage) -> list[tuple[outputs.OutputDescriptor, tuple[
     """Every slot: what goes there, its shape, and the parameter that it belongs to."""
     shapes: list[tuple[outputs.OutputDescriptor, tuple[int, ...], str]] = []
     for name, layer in found.layers.items():
-        shapes.append((Factor(name, "A"), (layer.in_, layer.in_), layer.param))
-        shapes.append((Factor(name, "G"), (layer.out, layer.out), layer.param))
-        shapes.append((Rows(name), (), layer.param))
+        uses = [(name, layer.in_, layer.out)]
+        uses += [(transposed(name), layer.out, layer.in_)] if layer.both_ways else []
+        for use, in_, out in uses:
+            shapes.append((Factor(use, "A"), (in_, in_), layer.param))
+            shapes.append((Factor(use, "G"), (out, out), layer.param))
+            shapes.append((Rows(use), (), layer.param))
     if found.terms is not None:
         shapes.append((Terms(), (), found.layers[found.terms].param))
     return shapes

@@ -8,6 +8,14 @@ the pre-activation in row ``r`` of ``R``, and let the loss carry the scale ``s``
 ``n`` undoes the mean in the loss: ``n g_r`` are the gradients of single terms. For a plain Linear
 ``R = n``, and these are ``E[a a^T]`` and ``E[g g^T]`` (Martens & Grosse 2015, eq. 1; for weights
 that are shared over positions, the *expand* setting of Eschenhagen et al. 2023, eq. 11).
+
+A weight that is used as ``W`` and as ``W.T`` (a tied auto-encoder) has two Kronecker products in its
+block: ``A (x) G`` of the first and, with the sides exchanged, ``G' (x) A'`` of the second. Their sum is
+approximated by one, as factored damping does (Martens & Grosse 2015, section 6.3)::
+
+    (A + G'/pi) (x) (G + pi A')     with     pi^2 = (tr G tr G') / (tr A tr A')
+
+where ``pi`` is what makes the superfluous cross terms smallest in trace norm.
 """
 
 from collections.abc import Mapping
@@ -21,6 +29,7 @@ from torch.utils import _pytree as pytree
 from .arguments import check_integer, check_number
 from .capture import LossFn
 from .passes import canonicalize, emit_factors, outputs, pipeline
+from .passes.emit_factors import transposed
 from .passes.outputs import Factor, Rows, Terms
 from .trace import trace_step
 
@@ -70,14 +79,32 @@ def output_factor(moments: Moments, terms: Tensor | float, loss_scale: float) ->
     return moments.cotangents * (terms / loss_scale**2)
 
 
+def factor_pair(
+    moments: Mapping[str, Moments], layer: str, terms: Tensor | float, loss_scale: float
+) -> tuple[Tensor, Tensor]:
+    """``A`` (in, in) and ``G`` (out, out) of a layer, over all of its uses."""
+    a, g = input_factor(moments[layer]), output_factor(moments[layer], terms, loss_scale)
+    other = moments.get(transposed(layer))
+    if other is None:
+        return a, g
+    other_a, other_g = input_factor(other), output_factor(other, terms, loss_scale)
+    square = (g.trace() * other_g.trace()) / (a.trace() * other_a.trace())
+    pi = torch.where(square.isfinite() & (square > 0), square, torch.ones_like(square)) ** 0.5
+    return a + other_g / pi, g + pi * other_a
+
+
 def kronecker(
     moments: Mapping[str, Moments], terms: Tensor | float, loss_scale: float = 1.0
 ) -> dict[str, Kronecker]:
     """The factor pairs of all layers, by name."""
-    return {
-        name: Kronecker(input_factor(m), output_factor(m, terms, loss_scale), int(m.rows), int(terms))
-        for name, m in moments.items()
-    }
+    result = {}
+    for name in moments:
+        if name.endswith(transposed("")):
+            continue
+        a, g = factor_pair(moments, name, terms, loss_scale)
+        rows = sum(int(moments[use].rows) for use in (name, transposed(name)) if use in moments)
+        result[name] = Kronecker(a, g, rows, int(terms))
+    return result
 
 
 def moments_of(results: Mapping[Any, Any]) -> dict[str, Moments]:

@@ -11,22 +11,21 @@ class HyperTensors:
 
     def __init__(self) -> None:
         self._known: dict[str, tuple[float, Tensor]] = {}
+        self._like: tuple[torch.device, torch.dtype] | None = None
 
     def __call__(self, values: Mapping[str, float | Tensor], params: Mapping[str, Tensor]) -> list[Tensor]:
         """The tensors in the order of the sorted names."""
-        some = next(iter(params.values()))
-        return [self._tensor(name, values[name], some.device, params) for name in sorted(values)]
+        if self._like is None:
+            self._like = next(iter(params.values())).device, self.dtype(params)
+        return [self._tensor(name, values[name], *self._like) for name in sorted(values)]
 
-    def _tensor(
-        self, name: str, value: float | Tensor, device: torch.device, params: Mapping[str, Tensor]
-    ) -> Tensor:
+    def _tensor(self, name: str, value: float | Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
         if isinstance(value, Tensor):
-            return value.detach().to(device, self.dtype(params))
+            return value.detach().to(device, dtype)
         known = self._known.get(name)
-        if known is None or known[0] != value or known[1].device != device:
+        if known is None or known[0] != value:
             # NOTE: torch.full launches a kernel; torch.tensor would copy from the host and wait
-            known = (value, torch.full((), value, dtype=self.dtype(params), device=device))
-            self._known[name] = known
+            known = self._known[name] = (value, torch.full((), value, dtype=dtype, device=device))
         return known[1]
 
     @staticmethod

@@ -18,6 +18,7 @@ class Layer:
         in_: side of ``A``.
         path: where the ``(out, in)`` matrix lies inside the parameter.
         uses: how many sites share the weight.
+        both_ways: whether some uses are of the matrix and some of its transpose.
         rows: rows of all uses as read from the traced graph; a text where the size is symbolic.
     """
 
@@ -27,6 +28,7 @@ class Layer:
     in_: int
     path: Path
     uses: int
+    both_ways: bool
     rows: str = field(compare=False)
     kind: str = "linear"
 
@@ -84,7 +86,8 @@ def coverage(report: SiteReport, frozen: tuple[str, ...] = ()) -> Coverage:
     for name, sites in report.layers.items():
         (out, in_), first = sites[0].dims, sites[0]
         rows = " + ".join(str(site.activation.rows) for site in sites)
-        layers[name] = Layer(name, first.param, out, in_, first.path, len(sites), rows)
+        both_ways = any(site.flipped for site in sites)
+        layers[name] = Layer(name, first.param, out, in_, first.path, len(sites), both_ways, rows)
     terms = None if report.nearest is None else report.nearest.layer
     fallback = {name: reason for name, reason in report.reasons.items() if reason != UNUSED}
     unused = tuple(name for name, reason in report.reasons.items() if reason == UNUSED)

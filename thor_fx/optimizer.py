@@ -87,7 +87,6 @@ class Thor(torch.optim.Optimizer):
         )  # fmt: skip
         self._backend = self._collector.backend if backend is None else backend
         check_backend(self._backend)
-        self._hyper = HyperTensors()
         self._schedules: list[dict[str, Schedule]] = []
         self._warned = False
         self._overdue = False
@@ -255,6 +254,7 @@ class Thor(torch.optim.Optimizer):
     def _forget(self) -> None:
         self._built_for: int | None = None
         self._compiled: dict[Any, Compiled] = {}
+        self._hyper = HyperTensors()
         self._params: dict[str, Tensor] = {}
         self._inner: Any = None
         self._leaves: list[Tensor] = []

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from . import blocks
 from .blocks import Blocks
-from .factors import Moments, input_factor, output_factor
+from .factors import Moments, factor_pair
 from .layers import Coverage, Layer
 from .linalg import damped_inverse
 from .passes.reindex import put, take
@@ -166,9 +166,8 @@ def _factors(
     layers: list[Layer], moments: Mapping[str, Moments], terms: Tensor, loss_scale: float
 ) -> tuple[Tensor, Tensor]:
     """``A`` (L, in, in) and ``G`` (L, out, out) of layers of one shape."""
-    a = torch.stack([input_factor(moments[layer.name]) for layer in layers])
-    g = torch.stack([output_factor(moments[layer.name], terms, loss_scale) for layer in layers])
-    return a, g
+    pairs = [factor_pair(moments, layer.name, terms, loss_scale) for layer in layers]
+    return torch.stack([a for a, _ in pairs]), torch.stack([g for _, g in pairs])
 
 
 def _per_side(rule: DampingRule, lam: Tensor | float, a: Tensor, g: Tensor) -> Damping:

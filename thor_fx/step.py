@@ -147,6 +147,7 @@ class CompiledStep:
         """
         check_params(params)
         self.coverage = None
+        self._hyper = HyperTensors()
         with contextlib.suppress(_Traced):
             self._run(params, None, batch if buffers is None else (buffers, *batch))
         if self.coverage is None:
