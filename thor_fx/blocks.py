@@ -35,10 +35,9 @@ def diagonal_blocks(matrices: Tensor, block_size: int | None) -> Blocks:
     """Cut the blocks out of (L, d, d) matrices."""
     parts, start = [], 0
     for count, b in split(matrices.shape[-1], block_size):
-        stop = start + count * b
-        tiled = matrices[:, start:stop, start:stop].reshape(-1, count, b, count, b)
-        parts.append(tiled.diagonal(dim1=1, dim2=3).movedim(-1, 1))  # (L, F, b, b)
-        start = stop
+        starts = range(start, start + count * b, b)
+        parts.append(torch.stack([matrices[:, i : i + b, i : i + b] for i in starts], dim=1))  # (L, F, b, b)
+        start += count * b
     return tuple(parts)
 
 

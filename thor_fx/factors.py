@@ -28,6 +28,7 @@ from torch.utils import _pytree as pytree
 
 from .arguments import check_integer, check_number
 from .capture import LossFn
+from .linalg import trace
 from .passes import canonicalize, emit_factors, outputs, pipeline
 from .passes.emit_factors import transposed
 from .passes.outputs import Factor, Rows, Terms
@@ -88,7 +89,7 @@ def factor_pair(
     if other is None:
         return a, g
     other_a, other_g = input_factor(other), output_factor(other, terms, loss_scale)
-    square = (g.trace() * other_g.trace()) / (a.trace() * other_a.trace())
+    square = (trace(g) * trace(other_g)) / (trace(a) * trace(other_a))
     pi = torch.where(square.isfinite() & (square > 0), square, torch.ones_like(square)) ** 0.5
     return a + other_g / pi, g + pi * other_a
 

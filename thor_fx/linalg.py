@@ -25,3 +25,8 @@ def damped_inverse(matrices: Tensor, damping: Tensor, previous: Tensor) -> tuple
     inverse = torch.cholesky_inverse(root)
     good = usable & (info == 0) & inverse.isfinite().all(dim=(-2, -1))
     return torch.where(good[:, None, None], inverse, previous), (~good).sum()
+
+
+def trace(matrices: Tensor) -> Tensor:
+    """The traces of (..., d, d) matrices."""
+    return matrices.flatten(-2)[..., :: matrices.shape[-1] + 1].sum(-1)

@@ -25,7 +25,7 @@ from . import blocks
 from .blocks import Blocks
 from .factors import Moments, factor_pair
 from .layers import Coverage, Layer
-from .linalg import damped_inverse
+from .linalg import damped_inverse, trace
 from .passes.reindex import put, take
 from .schedule import Schedule
 from .transform import Params, Signals, Transform, Updates
@@ -178,7 +178,7 @@ def _per_side(rule: DampingRule, lam: Tensor | float, a: Tensor, g: Tensor) -> D
     root = lam**0.5 * ones
     if rule == "sqrt":
         return root, root
-    mean_a, mean_g = (m.diagonal(dim1=-2, dim2=-1).mean(-1) for m in (a, g))
+    mean_a, mean_g = (trace(m) / m.shape[-1] for m in (a, g))
     balanced = (mean_a / mean_g) ** 0.5
     pi = torch.where(balanced.isfinite() & (balanced > 0), balanced, ones)  # a dead side has no trace
     return pi * root, root / pi
