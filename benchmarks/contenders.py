@@ -1,0 +1,105 @@
+"""Ways to train one model, each with the same loop around it."""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from eager_hooks import EagerKfac
+from torch import Tensor, nn
+from workloads import Workload
+
+import thor_fx
+
+Mark = Callable[[], None]
+
+FREQUENCY = 10  # one factor step in a round of ten
+# NOTE: small enough that the loss hardly moves: every timed step computes with ordinary numbers
+LR, DAMPING, MOMENTUM = 1e-6, 0.03, 0.9
+
+
+class Contender(Protocol):
+    """Something that trains.
+
+    Attributes:
+        label: its row in the tables.
+        second_order: whether every ``FREQUENCY``-th step is a factor step, the first one included.
+    """
+
+    label: str
+    second_order: bool
+
+    def step(self, x: Tensor, y: Tensor, mark: Mark) -> None:
+        """Take one step; mark the end of each phase that can be told apart."""
+
+
+@dataclass
+class Loop:
+    """The usual loop; marks the end of forward and backward, and of the update."""
+
+    label: str
+    model: nn.Module
+    optimizer: Any
+    second_order: bool
+
+    def step(self, x: Tensor, y: Tensor, mark: Mark) -> None:
+        F.cross_entropy(self.model(x), y).backward()
+        mark()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        mark()
+
+
+class Functional:
+    """The functional door: one graph, so one mark."""
+
+    label = "thor_fx, functional"
+    second_order = True
+
+    def __init__(self, model: nn.Module, batch: tuple[Tensor, Tensor], backend: str) -> None:
+        def loss_fn(params: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+            return F.cross_entropy(torch.func.functional_call(model, params, (x,)), y)
+
+        tx = thor_fx.thor(LR, DAMPING, MOMENTUM, frequency=FREQUENCY)
+        self._step = thor_fx.compile_step(loss_fn, tx, backend=backend)
+        self._params: Any = dict(model.named_parameters())
+        self._state = self._step.init(self._params, *batch)
+
+    def step(self, x: Tensor, y: Tensor, mark: Mark) -> None:
+        self._params, self._state, _ = self._step(self._params, self._state, x, y)
+        mark()
+
+
+def contenders(workload: Workload, batch: tuple[Tensor, Tensor], backend: str) -> list[Contender]:
+    """All contenders, each with its own copy of the same model; the first is what others are compared to."""
+    model = workload.build().to(batch[0].device)
+    return [
+        adamw(copy.deepcopy(model), backend),
+        sgd(copy.deepcopy(model), backend),
+        eager_hooks(copy.deepcopy(model), workload.terms),
+        drop_in(copy.deepcopy(model), backend),
+        Functional(copy.deepcopy(model), batch, backend),
+    ]
+
+
+def adamw(model: nn.Module, backend: str) -> Loop:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, fused=True)
+    return Loop("torch.compile + fused AdamW", torch.compile(model, backend=backend), optimizer, False)
+
+
+def sgd(model: nn.Module, backend: str) -> Loop:
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR, momentum=MOMENTUM, fused=True)
+    return Loop("torch.compile + fused SGD-momentum", torch.compile(model, backend=backend), optimizer, False)
+
+
+def eager_hooks(model: nn.Module, terms: int) -> Loop:
+    optimizer = EagerKfac(model, LR, DAMPING, MOMENTUM, terms=terms, frequency=FREQUENCY)
+    return Loop("eager K-FAC by hooks", model, optimizer, True)
+
+
+def drop_in(model: nn.Module, backend: str) -> Loop:
+    compiled = thor_fx.compile(model, backend=backend)
+    optimizer = thor_fx.Thor(compiled, LR, DAMPING, MOMENTUM, frequency=FREQUENCY)
+    return Loop("thor_fx, drop-in", compiled, optimizer, True)

@@ -1,0 +1,155 @@
+"""Timings become numbers, numbers become Markdown and JSON."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any
+
+FREQUENCIES = (1, 10, 100)
+PHASES = ("forward_backward_plain", "forward_backward_factor", "update_plain", "update_refresh")
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One step, in ms: either ``(forward and backward, update)`` or ``(all of it,)``."""
+
+    factor_step: bool
+    laps: tuple[float, ...]
+
+
+Report = dict[str, Any]
+"""``title``, ``machine``, ``settings``, and ``rows``: numbers by contender, the baseline first."""
+
+
+def summarise(timings: Mapping[str, Sequence[Timing]]) -> dict[str, dict[str, Any]]:
+    """Numbers by contender, the first one being what ratios are to."""
+    rows = {label: _row(steps) for label, steps in timings.items()}
+    baseline = next(iter(rows.values()))["plain_step"]["median"]
+    for row in rows.values():
+        row["ratio_to_first"] = {name: ms / baseline for name, ms in row["amortised"].items()}
+        row["ratio_to_first"]["plain"] = row["plain_step"]["median"] / baseline
+    return rows
+
+
+def _row(steps: Sequence[Timing]) -> dict[str, Any]:
+    plain = [step for step in steps if not step.factor_step]
+    factor = [step for step in steps if step.factor_step]
+    row: dict[str, Any] = {
+        "plain_step": spread([sum(step.laps) for step in plain]),
+        "factor_step": spread([sum(step.laps) for step in factor]),
+    }
+    row["amortised"] = {str(n): _amortised(row, n) for n in FREQUENCIES}
+    row |= dict.fromkeys(PHASES)
+    if len(plain[0].laps) == 2:
+        values = [[step.laps[lap] for step in kind] for lap in (0, 1) for kind in (plain, factor)]
+        row |= {phase: spread(times) for phase, times in zip(PHASES, values, strict=True)}
+    return row
+
+
+def spread(times: Sequence[float]) -> dict[str, float] | None:
+    """Median, minimum and interquartile range."""
+    if not times:
+        return None
+    low, _, high = quantiles(times, n=4) if len(times) > 1 else (times[0],) * 3
+    return {"median": median(times), "min": min(times), "iqr": high - low, "count": len(times)}
+
+
+def _amortised(row: Mapping[str, Any], frequency: int) -> float:
+    plain = row["plain_step"]["median"]
+    factor = row["factor_step"]["median"] if row["factor_step"] else plain
+    return (factor + (frequency - 1) * plain) / frequency
+
+
+# --- Markdown --------------------------------------------------------------------------------------
+
+
+def markdown(report: Report) -> str:
+    """The tables of one report."""
+    rows = report["rows"]
+    first = next(iter(rows))
+    heads = [f"frequency {n}" for n in FREQUENCIES]
+    steps = [[label, *_times(row)] for label, row in rows.items()]
+    ratios = [[label, *_ratios(row["ratio_to_first"])] for label, row in rows.items()]
+    phases = [[label, *_phases(row)] for label, row in rows.items()]
+    parts = [
+        f"**{report['title']}**",
+        _sentence(report),
+        "One step in ms: median (minimum; interquartile range). At frequency N: amortised over N steps.",
+        _table(["", "plain step", "factor step, with refresh", *heads], steps),
+        f"Times {first}:",
+        _table(["", "plain step", *heads], ratios),
+        "Where a step goes, medians in ms. *Factors* and *refresh* are differences of their neighbours.",
+        _table(
+            ["", "forward + backward", "with factors", "*factors*", "update", "with refresh", "*refresh*"],
+            phases,
+        ),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _sentence(report: Report) -> str:
+    machine, settings = report["machine"], report["settings"]
+    facts = [f"{key} {value}" for key, value in {**machine, **settings}.items()]
+    return "; ".join(facts) + "."
+
+
+def _times(row: Mapping[str, Any]) -> list[str]:
+    cells = [_spread(row["plain_step"]), _spread(row["factor_step"])]
+    return cells + [f"{ms:.2f}" for ms in row["amortised"].values()]
+
+
+def _ratios(ratio: Mapping[str, float]) -> list[str]:
+    return [f"{ratio[name]:.2f}" for name in ("plain", *map(str, FREQUENCIES))]
+
+
+def _phases(row: Mapping[str, Any]) -> list[str]:
+    if row[PHASES[0]] is None:
+        return ["one graph", *["-"] * 5]
+    cells = []
+    for plain, other in (PHASES[:2], PHASES[2:]):
+        cells += [_median(row[plain]), _median(row[other]), _difference(row[plain], row[other])]
+    return cells
+
+
+def _spread(value: Mapping[str, float] | None) -> str:
+    return "-" if value is None else f"{value['median']:.2f} ({value['min']:.2f}; {value['iqr']:.2f})"
+
+
+def _median(value: Mapping[str, float] | None) -> str:
+    return "-" if value is None else f"{value['median']:.2f}"
+
+
+def _difference(plain: Mapping[str, float], other: Mapping[str, float] | None) -> str:
+    return "-" if other is None else f"{other['median'] - plain['median']:.2f}"
+
+
+def _table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    rule = ["---", *["---:"] * (len(head) - 1)]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, rule, *body))
+
+
+# --- files -----------------------------------------------------------------------------------------
+
+
+def save(reports: Mapping[str, Report], folder: Path, readme: Path) -> None:
+    """Write every report under ``folder``, and its tables into their place in ``readme``."""
+    folder.mkdir(exist_ok=True)
+    for name, report in reports.items():
+        text, file = markdown(report), f"{name}-{report['settings']['device']}"
+        (folder / f"{file}.md").write_text(text)
+        (folder / f"{file}.json").write_text(as_json({name: report}))
+        readme.write_text(replace_section(readme.read_text(), file, text))
+
+
+def as_json(reports: Mapping[str, Report]) -> str:
+    """Reports by workload."""
+    return json.dumps(reports, indent=2) + "\n"
+
+
+def replace_section(document: str, name: str, text: str) -> str:
+    """Put ``text`` between ``<!-- name -->`` and ``<!-- end -->``, where there is such a place."""
+    place = re.compile(f"(<!-- {re.escape(name)} -->\n).*?(<!-- end -->)", re.DOTALL)
+    return place.sub(lambda match: f"{match[1]}{text}{match[2]}", document)

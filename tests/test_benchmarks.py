@@ -1,0 +1,84 @@
+"""The benchmark runs, reports every contender, and its hand-written rival does the same work as ours."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import thor_fx
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+PHASES = ["forward_backward_plain", "forward_backward_factor", "update_plain", "update_refresh"]
+ROWS = {
+    "torch.compile + fused AdamW": {"plain_step", *PHASES[::2]},
+    "torch.compile + fused SGD-momentum": {"plain_step", *PHASES[::2]},
+    "eager K-FAC by hooks": {"plain_step", "factor_step", *PHASES},
+    "thor_fx, drop-in": {"plain_step", "factor_step", *PHASES},
+    "thor_fx, functional": {"plain_step", "factor_step"},
+}
+
+
+@pytest.fixture
+def on_path(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+
+
+def test_step_time_reports_every_contender(tmp_path: Path):
+    file = tmp_path / "out.json"
+    command = [sys.executable, BENCHMARKS / "step_time.py", "--model", "tiny", "--threads", "1", "--quick"]
+    command += ["--backend", "eager", "--json", file]
+    ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+    report = json.loads(file.read_text())["tiny"]
+    assert report["machine"]["torch"] == torch.__version__
+    assert list(report["rows"]) == list(ROWS)
+    for label, row in report["rows"].items():
+        assert f"| {label} |" in ran.stdout
+        assert all(ms > 0 for ms in row["amortised"].values())
+        measured = {name for name in ("plain_step", "factor_step", *PHASES) if row[name]}
+        assert measured == ROWS[label]
+        assert all(0 < row[name]["min"] <= row[name]["median"] for name in measured)
+
+
+def test_eager_hooks_take_the_same_steps_as_thor(on_path: None):
+    from eager_hooks import EagerKfac
+    from workloads import Transformer, text
+
+    torch.manual_seed(0)
+    ours, theirs = (Transformer(13, 5, width=12, layers=2, heads=2).double() for _ in range(2))
+    theirs.load_state_dict(ours.state_dict())
+    settings = {"lr": 0.05, "damping": 0.1, "momentum": 0.9, "frequency": 2, "block_size": 8}
+    thor_fx.compile(ours, backend="eager")
+    rivals = [
+        (ours, thor_fx.Thor(ours, **settings)),
+        (theirs, EagerKfac(theirs, **settings, terms=4 * 5)),
+    ]
+    for _ in range(5):
+        tokens, following = text(4, 5, 13)
+        for model, optimizer in rivals:
+            F.cross_entropy(model(tokens), following).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-9, atol=1e-12)
+
+
+def test_amortised_times_and_ratios(on_path: None):
+    from tables import Timing, markdown, replace_section, summarise
+
+    timings = {
+        "first": [Timing(False, (1.0, 1.0))] * 4,
+        "second": [Timing(False, (2.0, 2.0))] * 4 + [Timing(True, (5.0, 9.0))],
+    }
+    rows = summarise(timings)
+    assert rows["second"]["amortised"] == {"1": 14.0, "10": 5.0, "100": 4.1}
+    assert rows["second"]["ratio_to_first"] == {"1": 7.0, "10": 2.5, "100": 2.05, "plain": 2.0}
+    assert rows["first"]["amortised"] == dict.fromkeys(("1", "10", "100"), 2.0)
+    shown = markdown({"title": "t", "machine": {}, "settings": {}, "rows": rows})
+    assert "| second | 2.00 | 5.00 | 3.00 | 2.00 | 9.00 | 7.00 |" in shown
+    document = "a\n<!-- x -->\nold\n<!-- end -->\nb\n<!-- y -->\nkept\n<!-- end -->\n"
+    assert replace_section(document, "x", "new\n") == document.replace("old", "new")

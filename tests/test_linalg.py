@@ -1,0 +1,96 @@
+"""Inverses that cannot fail silently."""
+
+import pytest
+import torch
+
+from thor_fx.linalg import damped_inverse, trace
+
+
+def matrices(*shape: int, dtype=torch.float64) -> torch.Tensor:
+    """Random symmetric positive semi-definite matrices of rank one less than their side."""
+    x = torch.randn(*shape[:-1], shape[-1] - 1, dtype=dtype, generator=torch.Generator().manual_seed(0))
+    return x @ x.mT
+
+
+def previous(m: torch.Tensor) -> torch.Tensor:
+    return torch.arange(float(m.numel()), dtype=m.dtype).view_as(m)
+
+
+@pytest.mark.parametrize("side", [2, 5, 16])
+@pytest.mark.parametrize("damping", [1e-3, 0.5])
+def test_equals_the_inverse_of_the_damped_matrix(side, damping):
+    m = matrices(3, side, side)
+    inverse, failed = damped_inverse(m, torch.tensor(damping), previous(m))
+    expected = torch.linalg.inv(m + damping * torch.eye(side, dtype=m.dtype))
+    torch.testing.assert_close(inverse, expected, rtol=1e-10, atol=1e-10)
+    assert failed == 0
+    assert failed.dtype == torch.int64
+    assert failed.dim() == 0
+
+
+def test_every_matrix_has_its_damping():
+    m, damping = matrices(3, 4, 4), torch.tensor([0.1, 1.0, 10.0])[:, None, None]
+    inverse, _ = damped_inverse(m, damping, previous(m))
+    for got, one, strength in zip(inverse, m, damping.flatten(), strict=True):
+        expected = torch.linalg.inv(one + strength.double() * torch.eye(4, dtype=m.dtype))
+        torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
+
+
+def bad_entry(value):
+    def spoil(m):
+        m[1, 2, 0] = m[1, 0, 2] = value
+
+    return spoil
+
+
+def indefinite(m):
+    m[1] = torch.diag(torch.tensor([1.0, -5.0, 1.0, 1.0], dtype=m.dtype))
+
+
+def singular(m):
+    m[1] = torch.diag(torch.tensor([1.0, -0.5, 1.0, 1.0], dtype=m.dtype))
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [bad_entry(float("nan")), bad_entry(float("inf")), bad_entry(-float("inf")), indefinite, singular],
+    ids=["nan", "inf", "-inf", "indefinite", "singular"],
+)
+def test_a_matrix_without_an_inverse_keeps_the_previous_one_and_is_counted(spoil):
+    m = matrices(3, 4, 4)
+    before, clean = previous(m), damped_inverse(m, torch.tensor(0.5), previous(m))[0]
+    spoil(m)
+    inverse, failed = damped_inverse(m, torch.tensor(0.5), before)
+    assert failed == 1
+    assert torch.equal(inverse[1], before[1])
+    assert torch.equal(inverse[[0, 2]], clean[[0, 2]]), "the others are as they would be without it"
+
+
+@pytest.mark.parametrize("damping", [float("nan"), float("inf")])
+def test_a_damping_that_is_no_number_fails_all(damping):
+    m = matrices(3, 4, 4)
+    inverse, failed = damped_inverse(m, torch.tensor(damping), previous(m))
+    assert failed == 3
+    assert torch.equal(inverse, previous(m))
+
+
+def test_an_inverse_that_overflows_is_a_failure():
+    m = torch.full((1, 1, 1), 1e-40)
+    inverse, failed = damped_inverse(m, torch.tensor(0.0), torch.ones_like(m))
+    assert failed == 1
+    assert inverse == 1
+
+
+def test_arguments_are_left_alone():
+    m = matrices(2, 3, 3)
+    kept, before = m.clone(), previous(m)
+    damped_inverse(m, torch.tensor(0.1), before)
+    assert torch.equal(m, kept)
+    assert torch.equal(before, previous(m))
+
+
+@pytest.mark.parametrize("shape", [(3, 3), (2, 4, 4), (2, 3, 5, 5), (1, 1)])
+def test_trace(shape):
+    m = torch.randn(shape, dtype=torch.float64)
+    expected = torch.diagonal(m, dim1=-2, dim2=-1).sum(-1)
+    torch.testing.assert_close(trace(m), expected, rtol=1e-12, atol=1e-12)
