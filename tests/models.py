@@ -274,42 +274,6 @@ def column_slices(dtype: torch.dtype = DOUBLE) -> Case:
     )
 
 
-def packed(dtype: torch.dtype = DOUBLE) -> Case:
-    """Three matrices stacked along an axis of their own, used as one and as two of them."""
-
-    def forward(tap, p, x, y):
-        joined = p["w"].reshape(6, 4)
-        left = tap("w[0:1]", x, F.linear(x, joined[:2]))
-        right = tap("w[1:3]", y, F.linear(y, joined[2:]))
-        return left.sin().sum(-1).mean() + right.sin().sum(-1).tanh().mean()
-
-    params = weights(dtype, w=(3, 2, 4))
-    batch = random(1, dtype, 6, 4), random(2, dtype, 7, 4)
-    layers = {"w[0:1]": (2, 4), "w[1:3]": (4, 4)}
-    return Case("packed", untapped(forward), forward, params, batch, layers, terms=6, nearest="w[0:1]")
-
-
-def slices_of_transpose(dtype: torch.dtype = DOUBLE) -> Case:
-    """The slices of ``column_slices``, taken of the transpose."""
-
-    def forward(tap, p, x, y):
-        left = tap("w[:, 0:2]", x, F.linear(x, p["w"].T[:2]))
-        right = tap("w[:, 2:5]", y, F.linear(y, p["w"].T[2:]))
-        return left.sin().sum(-1).mean() + right.sin().sum(-1).tanh().mean()
-
-    same = column_slices(dtype)
-    return Case(
-        "slices_of_transpose",
-        untapped(forward),
-        forward,
-        same.params,
-        same.batch,
-        same.layers,
-        same.terms,
-        same.nearest,
-    )
-
-
 def _functional(
     name: str,
     forward: Callable[..., Tensor],
@@ -785,8 +749,6 @@ BUILDERS: tuple[Build, ...] = (
     expand_bmm,
     slices,
     column_slices,
-    slices_of_transpose,
-    packed,
     mlp,
     mlp_without_bias,
     aux,

@@ -20,7 +20,8 @@ def previous(m: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("damping", [1e-3, 0.5])
 def test_equals_the_inverse_of_the_damped_matrix(side, damping):
     m = matrices(3, side, side)
-    inverse, failed = damped_inverse(m, torch.tensor(damping), previous(m))
+    strength = torch.tensor(damping, dtype=m.dtype)
+    inverse, failed = damped_inverse(m, strength, previous(m))
     expected = torch.linalg.inv(m + damping * torch.eye(side, dtype=m.dtype))
     torch.testing.assert_close(inverse, expected, rtol=1e-10, atol=1e-10)
     assert failed == 0
@@ -48,6 +49,7 @@ def indefinite(m):
 
 
 def singular(m):
+    """Damping makes an entry of the diagonal zero: ``cholesky_inverse`` raises for what is left of it."""
     m[1] = torch.diag(torch.tensor([1.0, -0.5, 1.0, 1.0], dtype=m.dtype))
 
 

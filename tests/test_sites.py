@@ -124,20 +124,20 @@ def test_a_weight_whose_transpose_is_used_too_has_marked_sites():
     [(lambda w: w.T, (4, 5)), (lambda w: w.reshape(5, 4), (5, 2, 2))],
     ids=["transposed", "reshaped"],
 )
-def test_slices_behind_a_view_do_not_disagree(part, shape):
+def test_slices_behind_a_view_do_not_overlap(part, shape):
     """Two slices of a view of a weight share no entry: they are two layers, or the reason is another."""
 
     def loss_fn(p, x):
         return (x @ part(p["w"])[:2].T).sin().mean() + (x @ part(p["w"])[2:].T).cos().tanh().mean()
 
-    assert "disagree" not in reasons_of(loss_fn, *shape).get("w", "")
+    assert "overlap" not in reasons_of(loss_fn, *shape).get("w", "")
 
 
 def test_overlapping_slices_are_a_reason():
     def loss_fn(p, x):
         return (x @ p["w"][:3].T).sin().mean() + (x @ p["w"][2:].T).cos().tanh().mean()
 
-    assert list(reasons_of(loss_fn, 5, 4)) == ["w"]
+    assert "overlap" in reasons_of(loss_fn, 5, 4)["w"]
 
 
 def test_a_frozen_parameter_is_not_called_unused():
