@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import fx
 
-from .nodes import CASTS, RESHAPES, downstream, shape, source, target, upstream
+from .nodes import CASTS, RESHAPES, arguments, downstream, shape, source, target, upstream
 from .outputs import Grad, Loss, Output, Param, Tangent, input_nodes, output_nodes
 from .reindex import Permute, disjoint, simplify
 from .walk import NoSite, Site, Walk
@@ -121,22 +121,27 @@ NORM_BACKWARDS = {aten.native_layer_norm_backward.default, aten._fused_rms_norm_
 
 def _is_norm(gradient: fx.Node, backward: set[fx.Node]) -> bool:
     """Whether a gradient is that of a LayerNorm's or RMSNorm's scale or shift."""
-    node = gradient
-    while node.op == "call_function":
-        if NORM_BACKWARDS & {node.target, node.meta.get("original_aten")}:
-            return True
-        if target(node) is aten.mul.Tensor:
-            return any(_is_normalised(n) for n in node.all_input_nodes if n not in backward)
-        if target(node) not in CASTS | RESHAPES | {aten.sum.dim_IntList, operator.getitem}:
-            return False
+    node = _under_casts(gradient)
+    if target(node) is operator.getitem:
+        return target(source(node)) in NORM_BACKWARDS and arguments(node)[1] != 0  # 0: of the input
+    if target(node) is not aten.sum.dim_IntList:
+        return False
+    if node.meta.get("original_aten") in NORM_BACKWARDS:  # a decomposed LayerNorm
+        return True
+    product = _under_casts(source(node))
+    factors = product.all_input_nodes if target(product) is aten.mul.Tensor else []
+    return any(_is_normalised(factor) for factor in factors if factor not in backward)
+
+
+def _under_casts(node: fx.Node) -> fx.Node:
+    while target(node) in CASTS | RESHAPES:
         node = source(node)
-    return False
+    return node
 
 
 def _is_normalised(node: fx.Node) -> bool:
     """Whether a node is ``x * rsqrt(mean(x^2) + eps)``, however cast."""
-    while target(node) in CASTS:
-        node = source(node)
+    node = _under_casts(node)
     return target(node) is aten.mul.Tensor and any(
         target(factor) is aten.rsqrt.default for factor in node.all_input_nodes
     )

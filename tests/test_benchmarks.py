@@ -76,7 +76,13 @@ def test_amortised_times_and_ratios(on_path: None):
     }
     rows = summarise(timings)
     assert rows["second"]["amortised"] == {"1": 14.0, "10": 5.0, "100": 4.1}
-    assert rows["second"]["ratio_to_first"] == {"1": 7.0, "10": 2.5, "100": 2.05, "plain": 2.0}
+    assert rows["second"]["ratio_to_first"] == {
+        "plain": 2.0,
+        "plain_min": 2.0,
+        "1": 7.0,
+        "10": 2.5,
+        "100": 2.05,
+    }
     assert rows["first"]["amortised"] == dict.fromkeys(("1", "10", "100"), 2.0)
     shown = markdown({"title": "t", "machine": {}, "settings": {}, "rows": rows})
     assert "| second | 2.00 | 5.00 | 3.00 | 2.00 | 9.00 | 7.00 |" in shown

@@ -53,7 +53,7 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-# --- the module stays what it was ------------------------------------------------------------------------
+# --- the module stays what it was -----------------------------------------------------------------------
 
 
 def test_the_same_object_with_the_same_names():
@@ -139,7 +139,7 @@ def test_hooks_run():
     assert seen == [(len(x), CLASSES)]
 
 
-# --- what is collected, and when ---------------------------------------------------------------------------
+# --- what is collected, and when --------------------------------------------------------------------------
 
 
 def test_factors_arrive_when_they_are_wanted():
@@ -276,7 +276,7 @@ def test_accumulated_steps_equal_whole_steps():
         assert_same([snapshot(dict(model.named_parameters()))], [reference])
 
 
-# --- graph breaks --------------------------------------------------------------------------------------------
+# --- graph breaks -------------------------------------------------------------------------------------------
 
 
 class Broken(nn.Module):
@@ -338,7 +338,7 @@ def test_a_head_that_was_not_used_stays():
     assert sorted(optimizer.coverage.layers) == ["body.weight", "left.weight", "right.weight"]
 
 
-# --- when it compiles ----------------------------------------------------------------------------------------
+# --- when it compiles ---------------------------------------------------------------------------------------
 
 
 class Recorder:

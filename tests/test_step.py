@@ -485,14 +485,15 @@ def test_the_order_of_parameters_means_nothing():
     assert_same(*trajectories)
 
 
-def test_one_tensor_under_two_names():
+@pytest.mark.parametrize("donate", [True, False])
+def test_one_tensor_under_two_names(donate):
     """``named_parameters(remove_duplicate=False)`` of a model with shared weights."""
     model, data = build(Tied), batches(7)
     expected = by_functional_door(build(Tied), data, **SETTINGS)
     twice = dict(model.named_parameters(remove_duplicate=False))
     copies = {id(p): p.detach().clone() for p in twice.values()}
     params: Any = {name: copies[id(p)] for name, p in twice.items()}
-    step = make(classifier_loss(model))
+    step = make(classifier_loss(model), donate)
     state = step.init(params, *data[0])
     for batch, reference in zip(data, expected, strict=True):
         params, state, _ = step(params, state, *batch)

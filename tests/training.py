@@ -104,9 +104,12 @@ def classifier_loss(model: nn.Module, scale: float = 1.0) -> Callable[..., Tenso
     """``loss_fn(params, x, y)`` for the functional door."""
 
     def loss_fn(params: Mapping[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
-        return scale * F.cross_entropy(functional_call(model, dict(params), (x,)), y)
+        return F.cross_entropy(functional_call(model, dict(params), (x,)), y)
 
-    return loss_fn
+    def scaled(params: Mapping[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+        return scale * loss_fn(params, x, y)
+
+    return loss_fn if scale == 1.0 else scaled
 
 
 def by_functional_door(

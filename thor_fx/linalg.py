@@ -22,8 +22,9 @@ def damped_inverse(matrices: Tensor, damping: Tensor, previous: Tensor) -> tuple
     damped = matrices + damping * eye
     usable = damped.isfinite().all(dim=(-2, -1))
     root, info = torch.linalg.cholesky_ex(torch.where(usable[:, None, None], damped, eye))
-    inverse = torch.cholesky_inverse(root)
-    good = usable & (info == 0) & inverse.isfinite().all(dim=(-2, -1))
+    usable &= info == 0
+    inverse = torch.cholesky_inverse(torch.where(usable[:, None, None], root, eye))  # raises on a zero pivot
+    good = usable & inverse.isfinite().all(dim=(-2, -1))
     return torch.where(good[:, None, None], inverse, previous), (~good).sum()
 
 

@@ -200,8 +200,11 @@ class Thor(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from a saved state; the momentum and all inverses are restored."""
         super().load_state_dict(state_dict)
-        self._forget()
-        self._collector.wanted = True  # the layers have to be found before the next step
+        if self._built_for is not None:
+            self._start()
+        step: int = self.param_groups[0]["step"]
+        unknown = self._collector.coverage is None  # the layers have to be found before the next step
+        self._collector.wanted = unknown or step % self._options.frequency == 0
         self._collector.clear()
 
     def _factors_due(self, step: int, moments: Mapping[str, Moments]) -> bool:
@@ -264,7 +267,8 @@ class Thor(torch.optim.Optimizer):
         if self._collector.coverage is None:
             raise RuntimeError(
                 "no compiled graph of the model has been seen: create Thor before the forward pass, call "
-                "the model itself (not model.forward) in training mode, and then backward"
+                "the model itself (not model.forward) in training mode, and then backward. If you did, "
+                "torch.compile captures nothing of this model: see TORCH_LOGS=graph_breaks"
             )
         if self._built_for == len(self._collector.graphs):
             return
@@ -278,9 +282,7 @@ class Thor(torch.optim.Optimizer):
         self._params = {name: p for name, p in self._model.named_parameters() if name in groups}
         self._found = _complete(self._collector.coverage, self._params)
         self._tx = skip_nonfinite(partition(self._transforms(), groups))
-        self._inner = self._tx.init(self._params, self._found)
-        self._leaves = pytree.tree_leaves(self._inner)
-        self._restore()
+        self._start()
 
     def _transforms(self) -> dict[str, Transform]:
         made = {}
@@ -289,8 +291,10 @@ class Thor(torch.optim.Optimizer):
             made[str(label)] = chain(*links, thor_chain(self._options, **schedules))
         return made
 
-    def _restore(self) -> None:
-        """Copy the known state into the new one, and let ``self.state`` show the new one."""
+    def _start(self) -> None:
+        """Make a fresh state, copy what is known into it, and let ``self.state`` show it."""
+        self._inner = self._tx.init(self._params, self._found)
+        self._leaves = pytree.tree_leaves(self._inner)
         for name, entry in views(self._inner, self._found, self._params).items():
             parameter = self._params[name]
             restore(entry, self.state.get(parameter, {}), name)

@@ -252,4 +252,5 @@ def _apply(layers: list[Layer], inverses: InversePair, gradients: Updates) -> di
 
 
 def _elementwise(gradient: Tensor, terms: Tensor, damping: Tensor | float) -> Tensor:
-    return gradient / (gradient**2 / terms + damping)
+    scale = gradient**2 / terms + damping
+    return torch.where(scale > 0, gradient / scale, torch.zeros_like(gradient))  # 0/0 without damping

@@ -178,9 +178,10 @@ class SkipState(NamedTuple):
 
 
 def skip_nonfinite(inner: Transform) -> Transform:
-    """Let a step with a NaN or infinite gradient change nothing, and count it.
+    """Let a step whose updates are not all finite change nothing, and count it.
 
-    The decision is taken on the device (``torch.where``), without a synchronisation.
+    A NaN or infinite gradient makes its update NaN or infinite, whatever the transform. The decision
+    is taken on the device (``torch.where``), without a synchronisation.
     """
 
     def init(params: Params, coverage: Coverage) -> SkipState:
@@ -190,8 +191,8 @@ def skip_nonfinite(inner: Transform) -> Transform:
     def update(
         updates: Updates, state: SkipState, params: Params, signals: Signals
     ) -> tuple[Updates, SkipState]:
-        finite = torch.stack([u.isfinite().all() for u in updates.values()]).all()
         new, new_inner = inner.update(updates, state.inner, params, signals)
+        finite = torch.stack([u.isfinite().all() for u in new.values()]).all()
         new = {name: torch.where(finite, u, torch.zeros_like(u)) for name, u in new.items()}
         kept = pytree.tree_map(lambda n, old: torch.where(finite, n, old), new_inner, state.inner)
         return new, SkipState(kept, state.skipped + ~finite)
