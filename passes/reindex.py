@@ -89,6 +89,7 @@ def simplify(path: Path, shape: tuple[int, ...]) -> Path:
     Slices come first; what is left is looked at through strides: most chains of views and
     permutations are the identity or one transposition.
     """
+    path = _slices_first(path)
     head = tuple(step for step in path if isinstance(step, Narrow))
     if path[: len(head)] != head:
         return path
@@ -105,6 +106,17 @@ def simplify(path: Path, shape: tuple[int, ...]) -> Path:
     return path
 
 
+def _slices_first(path: Path) -> Path:
+    """Move slices in front of the permutations that they follow."""
+    steps = list(path)
+    for end in range(len(steps)):
+        for i in range(end, 0, -1):
+            before, step = steps[i - 1], steps[i]
+            if isinstance(before, Permute) and isinstance(step, Narrow):
+                steps[i - 1 : i + 1] = Narrow(before.order[step.axis], step.start, step.stop), before
+    return tuple(steps)
+
+
 def _as_view(path: Path, t: Tensor) -> Tensor:
     for step in path:
         t = t.view(step.shape) if isinstance(step, View) else step.take(t)
@@ -117,16 +129,9 @@ def _reshape(t: Tensor, shape: tuple[int, ...]) -> Path:
 
 def disjoint(paths: list[Path], shape: tuple[int, ...]) -> bool:
     """Whether no two of the paths lead to the same entry of a parameter of this shape."""
-    ranges = []
+    if len(paths) < 2:
+        return True
+    hits = torch.zeros(shape, dtype=torch.int8)
     for path in paths:
-        box = [(0, size) for size in shape]
-        for step in path:
-            if not isinstance(step, Narrow):
-                break
-            start = box[step.axis][0]
-            box[step.axis] = (start + step.start, start + step.stop)
-        ranges.append(box)
-    pairs = ((a, b) for i, a in enumerate(ranges) for b in ranges[:i])
-    return not any(
-        all(a0 < b1 and b0 < a1 for (a0, a1), (b0, b1) in zip(a, b, strict=True)) for a, b in pairs
-    )
+        hits = put(path, hits, take(path, hits) + 1)
+    return int(hits.max()) <= 1

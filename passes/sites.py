@@ -78,20 +78,22 @@ def find_sites(gm: fx.GraphModule) -> SiteReport:
 
 
 def seeds(gm: fx.GraphModule) -> list[fx.Node]:
-    """Where backward starts: the tangents or, in a graph without, the constants the loss does not need."""
-    inputs = input_nodes(gm)
+    """Where backward starts: the tangents or, in a graph without, the ones that the loss does not need."""
+    inputs, outputs = input_nodes(gm), output_nodes(gm)
     tangents = [node for descriptor, node in inputs.items() if isinstance(descriptor, Tangent)]
-    if tangents:
+    loss = outputs.get(Loss())
+    if tangents or loss is None:
         return tangents
-    results = [n for d, n in output_nodes(gm).items() if isinstance(d, Loss | Output) and n is not None]
+    results = [n for d, n in outputs.items() if isinstance(d, Loss | Output) and n is not None]
     forward = upstream(results)
-    return [n for n in gm.graph.nodes if n.op == "call_function" and _is_constant(n) and n not in forward]
+    return [n for n in gm.graph.nodes if _is_one(n) and shape(n) == shape(loss) and n not in forward]
 
 
-def _is_constant(node: fx.Node) -> bool:
-    """Whether a node's value depends on shapes only."""
-    likes = {aten.ones_like.default, aten.full_like.default, aten.new_ones.default}
-    return not node.all_input_nodes or target(node) in likes
+def _is_one(node: fx.Node) -> bool:
+    """Whether a node is a tensor of ones, whatever its shape was taken from."""
+    if target(node) in {aten.full.default, aten.full_like.default}:
+        return bool(arguments(node)[1] == 1)
+    return target(node) in {aten.ones.default, aten.ones_like.default, aten.new_ones.default}
 
 
 def _sites_of(name: str, gradient: fx.Node, backward: set[fx.Node]) -> list[Site]:

@@ -39,11 +39,19 @@ def splice(
         leaves, structure = pytree.tree_flatten(fn(*values))
         return leaves
 
-    values = [node.meta["val"] for node in operands]
-    with values[0].fake_mode, torch.no_grad():
+    mode = operands[0].meta["val"].fake_mode
+    with mode, torch.no_grad():
+        values = [_in_mode(mode, node.meta["val"]) for node in operands]
         traced = make_fx(flat, decomposition_table=dict(decompositions or {}))(*values)
     assert structure is not None
     return pytree.tree_unflatten(_insert(anchor, traced, operands), structure)
+
+
+def _in_mode(mode: Any, value: Any) -> torch.Tensor:
+    """The value in the given fake mode; ``make_fx`` on real tensors gives every value its own."""
+    if value.fake_mode is mode:
+        return value  # type: ignore[no-any-return]
+    return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
 
 
 def _insert(anchor: fx.Node, traced: fx.GraphModule, operands: tuple[fx.Node, ...]) -> list[Any]:

@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from . import __doc__ as description
 from . import demo
 
-COMMANDS = {"demo": demo}  # modules with a docstring, add_arguments(parser) and run(parser, arguments) -> exit code
+COMMANDS = {
+    "demo": demo
+}  # modules with a docstring, add_arguments(parser) and run(parser, arguments) -> exit code
 
 
 def main(argv: Sequence[str] | None = None) -> int:

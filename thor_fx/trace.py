@@ -1,5 +1,7 @@
 """The researcher's door: a training step as an ATen graph to read and rewrite."""
 
+import itertools
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -7,7 +9,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from .capture import Captured, LossCapture, LossFn, Runner
-from .parameters import check_params
+from .parameters import check_params, trainable
 from .passes import outputs
 from .passes.outputs import Input, InputDescriptor, Param
 
@@ -85,7 +87,7 @@ def _in_order_of_arguments(
     kept = set()
     with gm.graph.inserting_before(old[0]):
         for descriptor, value in _arguments(params, leaves):
-            new = gm.graph.placeholder(_name(descriptor))
+            new = gm.graph.placeholder(_name(descriptor, len(descriptors)))
             descriptors.append(descriptor)
             node = by_tensor.get(id(value))
             if node is not None and node not in kept:
@@ -105,12 +107,17 @@ def _in_order_of_arguments(
 
 
 def _arguments(params: Mapping[str, Tensor], leaves: list[Tensor]) -> list[tuple[InputDescriptor, Tensor]]:
-    named: list[tuple[InputDescriptor, Tensor]] = [(Param(name), value) for name, value in params.items()]
+    frozen = itertools.count(len(leaves))
+    named: list[tuple[InputDescriptor, Tensor]] = [
+        (Param(name) if trainable(value) else Input(next(frozen)), value) for name, value in params.items()
+    ]
     return named + [(Input(index), leaf) for index, leaf in enumerate(leaves)]
 
 
-def _name(descriptor: InputDescriptor) -> str:
-    return descriptor.name.replace(".", "_") if isinstance(descriptor, Param) else f"batch_{descriptor.index}"
+def _name(descriptor: InputDescriptor, position: int) -> str:
+    """A Python identifier, unique even where two parameters differ in punctuation only."""
+    text = descriptor.name if isinstance(descriptor, Param) else "input"
+    return re.sub(r"\W", "_", f"{'p' if isinstance(descriptor, Param) else 'x'}{position}_{text}")
 
 
 def _to_buffer(gm: fx.GraphModule, node: fx.Node, value: Any) -> None:

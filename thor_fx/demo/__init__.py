@@ -27,7 +27,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", type=_device, default=torch.device("cpu"), help="e.g. cuda (cpu)")
     parser.add_argument("--backend", choices=BACKENDS, default=BACKENDS[0], help=f"({BACKENDS[0]})")
     parser.add_argument(
-        "--threads", type=_positive, default=1, help="CPU threads (1: so small a model gains little from more)"
+        "--threads",
+        type=_positive,
+        default=1,
+        help="CPU threads (1: so small a model gains little from more)",
     )
     parser.add_argument(
         "--clip-all",
@@ -55,8 +58,8 @@ def run(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
     print(describe(settings, digits, arguments.device, arguments.threads))
     results = {}
     for task in TASKS:
-        with progress(task.name) as bar:
-            results[task] = race(task, digits, settings, bar)
+        with progress(task.name, settings.planned_steps) as advance:
+            results[task] = race(task, digits, settings, advance)
         print(f"\n{tabulate(task, results[task])}")
     draw(results, arguments.out)
     print(f"\n{time.perf_counter() - started:.0f} s in all. The picture: {arguments.out}")

@@ -24,7 +24,9 @@ def draw(results: Mapping[Task, Sequence[Result]], path: Path) -> None:
 
     figure = Figure(figsize=(9, 3.1 * len(results)), layout="constrained")
     FigureCanvasAgg(figure)
-    for axes, (task, of_task) in zip(figure.subplots(len(results), 2, sharey="row"), results.items(), strict=True):
+    for axes, (task, of_task) in zip(
+        figure.subplots(len(results), 2, sharey="row"), results.items(), strict=True
+    ):
         _plot(axes[0], of_task, "steps")
         _plot(axes[1], of_task, "seconds")
         axes[0].set_ylabel(f"{task.name}\ntraining loss")
@@ -37,7 +39,9 @@ def draw(results: Mapping[Task, Sequence[Result]], path: Path) -> None:
 def _plot(axes: Any, results: Sequence[Result], against: str) -> None:
     for result in results:
         label = f"{result.name} (lr {result.rate:g})"
-        axes.plot(getattr(result.curve, against), result.curve.losses, label=label, lw=2, **LOOKS[result.name])
+        axes.plot(
+            getattr(result.curve, against), result.curve.losses, label=label, lw=2, **LOOKS[result.name]
+        )
     axes.axhline(target(results), color="0.6", lw=0.8, zorder=0)
     axes.set_yscale("log")
     axes.set_ylim(top=SHOWN_FROM_ABOVE * results[0].curve.losses[0])

@@ -1,25 +1,24 @@
-"""A progress bar, where tqdm is installed."""
+"""A progress bar, where tqdm is installed and somebody watches."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-Advance = Callable[[int, int, str], None]
-"""``advance(done, total, what)``"""
+Advance = Callable[[int, str], None]
+"""``advance(steps, what)``: so many steps more, and what comes next."""
 
 
 @contextmanager
-def progress(name: str) -> Iterator[Advance]:
-    """Show how far a task is, and remove the bar at the end."""
+def progress(name: str, steps: int) -> Iterator[Advance]:
+    """Show how far a task is; the bar is removed at the end."""
     try:
         from tqdm import tqdm
     except ImportError:
-        yield lambda done, total, what: None
+        yield lambda steps, what: None
         return
-    with tqdm(desc=name, unit="step", leave=False, dynamic_ncols=True) as bar:
+    with tqdm(desc=name, total=steps, unit=" steps", leave=False, dynamic_ncols=True, disable=None) as bar:
 
-        def advance(done: int, total: int, what: str) -> None:
-            bar.total = total
-            bar.set_postfix_str(what, refresh=False)
-            bar.update(done - bar.n)
+        def advance(steps: int, what: str) -> None:
+            bar.set_postfix_str(what)
+            bar.update(steps)
 
         yield advance

@@ -1,15 +1,17 @@
 """SGD-momentum, AdamW and THOR on one task, under the same rules.
 
-All of them: the same initial weights, the same batches, a model compiled by the same compiler, a constant
-learning rate. Search: one run of half the steps for every rate of ``RATES``; the lowest final training loss
-wins. Race: ``REPEATS`` runs with that rate, the contenders taking turns; of these deterministic runs the
-fastest counts. Training loss and test score are computed between steps, while the clock stands.
+All of them: the same initial weights, the same batches, a compiled model, a constant learning rate.
+*Search*: a run of half the steps for every rate in ``RATES``; the lowest training loss, on geometric average
+over the run, wins. *Race*: ``REPEATS`` runs with the winner, the contenders taking turns; they differ in
+time only, and the fastest counts. Losses and scores are computed between steps, while the clock stands.
 """
 
 import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,11 +26,13 @@ from .tasks import Digits, Task
 RATES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 REPEATS = 3
 BATCH = 256
-POINTS = 80  # of a curve
+SEARCH_POINTS, RACE_POINTS = 10, 80
 MOMENTUM = 0.9
 DAMPING = 0.03
 FREQUENCY = 50
 DIVERGED = 100.0  # times the initial loss
+
+Batches = Sequence[tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -50,10 +54,15 @@ class Settings:
         """THOR renews its factors every so many steps."""
         return min(FREQUENCY, self.steps)
 
+    @property
+    def planned_steps(self) -> int:
+        """Of all runs of a task."""
+        return 3 * (len(RATES) * self.search_steps + REPEATS * self.steps)
 
-@dataclass(frozen=True)
+
+@dataclass
 class Curve:
-    """One run: after how many steps and seconds which training loss, and the test score at its end."""
+    """A run: after how many steps and seconds which training loss, and the test score at its end."""
 
     steps: list[int] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
@@ -61,20 +70,36 @@ class Curve:
     score: float = math.nan
 
     @property
-    def final(self) -> float:
-        """The last loss; infinite if the run diverged."""
-        return self.losses[-1] if math.isfinite(self.losses[-1]) else math.inf
+    def diverged(self) -> bool:
+        """Whether the loss exploded."""
+        return not self.losses[-1] <= DIVERGED * self.losses[0]
 
-    def first_below(self, loss: float) -> tuple[int, float] | None:
-        """The steps and seconds that it took to a loss."""
-        reached = (i for i, value in enumerate(self.losses) if value <= loss)
+    @property
+    def average(self) -> float:
+        """The geometric mean of the losses; infinite if the run diverged."""
+        if self.diverged:
+            return math.inf
+        return math.exp(sum(math.log(max(loss, 1e-12)) for loss in self.losses) / len(self.losses))
+
+    def first_below(self, loss: float) -> tuple[int, float]:
+        """The steps and seconds that it took to a loss; infinite if it was never reached."""
+        reached = (point for point, value in enumerate(self.losses) if value <= loss)
         at = next(reached, None)
-        return None if at is None else (self.steps[at], self.seconds[at])
+        return (math.inf, math.inf) if at is None else (self.steps[at], self.seconds[at])  # type: ignore[return-value]
 
 
 @dataclass(frozen=True)
 class Result:
-    """What one contender did: the final losses of its search by learning rate, and its best race."""
+    """What a contender did.
+
+    Attributes:
+        name: of the contender.
+        search: the average loss by learning rate.
+        rate: the best of them.
+        curve: the fastest race.
+        compile_seconds: what the first two steps took.
+        refreshes: how often the factors were renewed in a race.
+    """
 
     name: str
     search: dict[float, float]
@@ -89,58 +114,63 @@ class Result:
         return self.curve.seconds[-1] / self.curve.steps[-1]
 
 
+@dataclass
 class Contender:
-    """A compiled model and an optimizer that start over, without compiling again."""
+    """A compiled model and an optimizer that can start over without compiling again.
 
-    def __init__(self, name: str, model: nn.Module, optimizer: Optimizer, task: Task, clip: bool) -> None:
-        self.name = name
-        self.compile_seconds = 0.0
-        self.frequency: int | None = None
-        self._model, self._optimizer, self._task, self._clip = model, optimizer, task, clip
-        self._initial = {key: value.clone() for key, value in model.state_dict().items()}
+    Attributes:
+        name: as shown.
+        task: what is trained.
+        module: the module itself, for evaluation.
+        compiled: what training calls.
+        optimizer: of the module's parameters.
+        clip: clip gradients, tensor by tensor, to norm 1.
+        frequency: THOR's; None for others.
+    """
 
-    def compile(self, batches: Sequence[tuple[Tensor, Tensor]]) -> None:
-        """Take the first two steps, which compile every kind of step there is."""
-        started = time.perf_counter()
-        for batch in batches[:2]:
-            self._step(*batch)
-        _wait_for(batches[0][0].device)
-        self.compile_seconds = time.perf_counter() - started
+    name: str
+    task: Task
+    module: nn.Module
+    compiled: Callable[..., Any]
+    optimizer: Optimizer
+    clip: bool = False
+    frequency: int | None = None
 
-    def run(
-        self,
-        rate: float,
-        batches: Sequence[tuple[Tensor, Tensor]],
-        digits: Digits,
-        every: int,
-        advance: Callable[[int], None],
-    ) -> Curve:
-        """Train from the initial weights, a step for every batch, and stop early if that diverges."""
+    def __post_init__(self) -> None:
+        self._initial = {key: value.clone() for key, value in self.module.state_dict().items()}
+
+    def compile(self, batches: Batches) -> float:
+        """Take two steps: they compile every kind of step there is. Returns the seconds."""
+        return self._train(batches[:2])
+
+    def run(self, rate: float, batches: Batches, digits: Digits, points: int, advance: Advance) -> Curve:
+        """Train from the start, one step per batch; stop where that diverges."""
         self._start_over(rate, batches[0])
-        curve = Curve([0], [0.0], [self._evaluate(digits)])
-        for start in range(0, len(batches), every):
-            chunk = batches[start : start + every]
+        curve = Curve([0], [0.0], [self._loss(digits)])
+        every = math.ceil(len(batches) / points)
+        while curve.steps[-1] < len(batches) and not curve.diverged:
+            done = curve.steps[-1]
+            chunk = batches[done : done + every]
             curve.seconds.append(curve.seconds[-1] + self._train(chunk))
-            curve.steps.append(start + len(chunk))
-            curve.losses.append(self._evaluate(digits))
-            advance(len(chunk))
-            if not curve.losses[-1] < DIVERGED * curve.losses[0]:
-                curve.losses[-1] = math.inf
-                break
-        return Curve(curve.steps, curve.seconds, curve.losses, self._score(digits))
+            curve.steps.append(done + len(chunk))
+            curve.losses.append(self._loss(digits))
+            advance(len(chunk), f"{self.name}, rate {rate:g}")
+        advance(len(batches) - curve.steps[-1], "")
+        curve.score = self._score(digits)
+        return curve
 
     def _start_over(self, rate: float, batch: tuple[Tensor, Tensor]) -> None:
-        if self.frequency is not None:  # as the first step is to be a factor step, make the next one so
-            while self._optimizer.param_groups[0]["step"] % self.frequency:
+        if self.frequency is not None:  # the first step has to be a factor step: go to where one is due
+            while self.optimizer.param_groups[0]["step"] % self.frequency:
                 self._step(*batch)
-        self._model.load_state_dict(self._initial)
-        for leaf in pytree.tree_leaves(list(self._optimizer.state.values())):
+        self.module.load_state_dict(self._initial)
+        for leaf in pytree.tree_leaves(list(self.optimizer.state.values())):
             if isinstance(leaf, Tensor):
                 leaf.zero_()
-        for group in self._optimizer.param_groups:
+        for group in self.optimizer.param_groups:
             group["lr"] = rate
 
-    def _train(self, batches: Sequence[tuple[Tensor, Tensor]]) -> float:
+    def _train(self, batches: Batches) -> float:
         device = batches[0][0].device
         _wait_for(device)
         started = time.perf_counter()
@@ -150,95 +180,78 @@ class Contender:
         return time.perf_counter() - started
 
     def _step(self, images: Tensor, labels: Tensor) -> None:
-        self._task.loss(self._model(images), images, labels).backward()
-        if self._clip:
-            for p in self._model.parameters():
-                nn.utils.clip_grad_norm_(p, 1.0)
-        self._optimizer.step()
-        self._optimizer.zero_grad()
+        self.task.loss(self.compiled(images), images, labels).backward()
+        if self.clip:
+            for parameter in self.module.parameters():
+                nn.utils.clip_grad_norm_(parameter, 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
 
     @torch.no_grad()
-    def _evaluate(self, digits: Digits) -> float:
-        outputs = self._model.forward(digits.images)  # not compiled: another batch size
-        return self._task.loss(outputs, digits.images, digits.labels).item()
+    def _loss(self, digits: Digits) -> float:
+        return self.task.loss(self.module.forward(digits.images), digits.images, digits.labels).item()
 
     @torch.no_grad()
     def _score(self, digits: Digits) -> float:
-        outputs = self._model.forward(digits.test_images)
-        return self._task.score(outputs, digits.test_images, digits.test_labels).item()
+        outputs = self.module.forward(digits.test_images)
+        return self.task.score(outputs, digits.test_images, digits.test_labels).item()
 
 
 def race(task: Task, digits: Digits, settings: Settings, advance: Advance) -> list[Result]:
-    """Compile, search and race; ``advance`` hears of every step."""
+    """Compile and search, one contender after the other, and race; ``advance`` hears of every step."""
     batches = digits.batches(BATCH, settings.steps, settings.seed)
-    contenders = _contenders(task, digits, settings)
-    total = len(contenders) * (len(RATES) * settings.search_steps + REPEATS * settings.steps)
-    done = 0
-
-    def taken(what: str) -> Callable[[int], None]:
-        def advance_by(steps: int) -> None:
-            nonlocal done
-            done += steps
-            advance(done, total, what)
-
-        return advance_by
-
-    searches = {}
-    every = math.ceil(settings.search_steps / 4)
+    contenders = [make(task, digits, settings) for make in (_sgd, _adamw, _thor)]
+    compiled, searched, best = {}, {}, {}
     for contender in contenders:
-        advance(done, total, f"{contender.name} compiles")
-        contender.compile(batches)
-        searches[contender.name] = {
-            rate: contender.run(
-                rate, batches[: settings.search_steps], digits, every, taken(f"{contender.name} tries {rate:g}")
-            ).final
-            for rate in RATES
-        }
-        done = len(searches) * len(RATES) * settings.search_steps  # also where runs stopped early
-    best = {name: min(search, key=lambda rate: search[rate]) for name, search in searches.items()}
-
-    every = math.ceil(settings.steps / POINTS)
-    curves: dict[str, list[Curve]] = {contender.name: [] for contender in contenders}
-    for _ in range(REPEATS):
-        for contender in contenders:
-            curve = contender.run(best[contender.name], batches, digits, every, taken(f"{contender.name} races"))
-            curves[contender.name].append(curve)
+        name = contender.name
+        advance(0, f"{name} compiles")
+        compiled[name] = contender.compile(batches)
+        tries = partial(
+            contender.run,
+            batches=batches[: settings.search_steps],
+            digits=digits,
+            points=SEARCH_POINTS,
+            advance=advance,
+        )
+        searched[name] = {rate: tries(rate).average for rate in RATES}
+        best[name] = min(RATES, key=searched[name].__getitem__)
+    rounds = [
+        [c.run(best[c.name], batches, digits, RACE_POINTS, advance) for c in contenders] for _ in range(REPEATS)
+    ]
     return [
         Result(
             contender.name,
-            searches[contender.name],
+            searched[contender.name],
             best[contender.name],
-            min(curves[contender.name], key=lambda curve: curve.seconds[-1]),
-            contender.compile_seconds,
+            min(curves, key=lambda curve: curve.seconds[-1]),
+            compiled[contender.name],
             0 if contender.frequency is None else math.ceil(settings.steps / contender.frequency),
         )
-        for contender in contenders
+        for contender, curves in zip(contenders, zip(*rounds, strict=True), strict=True)
     ]
 
 
-def _contenders(task: Task, digits: Digits, settings: Settings) -> list[Contender]:
-    device = digits.images.device
-
-    def model() -> nn.Module:
-        return task.model(settings.seed).to(device)
-
-    def first_order(name: str, optimizer: Callable[[nn.Module], Optimizer]) -> Contender:
-        compiled = model()
-        compiled.compile(backend=settings.backend)
-        return Contender(name, compiled, optimizer(compiled), task, settings.clip_all)
-
-    second_order = thor_compile(model(), backend=settings.backend)
-    thor = Contender("THOR", second_order, _thor(second_order, settings), task, clip=False)
-    thor.frequency = settings.frequency
-    return [
-        first_order("SGD", lambda m: SGD(m.parameters(), lr=RATES[0], momentum=MOMENTUM, fused=True)),
-        first_order("AdamW", lambda m: AdamW(m.parameters(), lr=RATES[0], weight_decay=0.0, fused=True)),
-        thor,
-    ]
+def _sgd(task: Task, digits: Digits, settings: Settings) -> Contender:
+    return _first_order("SGD", task, digits, settings, partial(SGD, momentum=MOMENTUM))
 
 
-def _thor(model: nn.Module, settings: Settings) -> Thor:
-    return Thor(
+def _adamw(task: Task, digits: Digits, settings: Settings) -> Contender:
+    return _first_order("AdamW", task, digits, settings, partial(AdamW, weight_decay=0.0))
+
+
+def _first_order(
+    name: str, task: Task, digits: Digits, settings: Settings, optimizer: Callable[..., Optimizer]
+) -> Contender:
+    model = task.model(settings.seed).to(digits.images.device)
+    compiled = torch.compile(model, backend=settings.backend)
+    fused = optimizer(model.parameters(), lr=RATES[0], fused=True)
+    return Contender(name, task, model, compiled, fused, clip=settings.clip_all)
+
+
+def _thor(task: Task, digits: Digits, settings: Settings) -> Contender:
+    model = task.model(settings.seed).to(digits.images.device)
+    model = thor_compile(model, backend=settings.backend)
+    optimizer = Thor(
         model,
         lr=RATES[0],
         damping=DAMPING,
@@ -246,6 +259,7 @@ def _thor(model: nn.Module, settings: Settings) -> Thor:
         enable_clip_grad=True,
         frequency=settings.frequency,
     )
+    return Contender("THOR", task, model, model, optimizer, frequency=settings.frequency)
 
 
 def _wait_for(device: torch.device) -> None:
