@@ -12,7 +12,7 @@ from .nodes import PERMUTES, permutation, source, target
 aten = torch.ops.aten
 
 ALIASES = {aten.detach.default, aten.alias.default, aten.lift_fresh.default}
-VIEWS = {aten._unsafe_view.default, aten.reshape.default}
+VIEWS = {aten._unsafe_view.default}  # not reshape, which may have to copy
 
 
 def canonicalize(gm: fx.GraphModule) -> None:

@@ -9,7 +9,7 @@ With the rows ``a_r`` and ``g_r`` of a layer (``r`` over all uses and positions,
 
 Sums and not means: they add up over micro-batches, graphs and devices as they are.
 ``A = Factor/R`` and ``G = n Factor`` (:mod:`thor_fx.factors`). Where a weight is used as ``W`` and as
-``W.T``, the uses of the transpose have sums of their own, under the name of the layer with ``.T``.
+``W.T``, the uses of the transpose have sums of their own, under a name of their own (:func:`transposed`).
 
 Afterwards everything that the graph returned before is computed by the same nodes as before.
 """
@@ -55,7 +55,7 @@ def emit_factors(
 
 def transposed(layer: str) -> str:
     """What the uses of a layer's transposed matrix are called in descriptors."""
-    return f"{layer}.T"
+    return f"{layer} (transposed)"
 
 
 def _moments(

@@ -89,7 +89,7 @@ def simplify(path: Path, shape: tuple[int, ...]) -> Path:
     Slices come first; what is left is looked at through strides: most chains of views and
     permutations are the identity or one transposition.
     """
-    path = _slices_first(path)
+    path = _slices_first(path, shape)
     head = tuple(step for step in path if isinstance(step, Narrow))
     if path[: len(head)] != head:
         return path
@@ -106,15 +106,30 @@ def simplify(path: Path, shape: tuple[int, ...]) -> Path:
     return path
 
 
-def _slices_first(path: Path) -> Path:
-    """Move slices in front of the permutations that they follow."""
+def _slices_first(path: Path, shape: tuple[int, ...]) -> Path:
+    """Move slices in front of the permutations and views that they follow, where that is possible."""
     steps = list(path)
     for end in range(len(steps)):
         for i in range(end, 0, -1):
-            before, step = steps[i - 1], steps[i]
-            if isinstance(before, Permute) and isinstance(step, Narrow):
-                steps[i - 1 : i + 1] = Narrow(before.order[step.axis], step.start, step.stop), before
+            before = take(tuple(steps[: i - 1]), torch.empty(shape, device="meta")).shape
+            swapped = _swap(steps[i - 1], steps[i], tuple(before))
+            if swapped is None:
+                break
+            steps[i - 1 : i + 1] = swapped
     return tuple(steps)
+
+
+def _swap(first: Step, second: Step, before: tuple[int, ...]) -> tuple[Step, Step] | None:
+    """Two steps that do the same as ``first, second`` with the slice in front; None if there are none."""
+    if not isinstance(second, Narrow):
+        return None
+    axis = second.axis
+    if isinstance(first, Permute):
+        return Narrow(first.order[axis], second.start, second.stop), first
+    if isinstance(first, View) and before[: axis + 1] == first.shape[: axis + 1]:
+        size = second.stop - second.start
+        return second, View((*first.shape[:axis], size, *first.shape[axis + 1 :]))
+    return None
 
 
 def _as_view(path: Path, t: Tensor) -> Tensor:
@@ -128,10 +143,20 @@ def _reshape(t: Tensor, shape: tuple[int, ...]) -> Path:
 
 
 def disjoint(paths: list[Path], shape: tuple[int, ...]) -> bool:
-    """Whether no two of the paths lead to the same entry of a parameter of this shape."""
-    if len(paths) < 2:
-        return True
-    hits = torch.zeros(shape, dtype=torch.int8)
-    for path in paths:
-        hits = put(path, hits, take(path, hits) + 1)
-    return int(hits.max()) <= 1
+    """Whether no two of the (simplified) paths lead to the same entry of a parameter of this shape."""
+    boxes = [_box(path, shape) for path in paths]
+    pairs = ((a, b) for i, a in enumerate(boxes) for b in boxes[:i])
+    return not any(
+        all(a0 < b1 and b0 < a1 for (a0, a1), (b0, b1) in zip(a, b, strict=True)) for a, b in pairs
+    )
+
+
+def _box(path: Path, shape: tuple[int, ...]) -> list[tuple[int, int]]:
+    """The range of every axis that a path leads to, as far as its slices come first."""
+    box = [(0, size) for size in shape]
+    for step in path:
+        if not isinstance(step, Narrow):
+            break
+        start = box[step.axis][0]
+        box[step.axis] = start + step.start, start + step.stop
+    return box

@@ -31,6 +31,9 @@ def splice(
 
     Returns:
         The nodes of the results, in the structure that ``fn`` returned.
+
+    Raises:
+        ValueError: ``fn`` closes over a tensor.
     """
     structure = None
 
@@ -42,7 +45,12 @@ def splice(
     mode = operands[0].meta["val"].fake_mode
     with mode, torch.no_grad():
         values = [_in_mode(mode, node.meta["val"]) for node in operands]
-        traced = make_fx(flat, decomposition_table=dict(decompositions or {}))(*values)
+        try:
+            traced = make_fx(flat, decomposition_table=dict(decompositions or {}))(*values)
+        except AssertionError as error:
+            if "convert all Tensors to FakeTensors" not in str(error):
+                raise
+            raise ValueError("the spliced function captures a tensor: pass it as an operand") from error
     assert structure is not None
     return pytree.tree_unflatten(_insert(anchor, traced, operands), structure)
 
@@ -50,7 +58,7 @@ def splice(
 def _in_mode(mode: Any, value: Any) -> torch.Tensor:
     """The value in the given fake mode; ``make_fx`` on real tensors gives every value its own."""
     if value.fake_mode is mode:
-        return value  # type: ignore[no-any-return]
+        return value
     return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
 
 
@@ -62,7 +70,7 @@ def _insert(anchor: fx.Node, traced: fx.GraphModule, operands: tuple[fx.Node, ..
             return [env[n] for n in node.args[0]]
         if node.op == "placeholder":
             continue
-        if node.op == "get_attr":
+        if node.op == "get_attr":  # a fake tensor, or a constant made from a number
             raise ValueError(f"the spliced function captures a tensor ({node.target}): pass it as an operand")
         with graph.inserting_after(anchor):
             anchor = env[node] = graph.node_copy(node, env.__getitem__)

@@ -17,7 +17,6 @@ GONE = {
     aten.alias.default,
     aten.lift_fresh.default,
     aten._unsafe_view.default,
-    aten.reshape.default,
 }
 
 

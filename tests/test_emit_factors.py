@@ -41,8 +41,8 @@ def test_what_is_added_for_a_linear_layer():
         "full = aten.full.default([], 6, dtype=torch.float64, device=cpu, pin_memory=False)",
         "permute_1 = aten.permute.default(mul_1, [1, 0])",
         "mm_2 = aten.mm.default(permute_1, mul_1)",
-        "permute = aten.permute.default(batch_0, [1, 0])",
-        "mm_1 = aten.mm.default(permute, batch_0)",
+        "permute = aten.permute.default(x2_input, [1, 0])",
+        "mm_1 = aten.mm.default(permute, x2_input)",
     ]
 
 

@@ -367,6 +367,24 @@ def test_a_step_may_measure_some_layers_only(present):
         assert torch.equal(updates[layer], expected[layer])
 
 
+def test_layers_of_one_shape_are_renewed_one_by_one():
+    """Four layers of one shape, two of them measured, one of them with a gradient."""
+    step, tx = Run(models.three_inputs_attention), thor()
+    _, state = step.update(tx, damping=1.0)
+    present = ["in_proj_weight[4:8]", "out_proj.weight"]
+    signals = Signals(step.coverage, step.signals().hyper, {k: step.moments[k] for k in present}, step.terms)
+    renewed, kept = step.update(tx)[0], step.update(tx, state, factors=False)[0]
+    updates, after = tx.update(step.gradients, state, step.params, signals)
+    assert torch.equal(updates["in_proj_weight"][4:8], renewed["in_proj_weight"][4:8])
+    assert torch.equal(updates["in_proj_weight"][:4], kept["in_proj_weight"][:4])
+    assert torch.equal(updates["in_proj_weight"][8:], kept["in_proj_weight"][8:])
+    assert torch.equal(updates["out_proj.weight"], renewed["out_proj.weight"])
+    some = {"out_proj.weight": step.gradients["out_proj.weight"]}
+    alone, _ = step.update(tx, after, some, factors=False)
+    assert set(alone) == set(some)
+    torch.testing.assert_close(alone["out_proj.weight"], renewed["out_proj.weight"], rtol=1e-12, atol=1e-14)
+
+
 def test_layers_of_one_shape_share_a_batch():
     step, tx = Run(models.checkpointed), thor()
     assert set(tx.init(step.params, step.coverage).inverses) == {

@@ -81,6 +81,7 @@ class LossCapture:
 
     def __init__(self, loss_fn: LossFn, handler: Handler, dynamic: bool | None = None) -> None:
         self._handler = handler
+        self._whole_floats = whole_floats()
         self._params: Mapping[str, Tensor] = {}
         self._frozen: frozenset[str] = frozenset()
         self._compiled = torch.compile(
@@ -91,7 +92,7 @@ class LossCapture:
         """Run on these arguments; capture first if no guard fits."""
         self._params = params
         try:
-            with torch.enable_grad():
+            with torch.enable_grad(), self._whole_floats:
                 return self._compiled(params, *batch)
         except BackendCompilerFailed as error:
             raise error.inner_exception from None
@@ -101,6 +102,15 @@ class LossCapture:
     def _backend(self, forward: fx.GraphModule, _: Sequence[Any]) -> Runner:
         captured = _capture(forward, self._params)
         return without_dynamo(self._handler(captured))
+
+
+def whole_floats() -> contextlib.AbstractContextManager[Any]:
+    """Keep Dynamo from making a symbol of a float that it has seen change (a scale, an epsilon).
+
+    Stock compilation resolves such symbols after tracing; our export of the joint graph cannot.
+    """
+    patch: Any = torch._dynamo.config.patch(specialize_float=True)
+    return patch
 
 
 def own_code(function: Any) -> Callable[..., Any]:
@@ -224,7 +234,8 @@ def _describe_output(position: int, desc: Any, inputs: Sequence[InputDescriptor]
 def _step_graph(joint: fx.GraphModule) -> fx.GraphModule:
     """Start the backward of a joint graph from the constant 1 instead of a tangent."""
     tangents = {d.index: n for d, n in outputs.input_nodes(joint).items() if isinstance(d, Tangent)}
-    if not tangents:
+    trained = [d for d in outputs.output_nodes(joint) if isinstance(d, Grad) and isinstance(d.param, str)]
+    if not tangents or not trained:
         raise ValueError(
             "the loss does not depend on any of params: call the model with them, not with its own"
         )

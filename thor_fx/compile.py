@@ -20,6 +20,7 @@ from .capture import (
     export_joint,
     make_slot,
     own_code,
+    whole_floats,
     without_dynamo,
 )
 from .factors import Moments, moments_of
@@ -125,7 +126,10 @@ class _Call:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         collects = self.collector.wanted and self._model.training and torch.is_grad_enabled()
-        return (self._factor if collects else self._plain)(*args, **kwargs)
+        if not collects:
+            return self._plain(*args, **kwargs)
+        with whole_floats():
+            return self._factor(*args, **kwargs)
 
 
 @dataclass(eq=False)

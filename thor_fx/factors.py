@@ -101,7 +101,7 @@ def kronecker(
     result = {}
     for name in moments:
         if name.endswith(transposed("")):
-            continue
+            continue  # part of its layer
         a, g = factor_pair(moments, name, terms, loss_scale)
         rows = sum(int(moments[use].rows) for use in (name, transposed(name)) if use in moments)
         result[name] = Kronecker(a, g, rows, int(terms))

@@ -5,9 +5,16 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from .arguments import check_number
+
 
 class HyperTensors:
-    """Turns the hyper-parameters of a step into tensors; a value that has not changed is reused."""
+    """Turns the hyper-parameters of a step into tensors; a value that has not changed is reused.
+
+    Raises:
+        TypeError: a value is no number.
+        ValueError: a value is negative or not finite.
+    """
 
     def __init__(self) -> None:
         self._known: dict[str, tuple[float, Tensor]] = {}
@@ -24,6 +31,7 @@ class HyperTensors:
             return value.detach().to(device, dtype)
         known = self._known.get(name)
         if known is None or known[0] != value:
+            check_number(name.rpartition(".")[2], value)
             # NOTE: torch.full launches a kernel; torch.tensor would copy from the host and wait
             known = self._known[name] = (value, torch.full((), value, dtype=dtype, device=device))
         return known[1]

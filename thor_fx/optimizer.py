@@ -94,6 +94,8 @@ class Thor(torch.optim.Optimizer):
         defaults: dict[str, Any] = {"lr": lr, "damping": damping, "momentum": momentum}
         defaults |= {"weight_decay": weight_decay, "grad_centralization": False, "step": 0}
         super().__init__(self._with_rest(list(params or [])), defaults)
+        self._collector.wanted = True
+        self._collector.clear()
 
     # --- groups ------------------------------------------------------------------------------------
 
@@ -126,9 +128,11 @@ class Thor(torch.optim.Optimizer):
         return [*named, {"params": rest}] if rest else named
 
     def _members(self, members: Any) -> list[Tensor]:
+        if members is None:
+            raise ValueError("a parameter group needs 'params': tensors or names of the model's parameters")
         names = dict(self._model.named_parameters())
         known = {id(p) for p in names.values()}
-        members = [members] if isinstance(members, Tensor | str) else list(members or [])
+        members = [members] if isinstance(members, Tensor | str) else list(members)
         found = [names.get(m) if isinstance(m, str) else m for m in members]
         for member, parameter in zip(members, found, strict=True):
             if id(parameter) not in known:

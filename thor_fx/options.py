@@ -37,6 +37,7 @@ class Options:
             check_type(name, getattr(self, name), bool, "True or False")
         if self.decay_filter is not None and not callable(self.decay_filter):
             raise TypeError(f"decay_filter must be a callable name -> bool, got {shown(self.decay_filter)}")
+        check_type("damping_rule", self.damping_rule, str, f"one of {list(get_args(DampingRule))}")
         if self.damping_rule not in get_args(DampingRule):
             raise ValueError(
                 f"damping_rule must be one of {list(get_args(DampingRule))}, got {self.damping_rule!r}"

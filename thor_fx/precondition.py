@@ -93,7 +93,7 @@ def precondition(
     ) -> tuple[Updates, PreconditionState]:
         lam = signals.hyper["damping"]
         groups = by_shape(signals.coverage, params)
-        if signals.moments is not None and groups:
+        if signals.moments and groups:
             terms = _terms(batch_size, signals.terms, state.terms)
             pairs, kept = {}, {}
             for key, layers in groups.items():

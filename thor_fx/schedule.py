@@ -8,9 +8,12 @@ import math
 import numbers
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from .arguments import shown
 
 Value = float | Tensor | Callable[[int], float | Tensor]
 
@@ -55,7 +58,7 @@ class Schedule:
     def __call__(self, step: int) -> float:
         """The value in step ``step``; a table that has run out keeps its last value, and says so once."""
         if self._function is not None:
-            return self._checked(float(self._function(step)))
+            return self._checked(self._number(self._function(step)))
         if step >= len(self._table) and not (self.constant or self._ran_out):
             self._ran_out = True
             warnings.warn(
@@ -77,6 +80,13 @@ class Schedule:
         if value.numel() == 0:
             raise ValueError(f"{self.name} is an empty table: give it one value per step")
         return [self._checked(v) for v in value.detach().double().reshape(-1).tolist()]
+
+    def _number(self, value: Any) -> float:
+        if isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex():
+            return float(value)
+        if isinstance(value, numbers.Real) and not isinstance(value, bool):
+            return float(value)
+        raise TypeError(f"{self.name} must return a number for every step, got {shown(value)}")
 
     def _checked(self, value: float) -> float:
         if not math.isfinite(value) or value < 0 or (self._positive and value == 0):

@@ -137,6 +137,7 @@ class CompiledStep:
         self._params: Params = {}
         self._call: _Call | None = None
         self._flat: tuple[State, list[Tensor]] = (None, [])
+        self._shapes: list[torch.Size] | None = None  # unknown before init
 
     def init(self, params: Params, *batch: Any, buffers: Any = None) -> StepState:
         """Trace, compile, and return the state for the first step. Nothing runs yet.
@@ -152,7 +153,9 @@ class CompiledStep:
             self._run(params, None, batch if buffers is None else (buffers, *batch))
         if self.coverage is None:
             raise ValueError("the loss does not depend on any of params: it is a constant")
-        return StepState(0, self._tx.init(_trained(params, self.coverage), self.coverage), buffers)
+        inner = self._tx.init(_trained(params, self.coverage), self.coverage)
+        self._shapes = [leaf.shape for leaf in pytree.tree_leaves(inner)]
+        return StepState(0, inner, buffers)
 
     def __call__(self, params: Params, state: StepState, *batch: Any) -> tuple[Params, StepState, StepOutput]:
         """Take one step.
@@ -162,13 +165,13 @@ class CompiledStep:
 
         Raises:
             TypeError: ``state`` does not come from ``init``.
+            ValueError: ``state`` comes from the ``init`` of another step.
             RuntimeError: ``params`` are not those that ``init`` was called with.
         """
         if not isinstance(state, StepState):
             raise TypeError(f"state must come from step.init(params, *batch), got {type(state).__name__}")
         if not self._donate:
-            params = {name: p.detach().clone() for name, p in params.items()}
-            state = state._replace(inner=pytree.tree_map(torch.clone, state.inner))
+            params, state = _copies(params, state)
         hyper = self._hyper(self._tx.hyper(state.step), params)
         call = _Call(self._tx.wants_factors(state.step), [*self._leaves(state.inner), *hyper])
         loss, aux = self._run(params, call, batch if state.buffers is None else (state.buffers, *batch))
@@ -185,7 +188,12 @@ class CompiledStep:
     def _leaves(self, inner: State) -> list[Tensor]:
         """The tensors of the state; donated state is the same object in every step."""
         if self._flat[0] is not inner:
-            self._flat = (inner, pytree.tree_leaves(inner))
+            leaves = pytree.tree_leaves(inner)
+            if self._shapes not in (None, [leaf.shape for leaf in leaves]):
+                raise ValueError(
+                    "state does not belong to this step: take it from this step.init(params, *batch)"
+                )
+            self._flat = (inner, leaves)
         return self._flat[1]
 
     def _compile(self, captured: Captured) -> Runner:
@@ -215,10 +223,22 @@ class CompiledStep:
     def _compile_kind(self, graph: fx.GraphModule, captured: Captured, factors: bool) -> Compiled:
         assert self.coverage is not None
         whole = pipeline.run(graph, [emit_factors] if factors else [])
-        append_update(whole, self._tx, self.coverage, self.coverage.trained)
+        append_update(whole, self._tx, self.coverage, list(_trained(self._params, self.coverage)))
         return_forward(whole, _forward_outputs(captured))
         fakes = [node.meta["val"] for node in whole.graph.find_nodes(op="placeholder")]
         return self._compiler(whole, fakes)
+
+
+def _copies(params: Params, state: StepState) -> tuple[Params, StepState]:
+    """Copies of all tensors; what was one tensor under two names stays one."""
+    known: dict[int, Tensor] = {}
+
+    def copy(tensor: Tensor) -> Tensor:
+        return known.setdefault(id(tensor), tensor.detach().clone())
+
+    copied = {name: copy(p) for name, p in params.items()}
+    inner, buffers = pytree.tree_map_only(Tensor, copy, (state.inner, state.buffers))
+    return copied, state._replace(inner=inner, buffers=buffers)
 
 
 def _trained(params: Params, found: Coverage) -> dict[str, Tensor]:

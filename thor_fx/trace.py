@@ -44,9 +44,22 @@ def trace_step(loss_fn: LossFn, params: Mapping[str, Tensor], *batch: Any) -> fx
         [('w', (2, 3))]
     """
     check_params(params)
+    batch = _distinct(batch)
     captured, flat = capture_once(loss_fn, params, *batch)
     leaves = [leaf for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor)]
     return _in_order_of_arguments(captured.graph, flat, params, leaves)
+
+
+def _distinct(batch: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The batch with a copy where one tensor occurs twice: Dynamo would make one input of the two."""
+    seen: set[int] = set()
+
+    def copy(tensor: Tensor) -> Tensor:
+        again = id(tensor) in seen
+        seen.add(id(tensor))
+        return tensor.clone() if again else tensor
+
+    return pytree.tree_map_only(Tensor, copy, batch)  # type: ignore[no-any-return]
 
 
 class _Captured(Exception):

@@ -3,7 +3,7 @@
 What it changes is written into the tensors that came in, so nothing is kept twice.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from .transform import Signals, Transform, apply_updates
 aten = torch.ops.aten
 
 
-def append_update(gm: fx.GraphModule, tx: Transform, found: Coverage, trained: Collection[str]) -> None:
+def append_update(gm: fx.GraphModule, tx: Transform, found: Coverage, trained: Sequence[str]) -> None:
     """Append ``tx`` to a graph that returns gradients, in place.
 
     The graph gets the leaves of the transform's state and its hyper-parameters (sorted by name) as
@@ -33,12 +33,12 @@ def append_update(gm: fx.GraphModule, tx: Transform, found: Coverage, trained: C
         gm: a step graph, with or without factors.
         tx: what to do with the gradients.
         found: the coverage of the model.
-        trained: names of all parameters that the state is about; a step may have gradients for some.
+        trained: names of all parameters that the state is about, in the order that the state was made
+            with; a step may have gradients for some.
     """
     returned = outputs.output_nodes(gm)
-    params = {
-        d.name: n for d, n in outputs.input_nodes(gm).items() if isinstance(d, Param) and d.name in trained
-    }
+    inputs_by_name = {d.name: n for d, n in outputs.input_nodes(gm).items() if isinstance(d, Param)}
+    params = {name: inputs_by_name[name] for name in trained if name in inputs_by_name}
     gradients = {name: returned[Grad(name)] for name in params if Grad(name) in returned}
     state, hyper = _add_inputs(gm, tx, found, params)
     terms = [returned[Terms()]] if Terms() in returned else []
@@ -101,7 +101,7 @@ def update_graph(
     nodes = [add(f"value_{i}", v, Input(len(params) + i)) for i, v in enumerate(values.values())]
     graph.output(tuple(nodes)).meta[outputs.KEY] = tuple(values)
     gm = fx.GraphModule(torch.nn.Module(), graph)
-    append_update(gm, tx, found, frozenset(params))
+    append_update(gm, tx, found, list(params))
     outputs.select(gm, lambda _: False)
     gm.recompile()
     return gm

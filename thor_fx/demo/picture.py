@@ -43,6 +43,10 @@ def _plot(axes: Any, results: Sequence[Result], against: str) -> None:
             getattr(result.curve, against), result.curve.losses, label=label, lw=2, **LOOKS[result.name]
         )
     axes.axhline(target(results), color="0.6", lw=0.8, zorder=0)
+    axes.annotate(
+        "reached by all", (1, target(results)), (0, 2), ("axes fraction", "data"), "offset points",
+        color="0.4", fontsize=8, ha="right",
+    )  # fmt: skip
     axes.set_yscale("log")
     axes.set_ylim(top=SHOWN_FROM_ABOVE * results[0].curve.losses[0])
     axes.set_xlim(left=0)

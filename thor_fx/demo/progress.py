@@ -13,7 +13,7 @@ def progress(name: str, steps: int) -> Iterator[Advance]:
     try:
         from tqdm import tqdm
     except ImportError:
-        yield lambda steps, what: None
+        yield lambda _steps, _what: None
         return
     with tqdm(desc=name, total=steps, unit=" steps", leave=False, dynamic_ncols=True, disable=None) as bar:
 

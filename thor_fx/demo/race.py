@@ -1,9 +1,9 @@
 """SGD-momentum, AdamW and THOR on one task, under the same rules.
 
 All of them: the same initial weights, the same batches, a compiled model, a constant learning rate.
-*Search*: a run of half the steps for every rate in ``RATES``; the lowest training loss, on geometric average
-over the run, wins. *Race*: ``REPEATS`` runs with the winner, the contenders taking turns; they differ in
-time only, and the fastest counts. Losses and scores are computed between steps, while the clock stands.
+*Search*: a run of half the steps for every rate in ``RATES``; the lowest validation loss at its end wins.
+*Race*: ``REPEATS`` runs with the winner, the contenders taking turns; they differ in time only, and the
+fastest counts. Losses and scores are computed between steps, while the clock stands.
 """
 
 import math
@@ -21,12 +21,12 @@ from torch.utils import _pytree as pytree
 from ..compile import compile as thor_compile
 from ..optimizer import Thor
 from .progress import Advance
-from .tasks import Digits, Task
+from .tasks import Digits, Images, Measure, Task
 
 RATES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 REPEATS = 3
 BATCH = 256
-SEARCH_POINTS, RACE_POINTS = 10, 80
+SEARCH_POINTS, RACE_POINTS = 4, 80
 MOMENTUM = 0.9
 DAMPING = 0.03
 FREQUENCY = 50
@@ -62,24 +62,18 @@ class Settings:
 
 @dataclass
 class Curve:
-    """A run: after how many steps and seconds which training loss, and the test score at its end."""
+    """A run: after how many steps and seconds which training loss, and what else holds at its end."""
 
     steps: list[int] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
+    validation: float = math.inf
     score: float = math.nan
 
     @property
     def diverged(self) -> bool:
         """Whether the loss exploded."""
         return not self.losses[-1] <= DIVERGED * self.losses[0]
-
-    @property
-    def average(self) -> float:
-        """The geometric mean of the losses; infinite if the run diverged."""
-        if self.diverged:
-            return math.inf
-        return math.exp(sum(math.log(max(loss, 1e-12)) for loss in self.losses) / len(self.losses))
 
     def first_below(self, loss: float) -> tuple[int, float]:
         """The steps and seconds that it took to a loss; infinite if it was never reached."""
@@ -94,7 +88,7 @@ class Result:
 
     Attributes:
         name: of the contender.
-        search: the average loss by learning rate.
+        search: the validation loss by learning rate, infinite where the run diverged.
         rate: the best of them.
         curve: the fastest race.
         compile_seconds: what the first two steps took.
@@ -146,17 +140,19 @@ class Contender:
     def run(self, rate: float, batches: Batches, digits: Digits, points: int, advance: Advance) -> Curve:
         """Train from the start, one step per batch; stop where that diverges."""
         self._start_over(rate, batches[0])
-        curve = Curve([0], [0.0], [self._loss(digits)])
+        curve = Curve([0], [0.0], [self._measure(self.task.loss, digits.training)])
         every = math.ceil(len(batches) / points)
         while curve.steps[-1] < len(batches) and not curve.diverged:
             done = curve.steps[-1]
             chunk = batches[done : done + every]
             curve.seconds.append(curve.seconds[-1] + self._train(chunk))
             curve.steps.append(done + len(chunk))
-            curve.losses.append(self._loss(digits))
+            curve.losses.append(self._measure(self.task.loss, digits.training))
             advance(len(chunk), f"{self.name}, rate {rate:g}")
         advance(len(batches) - curve.steps[-1], "")
-        curve.score = self._score(digits)
+        if not curve.diverged:
+            curve.validation = self._measure(self.task.loss, digits.validation)
+            curve.score = self._measure(self.task.score, digits.test)
         return curve
 
     def _start_over(self, rate: float, batch: tuple[Tensor, Tensor]) -> None:
@@ -188,19 +184,15 @@ class Contender:
         self.optimizer.zero_grad()
 
     @torch.no_grad()
-    def _loss(self, digits: Digits) -> float:
-        return self.task.loss(self.module.forward(digits.images), digits.images, digits.labels).item()
-
-    @torch.no_grad()
-    def _score(self, digits: Digits) -> float:
-        outputs = self.module.forward(digits.test_images)
-        return self.task.score(outputs, digits.test_images, digits.test_labels).item()
+    def _measure(self, what: Measure, images: Images) -> float:
+        outputs = self.module.forward(images.pixels)  # not compiled: the sets differ in size
+        return what(outputs, images.pixels, images.labels).item()
 
 
 def race(task: Task, digits: Digits, settings: Settings, advance: Advance) -> list[Result]:
     """Compile and search, one contender after the other, and race; ``advance`` hears of every step."""
-    batches = digits.batches(BATCH, settings.steps, settings.seed)
-    contenders = [make(task, digits, settings) for make in (_sgd, _adamw, _thor)]
+    batches = digits.training.batches(BATCH, settings.steps, settings.seed)
+    contenders = [make(task, digits, settings) for make in CONTENDERS]
     compiled, searched, best = {}, {}, {}
     for contender in contenders:
         name = contender.name
@@ -213,10 +205,11 @@ def race(task: Task, digits: Digits, settings: Settings, advance: Advance) -> li
             points=SEARCH_POINTS,
             advance=advance,
         )
-        searched[name] = {rate: tries(rate).average for rate in RATES}
+        searched[name] = {rate: tries(rate).validation for rate in RATES}
         best[name] = min(RATES, key=searched[name].__getitem__)
     rounds = [
-        [c.run(best[c.name], batches, digits, RACE_POINTS, advance) for c in contenders] for _ in range(REPEATS)
+        [c.run(best[c.name], batches, digits, RACE_POINTS, advance) for c in contenders]
+        for _ in range(REPEATS)
     ]
     return [
         Result(
@@ -242,14 +235,14 @@ def _adamw(task: Task, digits: Digits, settings: Settings) -> Contender:
 def _first_order(
     name: str, task: Task, digits: Digits, settings: Settings, optimizer: Callable[..., Optimizer]
 ) -> Contender:
-    model = task.model(settings.seed).to(digits.images.device)
+    model = task.model(settings.seed).to(digits.training.pixels.device)
     compiled = torch.compile(model, backend=settings.backend)
     fused = optimizer(model.parameters(), lr=RATES[0], fused=True)
     return Contender(name, task, model, compiled, fused, clip=settings.clip_all)
 
 
 def _thor(task: Task, digits: Digits, settings: Settings) -> Contender:
-    model = task.model(settings.seed).to(digits.images.device)
+    model = task.model(settings.seed).to(digits.training.pixels.device)
     model = thor_compile(model, backend=settings.backend)
     optimizer = Thor(
         model,
@@ -260,6 +253,9 @@ def _thor(task: Task, digits: Digits, settings: Settings) -> Contender:
         frequency=settings.frequency,
     )
     return Contender("THOR", task, model, model, optimizer, frequency=settings.frequency)
+
+
+CONTENDERS = (_sgd, _adamw, _thor)
 
 
 def _wait_for(device: torch.device) -> None:

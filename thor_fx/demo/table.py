@@ -11,17 +11,23 @@ from .tasks import Digits, Task
 
 def describe(settings: Settings, digits: Digits, device: torch.device, threads: int) -> str:
     """The rules, before anything runs."""
-    clipped = "; their gradients clipped like THOR's updates" if settings.clip_all else ""
-    return f"""\
-{len(digits.images)} training and {len(digits.test_images)} test images, batch {BATCH}, {settings.steps} steps, \
-seed {settings.seed}, {device.type}, {threads} thread(s), torch {torch.__version__}, backend {settings.backend}
-SGD    torch.compile(model), torch.optim.SGD(momentum={MOMENTUM}, fused=True){clipped}
-AdamW  torch.compile(model), torch.optim.AdamW(weight_decay=0, fused=True){clipped}
-THOR   thor_fx.compile(model), thor_fx.Thor(damping={DAMPING}, momentum={MOMENTUM}, \
-enable_clip_grad=True, frequency={settings.frequency})
-Learning rate, constant, by the same search for each: of {", ".join(f"{rate:g}" for rate in RATES)} the one with the \
-lowest training loss,
-geometric average over a run of {settings.search_steps} steps. All other settings are fixed, the same for both tasks."""
+    sizes = ", ".join(str(len(part.labels)) for part in (digits.training, digits.validation, digits.test))
+    clipped = "; gradients clipped as THOR's updates" if settings.clip_all else ""
+    rates = ", ".join(f"{rate:g}" for rate in RATES)
+    return "\n".join(
+        [
+            f"{sizes} digits for training, validation and test; batch {BATCH}, {settings.steps} steps, "
+            f"seed {settings.seed};",
+            f"torch {torch.__version__}, {device.type}, {threads} thread(s), backend {settings.backend}",
+            f"SGD    torch.compile(model), torch.optim.SGD(momentum={MOMENTUM}, fused=True){clipped}",
+            f"AdamW  torch.compile(model), torch.optim.AdamW(weight_decay=0, fused=True){clipped}",
+            f"THOR   thor_fx.compile(model), thor_fx.Thor(damping={DAMPING}, momentum={MOMENTUM}, "
+            f"enable_clip_grad=True, frequency={settings.frequency})",
+            f"Learning rates are constant and found by the same search: of {rates}",
+            f"the one with the lowest validation loss after {settings.search_steps} steps. "
+            "All other settings are fixed, for both tasks.",
+        ]
+    )
 
 
 def target(results: Sequence[Result]) -> float:
@@ -35,17 +41,17 @@ def tabulate(task: Task, results: Sequence[Result]) -> str:
     head = ["", "rate", f"steps to {loss:.3g}", f"s to {loss:.3g}", "ms/step", "refreshes", "compile s"]
     head += ["train loss", task.metric]
     widths = "-".join(str(width) for width in task.widths)
-    lines = [f"{task.name} {widths}, {task.activation.__name__}"]
-    lines += _aligned([head, *(_row(result, loss) for result in results)])
-    lines += [
-        f"{loss:.3g}: the lowest training loss that all three reach. Seconds: without compilation; the fastest of"
-    ]
-    lines += [
-        f"{REPEATS} identical runs. compile s: the first two steps, with what Inductor's cache holds already, be it"
-    ]
-    lines += ["from an earlier run or from the rows above.", "Search, learning rate -> average training loss:"]
-    lines += _aligned([[f"  {result.name}", *_searched(result)] for result in results])
-    return "\n".join(lines)
+    return "\n".join(
+        [
+            f"{task.name} {widths}, {task.activation.__name__}",
+            *_aligned([head, *(_row(result, loss) for result in results)]),
+            f"{loss:.3g}: the lowest training loss that all three reach. "
+            f"Seconds: without compilation, the fastest of {REPEATS} identical runs.",
+            "compile s: the first two steps; Inductor's cache may hold parts of it, from the rows above too.",
+            "Search, learning rate -> validation loss:",
+            *_aligned([[f"  {result.name}", *_searched(result)] for result in results]),
+        ]
+    )
 
 
 def _row(result: Result, loss: float) -> list[str]:

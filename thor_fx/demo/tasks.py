@@ -2,45 +2,67 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import islice, pairwise
+from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-TEST_IMAGES = 360  # a fifth
+HELD_OUT = 300  # images, for validation and for test
+
+Measure = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""``measure(outputs, pixels, labels)``, 0-D"""
+
+
+@dataclass(frozen=True)
+class Images:
+    """Pixels of shape (N, 64) with values in [0, 1], and labels of shape (N,)."""
+
+    pixels: Tensor
+    labels: Tensor
+
+    def batches(self, size: int, count: int, seed: int) -> list[tuple[Tensor, Tensor]]:
+        """Cut shuffled epochs into ``count`` batches; a rest too small for a batch is left out."""
+        generator = torch.Generator().manual_seed(seed)
+        per_epoch = len(self.labels) // size
+        found: list[tuple[Tensor, Tensor]] = []
+        while len(found) < count:
+            order = torch.randperm(len(self.labels), generator=generator).to(self.labels.device)
+            found += [(self.pixels[i], self.labels[i]) for i in order.split(size)[:per_epoch]]
+        return found[:count]
 
 
 @dataclass(frozen=True)
 class Digits:
-    """Images of shape (N, 64) with values in [0, 1], and their labels, split into training and test."""
+    """Three sets of images."""
 
-    images: Tensor
-    labels: Tensor
-    test_images: Tensor
-    test_labels: Tensor
-
-    def batches(self, size: int, count: int, seed: int) -> list[tuple[Tensor, Tensor]]:
-        """The first ``count`` batches of an endless series of shuffled epochs, incomplete ones left out."""
-        generator = torch.Generator().manual_seed(seed)
-
-        def indices():  # type: ignore[no-untyped-def]
-            while True:
-                order = torch.randperm(len(self.images), generator=generator).to(self.images.device)
-                yield from order[: len(order) // size * size].split(size)
-
-        return [(self.images[i], self.labels[i]) for i in islice(indices(), count)]
+    training: Images
+    validation: Images
+    test: Images
 
 
 def load(seed: int, device: torch.device) -> Digits:
-    """scikit-learn's copy of the UCI handwritten digits: 1,797 images of 8 x 8, all classes in both parts."""
+    """scikit-learn's copy of the UCI handwritten digits: 1,797 images of 8 x 8; split by ``seed``."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
-    images, labels = load_digits(return_X_y=True)
-    parts = train_test_split(images / 16, labels, test_size=TEST_IMAGES, stratify=labels, random_state=seed)
-    train_x, test_x, train_y, test_y = (torch.as_tensor(part, device=device) for part in parts)
-    return Digits(train_x.float(), train_y.long(), test_x.float(), test_y.long())
+    pixels, labels = load_digits(return_X_y=True)
+    pixels, test_pixels, labels, test_labels = train_test_split(
+        pixels / 16, labels, test_size=HELD_OUT, stratify=labels, random_state=seed
+    )
+    pixels, validation_pixels, labels, validation_labels = train_test_split(
+        pixels, labels, test_size=HELD_OUT, stratify=labels, random_state=seed
+    )
+
+    def images(of: Any, labelled: Any) -> Images:
+        return Images(torch.as_tensor(of, device=device).float(), torch.as_tensor(labelled, device=device))
+
+    return Digits(
+        images(pixels, labels),
+        images(validation_pixels, validation_labels),
+        images(test_pixels, test_labels),
+    )
 
 
 @dataclass(frozen=True)
@@ -51,17 +73,17 @@ class Task:
         name: as shown.
         widths: of the layers of a multi-layer perceptron.
         activation: between them.
-        loss: ``loss(outputs, images, labels)``, a mean over images.
-        metric: what ``score`` is.
-        score: ``score(outputs, images, labels)``, on the test set.
+        loss: a mean over images.
+        metric: what ``score`` measures on the test set.
+        score: see ``metric``.
     """
 
     name: str
     widths: tuple[int, ...]
     activation: type[nn.Module]
-    loss: Callable[[Tensor, Tensor, Tensor], Tensor]
+    loss: Measure
     metric: str
-    score: Callable[[Tensor, Tensor, Tensor], Tensor]
+    score: Measure
 
     def model(self, seed: int) -> nn.Sequential:
         """A new model; the same seed gives the same weights."""
@@ -72,16 +94,15 @@ class Task:
         return nn.Sequential(*layers[:-1])
 
 
-def squared_error(outputs: Tensor, images: Tensor, _labels: Tensor) -> Tensor:
-    """Summed over the pixels of an image, averaged over images."""
-    return (outputs - images).square().sum(1).mean()
+def _squared_error(outputs: Tensor, pixels: Tensor, _labels: Tensor) -> Tensor:
+    return (outputs - pixels).square().sum(1).mean()
 
 
-def _cross_entropy(outputs: Tensor, _images: Tensor, labels: Tensor) -> Tensor:
+def _cross_entropy(outputs: Tensor, _pixels: Tensor, labels: Tensor) -> Tensor:
     return cross_entropy(outputs, labels)
 
 
-def _errors(outputs: Tensor, _images: Tensor, labels: Tensor) -> Tensor:
+def _errors(outputs: Tensor, _pixels: Tensor, labels: Tensor) -> Tensor:
     return (outputs.argmax(1) != labels).float().mean() * 100
 
 
@@ -90,9 +111,9 @@ TASKS = (
         name="Auto-encoder",
         widths=(64, 128, 64, 32, 16, 32, 64, 128, 64),
         activation=nn.Tanh,
-        loss=squared_error,
+        loss=_squared_error,
         metric="test loss",
-        score=squared_error,
+        score=_squared_error,
     ),
     Task(
         name="Classifier",
