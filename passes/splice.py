@@ -34,6 +34,7 @@ def splice(
 
     Raises:
         ValueError: ``fn`` closes over a tensor.
+        AssertionError: what ``fn`` itself asserts.
     """
     structure = None
 
@@ -48,9 +49,9 @@ def splice(
         try:
             traced = make_fx(flat, decomposition_table=dict(decompositions or {}))(*values)
         except AssertionError as error:
-            if "convert all Tensors to FakeTensors" not in str(error):
-                raise
-            raise ValueError("the spliced function captures a tensor: pass it as an operand") from error
+            if "convert all Tensors to FakeTensors" in str(error):
+                raise ValueError("the spliced function captures a tensor: pass it as an operand") from error
+            raise
     assert structure is not None
     return pytree.tree_unflatten(_insert(anchor, traced, operands), structure)
 

@@ -649,7 +649,7 @@ def both_ways(dtype: torch.dtype = DOUBLE) -> Case:
 
     def forward(tap, p, x):
         h = tap("w", x, x @ p["w"].T).tanh()
-        y = tap("w.T", h, h @ p["w"])
+        y = tap("w (transposed)", h, h @ p["w"])
         return ((tap("head", y, y @ p["head"].T)) ** 2).sum(-1).mean()
 
     return Case(

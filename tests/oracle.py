@@ -50,7 +50,7 @@ def factors(case: Case, n: int | None = None) -> dict[str, Pair]:
     """The factor pairs of a case, row by row. ``n`` is ``case.terms`` unless given."""
     pairs = {name: pair(found, case.terms if n is None else n) for name, found in uses(case).items()}
     layers = [name for name in pairs if name in case.layers]
-    return {name: both_ways(pairs[name], pairs.get(f"{name}.T")) for name in layers}
+    return {name: both_ways(pairs[name], pairs.get(f"{name} (transposed)")) for name in layers}
 
 
 def both_ways(straight: Pair, transpose: Pair | None) -> Pair:

@@ -59,7 +59,7 @@ def _distinct(batch: tuple[Any, ...]) -> tuple[Any, ...]:
         seen.add(id(tensor))
         return tensor.clone() if again else tensor
 
-    return pytree.tree_map_only(Tensor, copy, batch)  # type: ignore[no-any-return]
+    return pytree.tree_map_only(Tensor, copy, batch)
 
 
 class _Captured(Exception):
