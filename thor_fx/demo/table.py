@@ -47,7 +47,7 @@ def tabulate(task: Task, results: Sequence[Result]) -> str:
             *_aligned([head, *(_row(result, loss) for result in results)]),
             f"{loss:.3g}: the lowest training loss that all three reach. "
             f"Seconds: without compilation, the fastest of {REPEATS} identical runs.",
-            "compile s: the first two steps. AdamW runs what SGD compiled; Inductor may find other parts in its cache.",
+            "compile s: the first two steps. AdamW runs what SGD compiled; other parts may be in Inductor's cache.",
             "Search, learning rate -> validation loss:",
             *_aligned([[f"  {result.name}", *_searched(result)] for result in results]),
         ]
