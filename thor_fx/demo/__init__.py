@@ -79,7 +79,7 @@ _positive.__name__ = "number"  # argparse: "invalid number value: 'x'"
 def _device(text: str) -> torch.device:
     try:
         device = torch.device(text)
-        torch.empty(1, device=device)
+        torch.zeros((), device=device).item()
     except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
         reason = str(error).splitlines()[0]
         raise argparse.ArgumentTypeError(f"cannot use device {text!r}: {reason}") from None

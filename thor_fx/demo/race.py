@@ -57,7 +57,7 @@ class Settings:
     @property
     def planned_steps(self) -> int:
         """Of all runs of a task."""
-        return 3 * (len(RATES) * self.search_steps + REPEATS * self.steps)
+        return len(CONTENDERS) * (len(RATES) * self.search_steps + REPEATS * self.steps)
 
 
 @dataclass
@@ -75,11 +75,12 @@ class Curve:
         """Whether the loss exploded."""
         return not self.losses[-1] <= DIVERGED * self.losses[0]
 
-    def first_below(self, loss: float) -> tuple[int, float]:
+    def first_below(self, loss: float) -> tuple[float, float]:
         """The steps and seconds that it took to a loss; infinite if it was never reached."""
-        reached = (point for point, value in enumerate(self.losses) if value <= loss)
-        at = next(reached, None)
-        return (math.inf, math.inf) if at is None else (self.steps[at], self.seconds[at])  # type: ignore[return-value]
+        reached = [
+            (n, s) for n, s, value in zip(self.steps, self.seconds, self.losses, strict=True) if value <= loss
+        ]
+        return reached[0] if reached else (math.inf, math.inf)
 
 
 @dataclass(frozen=True)

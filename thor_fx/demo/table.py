@@ -47,7 +47,7 @@ def tabulate(task: Task, results: Sequence[Result]) -> str:
             *_aligned([head, *(_row(result, loss) for result in results)]),
             f"{loss:.3g}: the lowest training loss that all three reach. "
             f"Seconds: without compilation, the fastest of {REPEATS} identical runs.",
-            "compile s: the first two steps. AdamW runs what SGD compiled; other parts may be in Inductor's cache.",
+            "compile s: the first two steps. AdamW runs what SGD compiled; Inductor's cache may hold more.",
             "Search, learning rate -> validation loss:",
             *_aligned([[f"  {result.name}", *_searched(result)] for result in results]),
         ]
@@ -59,7 +59,7 @@ def _row(result: Result, loss: float) -> list[str]:
     return [
         result.name,
         f"{result.rate:g}",
-        f"{steps}",
+        f"{steps:g}",
         f"{seconds:.2f}",
         f"{1e3 * result.step_seconds:.2f}",
         f"{result.refreshes or '-'}",
