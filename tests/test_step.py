@@ -636,3 +636,15 @@ def test_the_compiled_step_equals_the_interpreted_one(compilations):
         assert all(one is other for one, other in zip(tensors, after, strict=True))
     assert compilations.count == 2 * 2
     assert_same(trajectories["inductor"], trajectories["eager"], rtol=1e-11)
+
+
+def test_init_may_be_called_again():
+    params, x = {"w": torch.ones(3, 2, dtype=torch.float64)}, torch.eye(3, dtype=torch.float64)
+    step = thor_fx.compile_step(
+        lambda p, x: (x @ p["w"]).square().mean(), thor_fx.thor(0.1, 0.1, 0.9), backend="eager"
+    )
+    first = step(params, step.init(params, x), x)[2].loss
+    params = {"w": torch.ones(3, 2, dtype=torch.float64)}
+    state = step.init(params, x)
+    assert state.step == 0
+    assert step(params, state, x)[2].loss == first

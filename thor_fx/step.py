@@ -3,7 +3,6 @@
 Loss, gradients, factors, refresh and parameter update are nodes of one ATen graph.
 """
 
-import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -117,6 +116,9 @@ class _Call:
 class _Traced(Exception):
     """Leaves the runner when only the trace was wanted."""
 
+    def __init__(self, coverage: Coverage) -> None:
+        self.coverage = coverage
+
 
 class CompiledStep:
     """A training step; see :func:`compile_step`.
@@ -149,8 +151,10 @@ class CompiledStep:
         check_params(params)
         self.coverage = None
         self._hyper = HyperTensors()
-        with contextlib.suppress(_Traced):
+        try:
             self._run(params, None, batch if buffers is None else (buffers, *batch))
+        except _Traced as traced:
+            self.coverage = traced.coverage
         if self.coverage is None:
             raise ValueError("the loss does not depend on any of params: it is a constant")
         inner = self._tx.init(_trained(params, self.coverage), self.coverage)
@@ -199,14 +203,15 @@ class CompiledStep:
     def _compile(self, captured: Captured) -> Runner:
         """Called by Dynamo when no guard fits: both kinds of step, from one trace."""
         graph = pipeline.run(captured.graph, [canonicalize])
-        self._accept(_coverage(graph, self._params))
+        found = _coverage(graph, self._params)
+        self._accept(found)
         kinds = {True, False} if self._tx.frequency is not None else {False}
         kinds = {True} if self._tx.frequency == 1 else kinds
         runs = {kind: self._compile_kind(graph, captured, kind) for kind in sorted(kinds)}
 
         def runner(*flat: Any) -> Sequence[Any]:
             if self._call is None:
-                raise _Traced
+                raise _Traced(found)
             with torch.no_grad():
                 return runs[self._call.wants_factors](*flat, *self._call.extra)
 
