@@ -13,6 +13,7 @@ import oracle
 import thor_fx
 from graphs import joint_graph, plain_graph, step_graph
 from thor_fx.passes import Input, Param, Tangent, canonicalize, find_sites, outputs, run
+from thor_fx.passes.emit_factors import transposed
 from thor_fx.passes.sites import UNUSED
 
 BUILDS = pytest.mark.parametrize("build", models.BUILDERS, ids=lambda build: build.__name__)
@@ -52,7 +53,9 @@ def test_every_parameter_is_in_exactly_one_place(build):
 @BUILDS
 def test_one_site_for_every_use_with_all_its_rows(build):
     sites = find_sites(step_graph(build)).sites
-    found = sorted((site.layer + ".T" * site.flipped, site.activation.rows) for site in sites)
+    found = sorted(
+        (transposed(site.layer) if site.flipped else site.layer, site.activation.rows) for site in sites
+    )
     expected = sorted((name, len(use.a)) for name, uses in oracle.uses(build()).items() for use in uses)
     assert found == expected
 
