@@ -7,12 +7,13 @@ descriptor (:mod:`thor_fx.passes.outputs`), so no pass relies on positions.
 
 from .canonicalize import canonicalize
 from .emit_factors import drop_factors, emit_factors
+from .operands import Operand
 from .outputs import Factor, Grad, Input, Loss, Mutation, Output, Param, Rows, Tangent, Terms
 from .pipeline import Pass, PassError, run
 from .sites import SiteReport, find_sites
 from .spec import SpecError, check
 from .splice import splice
-from .walk import Operand, Site
+from .walk import Site
 
 __all__ = [
     "Factor",

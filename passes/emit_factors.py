@@ -7,9 +7,14 @@ With the rows ``a_r`` and ``g_r`` of a layer (``r`` over all uses and positions,
     Rows(layer)        = R
     Terms()            = n, the rows of the site nearest the loss
 
+A layer with E groups (a grouped convolution, experts) has one pair for every group: (E, in, in) and
+(E, out, out). How much of a factor is kept, where that is not the whole, is said in
+:mod:`thor_fx.passes.sides` and decided in :mod:`thor_fx.passes.layout`.
+
 Sums and not means: they add up over micro-batches, graphs and devices as they are.
 ``A = Factor/R`` and ``G = n Factor`` (:mod:`thor_fx.factors`). Where a weight is used as ``W`` and as
-``W.T``, the uses of the transpose have sums of their own, under a name of their own (:func:`transposed`).
+``W.T``, the uses of the transpose have sums of their own, under a name of their own
+(:func:`~thor_fx.passes.layout.transposed`).
 
 Afterwards everything that the graph returned before is computed by the same nodes as before.
 """
@@ -20,15 +25,18 @@ from functools import partial
 import torch
 from torch import Tensor, fx
 
+from .layout import Rules, Use, arrange, one_hot
+from .operands import Matrix, Operand
 from .outputs import Factor, OutputDescriptor, Rows, Terms, append, select
+from .sides import Side, widen
 from .sites import SiteReport, find_sites
 from .splice import Decompositions, splice
-from .walk import Operand, Site
 
 
 def emit_factors(
     gm: fx.GraphModule,
     *,
+    rules: Rules = Rules(),  # noqa: B008 - frozen
     report: SiteReport | None = None,
     decompositions: Decompositions | None = None,
 ) -> None:
@@ -36,39 +44,22 @@ def emit_factors(
 
     Args:
         gm: a step graph or joint graph with descriptors.
+        rules: what may be chosen about factors.
         report: what :func:`find_sites` says of ``gm``, where the caller knows it already.
         decompositions: the table that ``gm`` was traced with.
     """
     report = report or find_sites(gm)
-    last = _order(gm)
+    last = {node: position for position, node in enumerate(gm.graph.nodes)}
     insert = partial(splice, decompositions=decompositions)
     new: list[tuple[OutputDescriptor, fx.Node]] = []
-    for layer, sites in report.layers.items():
-        for name, uses in ((layer, False), (transposed(layer), True)):
-            same = [site for site in sites if site.flipped is uses]
-            if same:
-                new += _moments(name, same, max((s.gradient for s in same), key=last.__getitem__), insert)
+    for layout in arrange(report, rules).values():
+        for use in layout.uses:
+            anchor = max((site.gradient for site in use.sites), key=last.__getitem__)
+            new += _moments(use, anchor, insert)
     if report.nearest is not None:
-        new.append((Terms(), _terms(report.nearest, insert)))
+        terms = report.nearest.activation
+        new.append((Terms(), insert(report.nearest.gradient, terms_of(terms), *terms.nodes)))
     append(gm, new)
-
-
-def transposed(layer: str) -> str:
-    """What the uses of a layer's transposed matrix are called in descriptors."""
-    return f"{layer} (transposed)"
-
-
-def _moments(
-    layer: str, sites: list[Site], anchor: fx.Node, insert: Callable[..., fx.Node]
-) -> list[tuple[OutputDescriptor, fx.Node]]:
-    activations = [site.activation for site in sites]
-    cotangents = [site.cotangent for site in sites]
-    inputs, gradients = [o.node for o in activations], [o.node for o in cotangents]
-    return [
-        (Factor(layer, "A"), insert(anchor, second_moment(activations), *inputs)),
-        (Factor(layer, "G"), insert(anchor, second_moment(cotangents), *gradients)),
-        (Rows(layer), insert(anchor, row_count(activations), *inputs)),
-    ]
 
 
 def drop_factors(gm: fx.GraphModule) -> None:
@@ -77,46 +68,84 @@ def drop_factors(gm: fx.GraphModule) -> None:
     gm.graph.eliminate_dead_code()
 
 
-def second_moment(operands: list[Operand]) -> Callable[..., Tensor]:
-    """A function of the operands' values: the sum of ``x_r x_r^T`` over the rows of all of them."""
+def _moments(
+    use: Use, anchor: fx.Node, insert: Callable[..., fx.Node]
+) -> list[tuple[OutputDescriptor, fx.Node]]:
+    inputs, gradients = _nodes(use.activations), _nodes(use.cotangents)
+    new: list[tuple[OutputDescriptor, fx.Node]] = []
+    if use.input.kind != "identity":
+        new.append((Factor(use.name, "A"), insert(anchor, moment(use.activations, use.input), *inputs)))
+    if use.output.kind != "identity":
+        new.append((Factor(use.name, "G"), insert(anchor, moment(use.cotangents, use.output), *gradients)))
+    return [*new, (Rows(use.name), insert(anchor, row_count(use.activations), *inputs))]
 
-    def moment(*values: Tensor) -> Tensor:
-        parts = [x.T @ x for x in _all_rows(operands, values)]
-        return sum(parts[1:], start=parts[0])
 
-    return moment
+def _nodes(operands: tuple[Operand, ...]) -> list[fx.Node]:
+    return [node for operand in operands for node in operand.nodes]
 
 
-def row_count(operands: list[Operand]) -> Callable[..., Tensor]:
-    """A function of the operands' values: how many rows they have, as a 0-D tensor."""
+def moment(operands: tuple[Operand, ...], side: Side) -> Callable[..., Tensor]:
+    """A function of the operands' values: what ``side`` keeps of the sum of ``x_r x_r^T`` over all rows."""
+
+    def second(*values: Tensor) -> Tensor:
+        given = _values(operands, values)
+        found = _whole_rows(operands, given) if side.kind == "dense" else None
+        if found is None:
+            parts = [_part(operand, side, own) for operand, own in zip(operands, given, strict=True)]
+            found = sum(parts[1:], start=parts[0])
+        if not side.joint:
+            return found
+        totals = [operand.total(*own) for operand, own in zip(operands, given, strict=True)]
+        return _bordered(found, sum(totals[1:], start=totals[0]), row_count(operands)(*values))
+
+    return second
+
+
+def _part(operand: Operand, side: Side, values: list[Tensor]) -> Tensor:
+    """What one use adds to the factor."""
+    if one_hot(operand):
+        return widen(operand.squares(*values), Side(operand.features, "diagonal"), side)
+    if side.kind == "dense":
+        return operand.gram(*values)
+    return operand.squares(*values) if side.kind == "diagonal" else operand.blocks(side.block, *values)
+
+
+def _whole_rows(operands: tuple[Operand, ...], given: list[list[Tensor]]) -> Tensor | None:
+    """All uses in one product, where their rows are plain matrices: a cell of a recurrent net, say."""
+    if len(operands) < 2 or not all(isinstance(o, Matrix) and not o.grouped for o in operands):
+        return None
+    x = torch.cat([operand.read(*own) for operand, own in zip(operands, given, strict=True)])
+    return x.mT @ x
+
+
+def _bordered(gram: Tensor, total: Tensor, count: Tensor) -> Tensor:
+    """The moment of rows with a 1 behind their features: (..., F + 1, F + 1)."""
+    corner = count.expand(total.shape[:-1]).unsqueeze(-1)
+    right = torch.cat([total, corner], -1).unsqueeze(-2)
+    return torch.cat([torch.cat([gram, total.unsqueeze(-1)], -1), right], -2)
+
+
+def row_count(operands: tuple[Operand, ...]) -> Callable[..., Tensor]:
+    """A function of the operands' values: how many rows they have, 0-D or (E,)."""
 
     def count(*values: Tensor) -> Tensor:
-        rows = sum(x.shape[0] for x in _all_rows(operands, values))
-        return torch.full((), rows, dtype=_accumulator(values[0]), device=values[0].device)
+        given = zip(operands, _values(operands, values), strict=True)
+        counts = [operand.count(*own) for operand, own in given]
+        return sum(counts[1:], start=counts[0])
 
     return count
 
 
-def _terms(nearest: Site, insert: Callable[..., fx.Node]) -> fx.Node:
-    return insert(nearest.gradient, row_count([nearest.activation]), nearest.activation.node)
+def terms_of(operand: Operand) -> Callable[..., Tensor]:
+    """A function of an operand's values: all of its rows, over all groups, 0-D."""
+
+    def terms(*values: Tensor) -> Tensor:
+        count = operand.count(*values)
+        return count.sum() if count.dim() else count
+
+    return terms
 
 
-def _all_rows(operands: list[Operand], values: tuple[Tensor, ...]) -> list[Tensor]:
-    return [_rows(operand, value) for operand, value in zip(operands, values, strict=True)]
-
-
-def _rows(operand: Operand, value: Tensor) -> Tensor:
-    """The operand as a (rows, features) matrix in the dtype that factors are summed in."""
-    if value.dim() == 1:
-        value = value.unsqueeze(0)
-    value = value.mT if operand.transposed else value
-    return value.flatten(0, -2).to(_accumulator(value))
-
-
-def _accumulator(value: Tensor) -> torch.dtype:
-    """Factors are summed in float32, or in float64 for a float64 model."""
-    return torch.float64 if value.dtype == torch.float64 else torch.float32
-
-
-def _order(gm: fx.GraphModule) -> dict[fx.Node, int]:
-    return {node: position for position, node in enumerate(gm.graph.nodes)}
+def _values(operands: tuple[Operand, ...], values: tuple[Tensor, ...]) -> list[list[Tensor]]:
+    given = iter(values)
+    return [[next(given) for _ in operand.nodes] for operand in operands]

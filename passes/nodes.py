@@ -1,6 +1,8 @@
 """Typed access to what ``torch.fx`` leaves untyped: arguments, values and order of nodes."""
 
+import re
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -59,6 +61,20 @@ def permutation(node: fx.Node) -> tuple[int, ...]:
         first, second = (0, 1) if target(node) is aten.t.default else arguments(node)[1:3]
         order[first], order[second] = order[second], order[first]
     return tuple(order)
+
+
+def use_of(node: fx.Node) -> str:
+    """The line of Python that a node comes from: ``model.py:12 in forward: y = self.fc(x)``; or ""."""
+    frames = _FRAME.findall(node.meta.get("stack_trace") or "")
+    outside = [frame for frame in frames if not frame[0].startswith(_LIBRARIES)]
+    if not outside:
+        return ""
+    path, line, function, code = outside[-1]
+    return f"{path.rsplit('/', 1)[-1]}:{line} in {function}: {code.strip()}"
+
+
+_LIBRARIES = tuple(str(Path(file).parent) + "/" for file in (str(torch.__file__), str(Path(__file__).parent)))
+_FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\S+)\n(.*)')
 
 
 def downstream(nodes: Iterable[fx.Node]) -> set[fx.Node]:

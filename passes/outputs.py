@@ -32,8 +32,15 @@ class Param:
 
 
 @dataclass(frozen=True)
+class Frozen:
+    """An input: the parameter called ``name``, which is not trained."""
+
+    name: str
+
+
+@dataclass(frozen=True)
 class Input:
-    """An input that is not trained: data, a size, a buffer, a captured constant."""
+    """An input that is no parameter: data, a size, a buffer, a captured constant."""
 
     index: int
 
@@ -98,7 +105,7 @@ class Opaque:
     text: str
 
 
-InputDescriptor = Param | Input | Tangent
+InputDescriptor = Param | Frozen | Input | Tangent
 OutputDescriptor = Loss | Output | Mutation | Grad | Factor | Rows | Terms | Opaque
 
 

@@ -1,6 +1,7 @@
 """How the gradient matrix of a site lies inside the gradient of its parameter.
 
-A path is a tuple of steps that leads from the parameter's layout to an ``(out, in)`` matrix:
+A path is a tuple of steps that leads from the parameter's layout to an ``(out, in)`` matrix, or to
+``(E, out, in)`` matrices:
 a ``Linear`` has the empty path, ``x @ W`` has ``(Permute((1, 0)),)``, the key part of a packed
 projection ``(Narrow(0, d, 2 * d),)``. :func:`take` follows a path, :func:`put` writes a matrix back.
 """
@@ -64,7 +65,7 @@ Path = tuple[Step, ...]
 
 
 def take(path: Path, t: Tensor) -> Tensor:
-    """The ``(out, in)`` matrix inside a tensor of the parameter's shape."""
+    """The ``(out, in)`` matrix, or matrices, inside a tensor of the parameter's shape."""
     for step in path:
         t = step.take(t)
     return t
@@ -98,12 +99,21 @@ def simplify(path: Path, shape: tuple[int, ...]) -> Path:
         matrix = _as_view(path[len(head) :], part)
     except RuntimeError:  # a reshape that would copy
         return path
-    rows, cols = matrix.shape
-    if matrix.stride() == (cols, 1) or 1 in matrix.shape:
-        return (*head, *_reshape(part, (rows, cols)))
-    if matrix.stride() == (1, rows):
-        return (*head, *_reshape(part, (cols, rows)), Permute((1, 0)))
-    return path
+    order = _as_stored(matrix)
+    stored = matrix.permute(order)
+    if not stored.is_contiguous():
+        return path
+    back = tuple(sorted(range(matrix.dim()), key=order.__getitem__))
+    permuted: Path = () if back == tuple(range(matrix.dim())) else (Permute(back),)
+    return (*head, *_reshape(part, tuple(stored.shape)), *permuted)
+
+
+def _as_stored(t: Tensor) -> list[int]:
+    """The axes in the order in which they lie in memory; those of length 1 stay where they are."""
+    long = [axis for axis in range(t.dim()) if t.shape[axis] > 1]
+    strides = t.stride()
+    ordered = iter(sorted(long, key=lambda axis: -strides[axis]))
+    return [next(ordered) if t.shape[axis] > 1 else axis for axis in range(t.dim())]
 
 
 def _slices_first(path: Path, shape: tuple[int, ...]) -> Path:

@@ -8,16 +8,19 @@ views, casts and sums. It either reaches contractions, one site each, or says wh
 """
 
 import itertools
-import operator
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import fx
 
-from .nodes import CASTS, RESHAPES, arguments, downstream, shape, source, target, upstream
-from .outputs import Grad, Loss, Output, Param, Tangent, input_nodes, output_nodes
-from .reindex import Permute, disjoint, simplify
-from .walk import NoSite, Site, Walk
+from .biases import Bias, find_biases
+from .contractions import SWAP_GROUPED, WEIGHTS
+from .nodes import arguments, downstream, shape, target, upstream, use_of
+from .norms import is_norm
+from .outputs import KEY, Frozen, Grad, Input, Loss, Output, Param, Tangent, input_nodes, output_nodes
+from .reindex import Path, Permute, disjoint, simplify, take
+from .walk import SWAP, NoSite, Site, Walk
 
 aten = torch.ops.aten
 
@@ -33,12 +36,16 @@ class SiteReport:
         norms: scales and shifts of normalisation layers.
         reasons: for every parameter with neither, why.
         nearest: the site nearest the loss; its rows are the terms that the loss averages over.
+        biases: the bias that is added to what a layer makes, by layer.
+        lines: the line of Python that uses a parameter, by parameter, as far as it is known.
     """
 
     sites: tuple[Site, ...]
     norms: tuple[str, ...]
     reasons: dict[str, str]
     nearest: Site | None
+    biases: Mapping[str, Bias] = field(default_factory=dict)
+    lines: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def layers(self) -> dict[str, tuple[Site, ...]]:
@@ -58,23 +65,36 @@ def find_sites(gm: fx.GraphModule) -> SiteReport:
     Returns:
         Every parameter, in exactly one of the report's three places.
     """
-    backward = downstream(seeds(gm))
+    walk = Walk("", downstream(seeds(gm)), downstream(_data(gm)), WEIGHTS)
     outputs = output_nodes(gm)
     sites: list[Site] = []
     norms: list[str] = []
     reasons: dict[str, str] = {}
+    vectors: dict[str, fx.Node] = {}
+    lines: dict[str, str] = {}
     for name in [d.name for d in input_nodes(gm) if isinstance(d, Param)]:
         gradient = outputs.get(Grad(name))
         if gradient is None:
             reasons[name] = UNUSED
-        elif _is_norm(gradient, backward):
+            continue
+        lines[name] = use_of(gradient)
+        if is_norm(gradient, walk.backward):
             norms.append(name)
         else:
             try:
-                sites += _sites_of(name, gradient, backward)
+                sites += _sites_of(gradient, replace(walk, param=name))
             except NoSite as reason:
                 reasons[name] = f"a vector: {reason}" if len(shape(gradient)) < 2 else str(reason)
-    return SiteReport(tuple(sites), tuple(norms), reasons, _nearest(gm, sites))
+                if len(shape(gradient)) < 2:
+                    vectors[name] = gradient
+    report = SiteReport(tuple(sites), tuple(norms), reasons, _nearest(gm, sites))
+    return replace(report, biases=find_biases(report.layers, vectors, walk), lines=lines)
+
+
+def _data(gm: fx.GraphModule) -> list[fx.Node]:
+    """The inputs, and the captured tensors, that are no parameters."""
+    captured = [n for n in gm.graph.find_nodes(op="get_attr") if not isinstance(n.meta.get(KEY), Frozen)]
+    return [*captured, *(node for d, node in input_nodes(gm).items() if isinstance(d, Input))]
 
 
 def seeds(gm: fx.GraphModule) -> list[fx.Node]:
@@ -96,8 +116,8 @@ def _is_one(node: fx.Node) -> bool:
     return target(node) in {aten.ones.default, aten.ones_like.default, aten.new_ones.default}
 
 
-def _sites_of(name: str, gradient: fx.Node, backward: set[fx.Node]) -> list[Site]:
-    sites = list(Walk(name, backward).visit(gradient, ()))
+def _sites_of(gradient: fx.Node, walk: Walk) -> list[Site]:
+    sites: list[Site] = list(walk.visit(gradient, ()))
     if not sites:
         raise NoSite("its gradient is zero")
     sizes = tuple(int(size) for size in shape(gradient))
@@ -112,41 +132,14 @@ def _one_orientation(sites: list[Site], sizes: tuple[int, ...]) -> list[Site]:
     paths = {site.path for site in sites}
     result = []
     for site in sites:
-        other = simplify((*site.path, Permute((1, 0))), sizes)
+        other = simplify((*site.path, _swap(site.path, sizes)), sizes)
         flipped = other in paths and len(other) < len(site.path)
         result.append(replace(site, path=other, flipped=True) if flipped else site)
     return result
 
 
-NORM_BACKWARDS = {aten.native_layer_norm_backward.default, aten._fused_rms_norm_backward.default}
-
-
-def _is_norm(gradient: fx.Node, backward: set[fx.Node]) -> bool:
-    """Whether a gradient is that of a LayerNorm's or RMSNorm's scale or shift."""
-    node = _under_casts(gradient)
-    if target(node) is operator.getitem:
-        return target(source(node)) in NORM_BACKWARDS and arguments(node)[1] != 0  # 0: of the input
-    if target(node) is not aten.sum.dim_IntList:
-        return False
-    if node.meta.get("original_aten") in NORM_BACKWARDS:  # a decomposed LayerNorm
-        return True
-    product = _under_casts(source(node))
-    factors = product.all_input_nodes if target(product) is aten.mul.Tensor else []
-    return any(_is_normalised(factor) for factor in factors if factor not in backward)
-
-
-def _under_casts(node: fx.Node) -> fx.Node:
-    while target(node) in CASTS | RESHAPES:
-        node = source(node)
-    return node
-
-
-def _is_normalised(node: fx.Node) -> bool:
-    """Whether a node is ``x * rsqrt(mean(x^2) + eps)``, however cast."""
-    node = _under_casts(node)
-    return target(node) is aten.mul.Tensor and any(
-        target(factor) is aten.rsqrt.default for factor in node.all_input_nodes
-    )
+def _swap(path: Path, sizes: tuple[int, ...]) -> Permute:
+    return SWAP_GROUPED if take(path, torch.empty(sizes, device="meta")).dim() == 3 else SWAP
 
 
 def _nearest(gm: fx.GraphModule, sites: list[Site]) -> Site | None:

@@ -17,6 +17,7 @@ from .outputs import (
     Grad,
     InputDescriptor,
     Param,
+    Rows,
     input_nodes,
     output_node,
     output_nodes,
@@ -72,20 +73,19 @@ def _check_values(gm: fx.GraphModule) -> None:
 
 def _check_shapes(gm: fx.GraphModule) -> None:
     inputs = input_nodes(gm)
-    sides: dict[str, set[str]] = {}
-    for descriptor, node in output_nodes(gm).items():
+    returned = output_nodes(gm)
+    for descriptor, node in returned.items():
         if node is None:
             continue
         if isinstance(descriptor, Grad) and Param(str(descriptor.param)) in inputs:
             _same_shape(descriptor, node, inputs[Param(str(descriptor.param))])
         if isinstance(descriptor, Factor):
             shape = node.meta["val"].shape
-            if len(shape) < 2 or shape[-1] != shape[-2]:
-                raise SpecError(f"{descriptor} is not square: {tuple(shape)}")
-            sides.setdefault(descriptor.layer, set()).add(descriptor.side)
-    for layer, found in sides.items():
-        if found != {"A", "G"}:
-            raise SpecError(f"layer {layer!r} has side {found.pop()} only")
+            if len(shape) < 1 or (len(shape) > 2 and shape[-1] != shape[-2]):
+                got = tuple(shape)
+                raise SpecError(f"{descriptor} is no matrix, no diagonal and no stack of either: {got}")
+            if Rows(descriptor.layer) not in returned:
+                raise SpecError(f"layer {descriptor.layer!r} has a factor and no rows")
 
 
 def _same_shape(descriptor: Grad, gradient: fx.Node, parameter: fx.Node) -> None:

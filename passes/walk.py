@@ -1,45 +1,27 @@
 """The walk from a gradient back to the contractions that it is made of.
 
 One rule per operator. A rule yields the sites that add up to its node, or raises :class:`NoSite`
-with the reason. Along the way the *path* records where the current tensor lies in the gradient of
-the parameter (:mod:`thor_fx.passes.reindex`).
+with the reason. Here are the rules that lead on: views, slices, sums, linear maps of the weight. Where
+walks end is in :mod:`thor_fx.passes.contractions`. Along the way the *path* records where the current
+tensor lies in the gradient of the parameter (:mod:`thor_fx.passes.reindex`).
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import fx
 
-from .nodes import CASTS, PERMUTES, RESHAPES, arguments, chain, permutation, shape, source, target
+from .nodes import CASTS, PERMUTES, RESHAPES, arguments, chain, permutation, shape, source, target, use_of
+from .operands import Operand, Scaled
 from .reindex import Narrow, Path, Permute, Step, View, part_name
 
 aten = torch.ops.aten
 
 ZEROS = {aten.zeros.default, aten.zeros_like.default, aten.new_zeros.default}
 FULLS = {aten.full.default, aten.full_like.default, aten.new_full.default}
-
-
-@dataclass(frozen=True)
-class Operand:
-    """One side of a contraction: rows x features, or features x rows where ``transposed``.
-
-    Further axes in front of these two are rows as well.
-    """
-
-    node: fx.Node
-    transposed: bool
-
-    @property
-    def features(self) -> int:
-        """The length of the side: what ``A`` or ``G`` is square in."""
-        return int(shape(self.node)[-2 if self.transposed else -1])
-
-    @property
-    def rows(self) -> int | torch.SymInt:
-        """The number of rows, over all leading axes; symbolic where the batch size is."""
-        return self.node.meta["val"].numel() // self.features
+SWAP = Permute((1, 0))
 
 
 @dataclass(frozen=True)
@@ -48,12 +30,13 @@ class Site:
 
     Attributes:
         param: name of the parameter.
-        path: where the layer's (out, in) matrix lies in the parameter.
+        path: where the layer's (out, in) matrix, or (E, out, in) matrices, lie in the parameter.
         gradient: the contraction.
         activation: the rows ``a_r``.
         cotangent: the rows ``g_r``.
         flipped: this use is of the layer's transposed matrix, and others are not (a tied
             auto-encoder: ``W`` and ``W.T``). Its activation then has ``out`` features.
+        kind: of the operation that uses the weight.
     """
 
     param: str
@@ -62,6 +45,7 @@ class Site:
     activation: Operand
     cotangent: Operand
     flipped: bool = False
+    kind: str = "linear"
 
     @property
     def layer(self) -> str:
@@ -70,9 +54,19 @@ class Site:
 
     @property
     def dims(self) -> tuple[int, int]:
-        """``(out, in)`` of the layer."""
+        """``(out, in)`` of the layer; of every group of it."""
         dims = self.cotangent.features, self.activation.features
         return dims[::-1] if self.flipped else dims
+
+    @property
+    def groups(self) -> int:
+        """E, the number of independent factor pairs."""
+        return self.activation.groups
+
+    @property
+    def line(self) -> str:
+        """The line of Python that uses the weight, as far as the tracer knows it."""
+        return use_of(self.gradient)
 
 
 class NoSite(Exception):
@@ -84,6 +78,9 @@ def unlike(node: fx.Node, detail: str = "") -> NoSite:
     return NoSite(f"its gradient is {chain(node)}{detail}, no product of matrices")
 
 
+Rule = Callable[["Walk", fx.Node, Path], Iterator[Any]]
+
+
 @dataclass(frozen=True)
 class Walk:
     """The contractions below the gradient of one parameter.
@@ -91,13 +88,17 @@ class Walk:
     Attributes:
         param: its name.
         backward: every node that depends on where backward starts.
+        data: every node that depends on data: on an input that is no parameter.
+        ends: the rules for operators where a walk ends, by operator.
     """
 
     param: str
     backward: set[fx.Node]
+    data: set[fx.Node]
+    ends: Mapping[Any, Rule] = field(repr=False)
 
-    def visit(self, node: fx.Node, path: Path) -> Iterator[Site]:
-        """Yield the sites that add up to ``node``, which lies at ``path`` in the gradient.
+    def visit(self, node: fx.Node, path: Path) -> Iterator[Any]:
+        """Yield what adds up to ``node``, which lies at ``path`` in the gradient.
 
         Raises:
             unlike: a NoSite with the reason.
@@ -107,41 +108,20 @@ class Walk:
             yield from self.visit(source(node), path)
         elif operator in RESHAPES or operator in PERMUTES:
             yield from self.visit(source(node), (*path, _undo(node)))
+        elif operator in self.ends:
+            yield from self.ends[operator](self, node, path)
         elif operator in _RULES:
             yield from _RULES[operator](self, node, path)
-        elif not _is_zero(node):
+        elif not is_zero(node):
             raise unlike(node)
 
-    def contraction(self, gradient: fx.Node, left: fx.Node, right: fx.Node, path: Path) -> Site:
-        """The site whose matrix is ``left @ right``, its operands told apart by where they come from.
 
-        Raises:
-            unlike: a NoSite; the product is not linear in the gradient of the loss.
-        """
-        depends = left in self.backward, right in self.backward
-        rows_last, rows_first = _base(Operand(left, True)), _base(Operand(right, False))
-        if depends == (True, False):
-            return Site(self.param, path, gradient, activation=rows_first, cotangent=rows_last)
-        if depends == (False, True):
-            path = (*path, Permute((1, 0)))
-            return Site(self.param, path, gradient, activation=rows_last, cotangent=rows_first)
-        raise unlike(gradient, " with both or none of its operands from backward")
-
-
-def _is_zero(node: fx.Node) -> bool:
+def is_zero(node: Any) -> bool:
     """Whether a node is a tensor of zeros: it adds nothing to a gradient."""
     if target(node) in FULLS:
         position = 2 if target(node) is aten.new_full.default else 1
         return bool(arguments(node)[position] == 0)
     return target(node) in ZEROS
-
-
-def _base(operand: Operand) -> Operand:
-    """The operand read through plain transpositions, so that factors use the tensor that exists."""
-    node = operand.node
-    if target(node) in PERMUTES and len(shape(node)) == 2 and permutation(node) == (1, 0):
-        return _base(Operand(source(node), not operand.transposed))
-    return operand
 
 
 def _undo(node: fx.Node) -> Step:
@@ -152,41 +132,24 @@ def _undo(node: fx.Node) -> Step:
     return View(tuple(int(size) for size in shape(source(node))))
 
 
-# --- the rules -----------------------------------------------------------------------------------
+# --- sums and pieces -----------------------------------------------------------------------------
 
 
-def _mm(walk: Walk, node: fx.Node, path: Path) -> Iterator[Site]:
-    left, right = arguments(node)
-    yield walk.contraction(node, left, right, path)
+def _add(walk: Walk, node: fx.Node, path: Path) -> Iterator[Any]:
+    first, second = arguments(node)[:2]
+    if not _of_shape(first, node) or not _of_shape(second, node):
+        raise unlike(node)
+    sign = -1 if target(node) is aten.sub.Tensor else 1
+    yield from walk.visit(first, path)
+    alpha: Any = node.kwargs.get("alpha", 1)
+    yield from (_scaled(site, sign * alpha) for site in walk.visit(second, path))
 
 
-def _bmm(walk: Walk, node: fx.Node, path: Path) -> Iterator[Site]:
-    batch, rows, cols = shape(node)
-    if batch != 1:
-        raise unlike(node, f" with {batch} slices (one factor pair per slice is not supported yet)")
-    yield from _mm(walk, node, (*path, View((int(rows), int(cols)))))
+def _of_shape(value: Any, node: fx.Node) -> bool:
+    return isinstance(value, fx.Node) and shape(value) == shape(node)
 
 
-def _addmm(walk: Walk, node: fx.Node, path: Path) -> Iterator[Site]:
-    summand, left, right = _unscaled(node)[:3]
-    yield from walk.visit(summand, path)
-    yield walk.contraction(node, left, right, path)
-
-
-def _add(walk: Walk, node: fx.Node, path: Path) -> Iterator[Site]:
-    for summand in _unscaled(node)[:2]:
-        if not isinstance(summand, fx.Node) or shape(summand) != shape(node):
-            raise unlike(node)
-        yield from walk.visit(summand, path)
-
-
-def _unscaled(node: fx.Node) -> tuple[Any, ...]:
-    if any(scale != 1 for scale in node.kwargs.values()):
-        raise unlike(node, " with a factor")
-    return arguments(node)
-
-
-def _cat(walk: Walk, node: fx.Node, path: Path) -> Iterator[Site]:
+def _cat(walk: Walk, node: fx.Node, path: Path) -> Iterator[Any]:
     pieces, axis, *_ = (*arguments(node), 0)
     axis, start = axis % len(shape(node)), 0
     for piece in pieces:
@@ -195,16 +158,23 @@ def _cat(walk: Walk, node: fx.Node, path: Path) -> Iterator[Site]:
         start = stop
 
 
-def _slice_backward(walk: Walk, node: fx.Node, path: Path) -> Iterator[Site]:
+def _stack(walk: Walk, node: fx.Node, path: Path) -> Iterator[Any]:
+    pieces, axis, *_ = (*arguments(node), 0)
+    axis %= len(shape(node))
+    for i, piece in enumerate(pieces):
+        yield from walk.visit(piece, (*path, Narrow(axis, i, i + 1), _as(piece)))
+
+
+def _slice_backward(walk: Walk, node: fx.Node, path: Path) -> Iterator[Any]:
     piece, _, axis, start, stop, stride = arguments(node)
     yield from walk.visit(piece, (*path, _narrow(node, axis, start, stop, stride)))
 
 
-def _slice_scatter(walk: Walk, node: fx.Node, path: Path) -> Iterator[Site]:
+def _slice_scatter(walk: Walk, node: fx.Node, path: Path) -> Iterator[Any]:
     given = arguments(node)
     defaults: tuple[Any, ...] = (0, None, None, 1)
     full, piece, axis, start, stop, stride = (*given, *defaults[len(given) - 2 :])
-    if not _is_zero(full):
+    if not is_zero(full):
         raise unlike(node)
     yield from walk.visit(piece, (*path, _narrow(node, axis, start, stop, stride)))
 
@@ -217,58 +187,104 @@ def _narrow(node: fx.Node, axis: int, start: int | None, stop: int | None, strid
     return Narrow(axis, first, last)
 
 
-def _sum(walk: Walk, node: fx.Node, path: Path) -> Iterator[Site]:
-    """A weight that was expanded over leading axes: the sum over them of a batched product."""
-    product, axes = arguments(node)[:2]
-    sizes, flipped = shape(product), False
-    if len(sizes) < 3 or sorted(axis % len(sizes) for axis in axes) != list(range(len(sizes) - 2)):
+def _select_backward(walk: Walk, node: fx.Node, path: Path) -> Iterator[Any]:
+    piece, _, axis, index = arguments(node)
+    yield from walk.visit(piece, (*path, _one_of(node, axis, index), _as(piece)))
+
+
+def _select_scatter(walk: Walk, node: fx.Node, path: Path) -> Iterator[Any]:
+    full, piece, axis, index = arguments(node)
+    if not is_zero(full):
         raise unlike(node)
-    while target(product) in CASTS | RESHAPES | PERMUTES:
-        flipped ^= _swaps_last_two(product, node)
-        product = source(product)
-    if target(product) is not aten.bmm.default:
+    yield from walk.visit(piece, (*path, _one_of(node, axis, index), _as(piece)))
+
+
+def _one_of(node: fx.Node, axis: int, index: int) -> Narrow:
+    axis %= len(shape(node))
+    index %= int(shape(node)[axis])
+    return Narrow(axis, index, index + 1)
+
+
+def _as(piece: fx.Node) -> View:
+    return View(tuple(int(size) for size in shape(piece)))
+
+
+# --- linear functions of the weight --------------------------------------------------------------
+
+# NOTE: [A function of the parameter] Where the weight of a layer is ``f(W)`` and ``f`` is linear, the
+# gradient of ``W`` is a sum over the same rows: for ``c W`` of ``c g_r a_r^T``, for ``W diag(v)`` of
+# ``g_r (v a_r)^T``, for ``B W`` of ``(B^T g_r) a_r^T`` (a merged low-rank adapter). Each is a site.
+
+
+def scaled_product(walk: Walk, node: fx.Node, path: Path) -> Iterator[Any]:
+    """Yield the sites of a gradient times, or divided by, a number or a vector along one of its axes.
+
+    Raises:
+        unlike: a NoSite; the factor is a matrix, or comes from backward.
+    """
+    one, other = arguments(node)[:2]
+    if isinstance(one, fx.Node) and one not in walk.backward:
+        one, other = other, one
+    if not _of_shape(one, node) or (isinstance(other, fx.Node) and other in walk.backward):
         raise unlike(node)
-    path = (*path, View((int(sizes[-2]), int(sizes[-1]))))
-    left, right = arguments(product)
-    yield walk.contraction(product, left, right, (*path, Permute((1, 0))) if flipped else path)
+    axis = _scaled_axis(other, node)
+    if axis is None:
+        raise unlike(node)
+    divide = target(node) in DIVISIONS
+    if axis == "all":
+        yield from (_scaled(site, other, divide) for site in walk.visit(one, path))
+        return
+    for site in walk.visit(one, ()):
+        if site.path not in {(), (SWAP,)}:
+            raise unlike(node)
+        of_rows = (axis == "rows") == (site.path == ())
+        side = "cotangent" if of_rows else "activation"
+        operand = getattr(site, side)
+        scaled = replace(site, **{side: Scaled(operand.node, operand, other, divide)})
+        yield replace(scaled, path=(*path, *site.path))
 
 
-def _swaps_last_two(step: fx.Node, node: fx.Node) -> bool:
-    """Whether a view or permutation swaps the last two axes; it must not mix them with others."""
-    dims = len(shape(step))
-    if target(step) in PERMUTES:
-        last = permutation(step)[-2:]
-        if set(last) == {dims - 2, dims - 1}:
-            return last == (dims - 1, dims - 2)
-    elif shape(source(step))[-2:] == shape(step)[-2:]:
-        return False
-    raise unlike(node)
+DIVISIONS = {aten.div.Tensor, aten.div.Scalar}
 
 
-def _outer(walk: Walk, node: fx.Node, path: Path) -> Iterator[Site]:
-    """A single row: the broadcast product of a column (n, 1) and a row (m,) or (1, m)."""
-    column, row = arguments(node)
-    if _sizes(column)[-1:] != (1,):
-        column, row = row, column
+def _scaled_axis(factor: Any, node: fx.Node) -> str | None:
+    """What a factor of a matrix scales: all of it, its rows or its columns."""
+    if not isinstance(factor, fx.Node) or factor.meta["val"].numel() == 1:
+        return "all"
     sizes = shape(node)
-    if len(sizes) != 2 or _sizes(column) != (sizes[0], 1) or _sizes(row) not in {sizes[1:], (1, sizes[1])}:
-        raise unlike(node)
-    yield walk.contraction(node, column, row, path)
+    if len(sizes) != 2:
+        return None
+    by = (1, 1, *shape(factor))[-2:]
+    if by == (1, sizes[1]):
+        return "columns"
+    return "rows" if by == (sizes[0], 1) else None
 
 
-def _sizes(value: Any) -> tuple[int, ...]:
-    return shape(value) if isinstance(value, fx.Node) else ()
+def _neg(walk: Walk, node: fx.Node, path: Path) -> Iterator[Any]:
+    yield from (_scaled(site, -1) for site in walk.visit(source(node), path))
 
 
-Rule = Callable[[Walk, fx.Node, Path], Iterator[Site]]
+def _scaled(site: Any, by: Any, divide: bool = False) -> Any:
+    """A site whose cotangents are scaled."""
+    if not isinstance(by, fx.Node) and by == 1:
+        return site
+    if not isinstance(site, Site):
+        raise NoSite("it is scaled")
+    return replace(site, cotangent=Scaled(site.cotangent.node, site.cotangent, by, divide))
+
+
 _RULES: dict[Any, Rule] = {
-    aten.mm.default: _mm,
-    aten.bmm.default: _bmm,
-    aten.addmm.default: _addmm,
     aten.add.Tensor: _add,
+    aten.sub.Tensor: _add,
     aten.cat.default: _cat,
+    aten.stack.default: _stack,
     aten.slice_backward.default: _slice_backward,
     aten.slice_scatter.default: _slice_scatter,
-    aten.sum.dim_IntList: _sum,
-    aten.mul.Tensor: _outer,
+    aten.select_backward.default: _select_backward,
+    aten.select_scatter.default: _select_scatter,
+    aten.mul.Tensor: scaled_product,
+    aten.mul.Scalar: scaled_product,
+    aten.div.Tensor: scaled_product,
+    aten.div.Scalar: scaled_product,
+    aten.neg.default: _neg,
 }

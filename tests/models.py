@@ -38,6 +38,8 @@ class Case:
         layers: ``(out, in)`` by name of layer.
         terms: ``n``, the terms that the loss averages over.
         nearest: the layer nearest the loss.
+        kinds: the kind of operation of every layer that is no plain product.
+        groups: how many matrices a layer consists of, where that is more than one.
         norms: scales and shifts of normalisation layers.
         reasons: a pattern of the reason for every parameter that has no site.
         random: whether the loss draws random numbers.
@@ -51,6 +53,8 @@ class Case:
     layers: dict[str, tuple[int, int]]
     terms: int
     nearest: str | None
+    kinds: dict[str, str] = field(default_factory=dict)
+    groups: dict[str, int] = field(default_factory=dict)
     norms: tuple[str, ...] = ()
     reasons: dict[str, str] = field(default_factory=dict)
     random: bool = False
@@ -523,20 +527,14 @@ def rms_norm(dtype: torch.dtype = DOUBLE) -> Case:
 
 
 def batch_norm(dtype: torch.dtype = DOUBLE) -> Case:
-    reasons = {
-        f"norm.{name}": r"its gradient is getitem <- native_batch_norm_backward"
-        for name in ("weight", "bias")
-    }
-    return _normalised("batch_norm", nn.BatchNorm1d(4), dtype, (), reasons)
+    return _normalised("batch_norm", nn.BatchNorm1d(4), dtype, ("norm.weight", "norm.bias"))
 
 
-def _normalised(
-    name: str,
-    norm: nn.Module,
-    dtype: torch.dtype,
-    norms: tuple[str, ...],
-    reasons: dict[str, str] | None = None,
-) -> Case:
+def group_norm(dtype: torch.dtype = DOUBLE) -> Case:
+    return _normalised("group_norm", nn.GroupNorm(2, 4), dtype, ("norm.weight", "norm.bias"))
+
+
+def _normalised(name: str, norm: nn.Module, dtype: torch.dtype, norms: tuple[str, ...]) -> Case:
     model = nn.Sequential()
     for key, module in {
         "0": nn.Linear(5, 4),
@@ -562,7 +560,7 @@ def _normalised(
         terms=6,
         nearest="2.weight",
         norms=norms,
-        reasons={"0.bias": "its gradient is", **(reasons or {})},
+        reasons={"0.bias": "its gradient is"},
     )
 
 
@@ -592,7 +590,8 @@ def embedding(dtype: torch.dtype = DOUBLE) -> Case:
     model = nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 3, bias=False))
 
     def forward(tap, p, tokens, y):
-        return F.cross_entropy(dense(tap, p, "1", p["0.weight"][tokens]), y)
+        rows = F.one_hot(tokens, 7).to(dtype)
+        return F.cross_entropy(dense(tap, p, "1", tap("0.weight", rows, rows @ p["0.weight"])), y)
 
     return Case(
         "embedding",
@@ -600,10 +599,10 @@ def embedding(dtype: torch.dtype = DOUBLE) -> Case:
         forward,
         params_of(model, dtype),
         (labels(1, 7, 6), labels(2, 3, 6)),
-        layers={"1.weight": (3, 4)},
+        layers={"0.weight": (4, 7), "1.weight": (3, 4)},
         terms=6,
         nearest="1.weight",
-        reasons={"0.weight": r"its gradient is embedding_dense_backward <- mm"},
+        kinds={"0.weight": "embedding"},
     )
 
 
@@ -611,7 +610,9 @@ def convolution(dtype: torch.dtype = DOUBLE) -> Case:
     model = nn.Sequential(nn.Conv2d(1, 2, 3, bias=False), nn.Flatten(), nn.Linear(8, 3, bias=False))
 
     def forward(tap, p, x, y):
-        return F.cross_entropy(dense(tap, p, "2", F.conv2d(x, p["0.weight"]).flatten(1)), y)
+        patches = F.unfold(x, 3).mT  # (batch, positions, 9)
+        maps = tap("0.weight", patches, patches @ p["0.weight"].flatten(1).T).mT
+        return F.cross_entropy(dense(tap, p, "2", maps.flatten(1)), y)
 
     return Case(
         "convolution",
@@ -619,10 +620,10 @@ def convolution(dtype: torch.dtype = DOUBLE) -> Case:
         forward,
         params_of(model, dtype),
         (random(1, dtype, 5, 1, 4, 4), labels(2, 3, 5)),
-        layers={"2.weight": (3, 8)},
+        layers={"0.weight": (2, 9), "2.weight": (3, 8)},
         terms=5,
         nearest="2.weight",
-        reasons={"0.weight": r"its gradient is getitem <- convolution_backward"},
+        kinds={"0.weight": "convolution"},
     )
 
 
@@ -671,48 +672,64 @@ def masked(dtype: torch.dtype = DOUBLE) -> Case:
         h = F.linear(x, p["w"] * (p["w"].detach() > 0)).tanh()
         return tap("head", h, h @ p["head"].T).sin().sum(-1).mean()
 
-    params, batch = weights(dtype, w=(3, 4), head=(2, 3)), (random(1, dtype, 6, 4),)
-    reasons = {"w": r"its gradient is mul <- (t|permute|mm)"}
-    return _headed("masked", forward, params, batch, (2, 3), reasons)
+    return Case(
+        "masked",
+        untapped(forward),
+        forward,
+        weights(dtype, w=(3, 4), head=(2, 3)),
+        (random(1, dtype, 6, 4),),
+        layers={"head": (2, 3)},
+        terms=6,
+        nearest="head",
+        reasons={"w": r"its gradient is mul <- (t|permute|mm)"},
+    )
 
 
 def experts(dtype: torch.dtype = DOUBLE) -> Case:
     """One weight that holds a matrix for every expert, and every expert has rows of its own."""
 
     def forward(tap, p, x):
-        h = torch.bmm(x, p["w"]).tanh().sum(0)  # (expert, batch, features)
+        h = tap("w", x, torch.bmm(x, p["w"])).tanh().sum(0)  # (expert, batch, features)
         return tap("head", h, h @ p["head"].T).sin().sum(-1).mean()
 
-    params, batch = weights(dtype, w=(3, 4, 5), head=(2, 5)), (random(1, dtype, 3, 6, 4),)
-    reasons = {"w": r"3 slices.*one factor pair per slice is not supported yet"}
-    return _headed("experts", forward, params, batch, (2, 5), reasons)
+    return Case(
+        "experts",
+        untapped(forward),
+        forward,
+        weights(dtype, w=(3, 4, 5), head=(2, 5)),
+        (random(1, dtype, 3, 6, 4),),
+        layers={"w": (5, 4), "head": (2, 5)},
+        terms=6,
+        nearest="head",
+        kinds={"w": "linear per slice"},
+        groups={"w": 3},
+    )
 
 
 def tied_embedding(dtype: torch.dtype = DOUBLE) -> Case:
     """A language model whose head is its embedding."""
 
     def forward(tap, p, tokens, y):
-        h = F.embedding(tokens, p["w"])
-        h = tap("head", h, h @ p["head"].T)
+        rows = F.one_hot(tokens, 7).to(dtype)
+        h = tap("w (transposed)", rows, rows @ p["w"])
+        h = tap("middle", h, h @ p["middle"].T)
+        return F.cross_entropy(tap("w", h, h @ p["w"].T).flatten(0, 1), y.flatten())
+
+    def loss_fn(p, tokens, y):
+        h = F.embedding(tokens, p["w"]) @ p["middle"].T
         return F.cross_entropy((h @ p["w"].T).flatten(0, 1), y.flatten())
 
-    params, batch = weights(dtype, w=(7, 4), head=(4, 4)), (labels(1, 7, 2, 3), labels(2, 7, 2, 3))
-    return _headed(
-        "tied_embedding", forward, params, batch, (4, 4), {"w": r"its gradient is embedding_dense"}
+    return Case(
+        "tied_embedding",
+        loss_fn,
+        forward,
+        weights(dtype, w=(7, 4), middle=(4, 4)),
+        (labels(1, 7, 2, 3), labels(2, 7, 2, 3)),
+        layers={"w": (7, 4), "middle": (4, 4)},
+        terms=6,
+        nearest="w",
+        kinds={"w": "linear and embedding"},
     )
-
-
-def _headed(
-    name: str,
-    forward: Callable[..., Tensor],
-    params: dict[str, Tensor],
-    batch: tuple[Tensor, ...],
-    dims: tuple[int, int],
-    reasons: dict[str, str],
-) -> Case:
-    """A case for the parameter ``w``, which has no site, under a ``head`` of six rows, which has one."""
-    loss_fn = untapped(forward)
-    return Case(name, loss_fn, forward, params, batch, {"head": dims}, 6, nearest="head", reasons=reasons)
 
 
 def no_layer(dtype: torch.dtype = DOUBLE) -> Case:
@@ -764,6 +781,7 @@ BUILDERS: tuple[Build, ...] = (
     layer_norm,
     rms_norm,
     batch_norm,
+    group_norm,
     handwritten_rms_norm,
     embedding,
     convolution,

@@ -14,7 +14,10 @@ from models import Case
 
 
 class Use(NamedTuple):
-    """One use of a weight: activations ``a_r`` (rows, in) and gradients ``g_r = dL/ds_r`` (rows, out)."""
+    """One use of a weight: activations ``a_r`` (rows, in) and gradients ``g_r = dL/ds_r`` (rows, out).
+
+    Of a layer with groups: (groups, rows, in) and (groups, rows, out).
+    """
 
     a: Tensor
     g: Tensor
@@ -41,8 +44,10 @@ def uses(case: Case) -> dict[str, list[Use]]:
     found: dict[str, list[Use]] = {}
     for layer, activation, zero in seen:
         (g,) = torch.autograd.grad(loss, zero, retain_graph=True)
-        rows = Use(activation.detach().flatten(0, -2), g.flatten(0, -2)) if g.dim() > 1 else None
-        found.setdefault(layer, []).append(rows or Use(activation.detach()[None], g[None]))
+        a = activation.detach()
+        first = 1 if layer in case.groups else 0
+        rows = Use(a.flatten(first, -2), g.flatten(first, -2)) if g.dim() > 1 else Use(a[None], g[None])
+        found.setdefault(layer, []).append(rows)
     return found
 
 
@@ -64,12 +69,20 @@ def both_ways(straight: Pair, transpose: Pair | None) -> Pair:
 
 
 def pair(found: list[Use], n: float) -> Pair:
-    """One factor pair from all uses of a weight."""
+    """One factor pair from all uses of a weight; of a layer with groups, a stack of pairs."""
+    if found[0].a.dim() == 3:
+        groups = [pair([Use(use.a[e], use.g[e]) for use in found], n) for e in range(len(found[0].a))]
+        return Pair(torch.stack([p.A for p in groups]), torch.stack([p.G for p in groups]), groups[0].rows)
     a_rows = [a for use in found for a in use.a]
     g_rows = [g for use in found for g in use.g]
     A = sum(torch.outer(a, a) for a in a_rows) / len(a_rows)
     G = n * sum(torch.outer(g, g) for g in g_rows)
     return Pair(A, G, len(a_rows))
+
+
+def kept(expected: Tensor, like: Tensor) -> Tensor:
+    """What a product that keeps diagonals (an embedding's ``A``) has of a factor."""
+    return expected if like.dim() == expected.dim() else expected.diagonal(dim1=-2, dim2=-1)
 
 
 def _run(case: Case) -> tuple[Tensor, dict[str, Tensor], list[tuple[str, Tensor, Tensor]]]:

@@ -5,6 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from thor_fx import blocks
+from thor_fx.passes.sides import Side
 
 sides = st.integers(1, 9)
 block_sizes = st.one_of(st.none(), st.integers(1, 10))
@@ -75,7 +76,7 @@ def test_precondition_multiplies_from_both_sides(layers, out, in_, block_size):
 @given(layer_counts, sides, block_sizes)
 def test_zeros_have_the_shapes_of_blocks(layers, side, block_size):
     like = torch.zeros((), dtype=torch.float64)
-    got = blocks.zeros(layers, side, block_size, like)
+    got = blocks.zeros(layers, Side(side), block_size, like)
     parts = blocks.diagonal_blocks(random(layers, side, side), block_size)
     assert [part.shape for part in got] == [part.shape for part in parts]
     assert all(part.dtype == torch.float64 and not part.any() for part in got)
@@ -86,3 +87,28 @@ def test_blocks_take_no_more_memory_than_the_side_needs(side, block_size):
     """Stored once per block, never in the size of the matrix."""
     parts = blocks.diagonal_blocks(random(1, side, side), block_size)
     assert sum(part.numel() for part in parts) == kept(side, block_size).sum()
+
+
+@given(layer_counts, sides, st.integers(1, 9))
+def test_a_side_in_blocks_is_cut_as_a_dense_one(layers, side, block):
+    """The last of the padded blocks that a graph returns loses its padding."""
+    matrices = random(layers, side, side)
+    padded = torch.nn.functional.pad(matrices, (0, -side % block, 0, -side % block))
+    starts = range(0, padded.shape[-1], block)
+    given_blocks = torch.stack([padded[:, i : i + block, i : i + block] for i in starts], 1)
+    got = blocks.cut(given_blocks, Side(side, "blocks", block), block_size=None)
+    expected = blocks.diagonal_blocks(matrices, block)
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+    assert [part.shape for part in got] == [
+        part.shape for part in blocks.zeros(layers, Side(side, "blocks", block), None, matrices)
+    ]
+
+
+def test_diagonal_and_identity_sides():
+    x, d = random(2, 5, 3), random(2, 5)
+    (inverse,) = blocks.cut(d, Side(5, "diagonal"), 2)
+    torch.testing.assert_close(blocks.multiply((inverse,), x), torch.diag_embed(d) @ x)
+    assert blocks.multiply((), x) is x
+    assert blocks.precondition((), x, ()) is x
+    assert blocks.zeros(2, Side(5, "identity"), 2, x) == ()
+    assert [tuple(part.shape) for part in blocks.zeros(2, Side(5, "diagonal"), 2, x)] == [(2, 5)]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from thor_fx.linalg import damped_inverse, trace
+from thor_fx.linalg import damped_inverse, damped_reciprocal
 
 
 def matrices(*shape: int, dtype=torch.float64) -> torch.Tensor:
@@ -91,8 +91,11 @@ def test_arguments_are_left_alone():
     assert torch.equal(before, previous(m))
 
 
-@pytest.mark.parametrize("shape", [(3, 3), (2, 4, 4), (2, 3, 5, 5), (1, 1)])
-def test_trace(shape):
-    m = torch.randn(shape, dtype=torch.float64)
-    expected = torch.diagonal(m, dim1=-2, dim2=-1).sum(-1)
-    torch.testing.assert_close(trace(m), expected, rtol=1e-12, atol=1e-12)
+def test_reciprocals_of_diagonals():
+    d = torch.tensor([[1.0, 3.0], [0.0, 1.0], [torch.nan, 1.0], [-2.0, 1.0]], dtype=torch.float64)
+    damping = torch.tensor([[1.0], [0.0], [1.0], [1.0]], dtype=torch.float64)
+    before = torch.full_like(d, 7.0)
+    inverse, failed = damped_reciprocal(d, damping, before)
+    torch.testing.assert_close(inverse[0], torch.tensor([0.5, 0.25], dtype=torch.float64))
+    assert torch.equal(inverse[1:], before[1:])  # a zero, a NaN and a negative number
+    assert failed == 3

@@ -3,7 +3,7 @@
 import pytest
 
 from graphs import tiny
-from thor_fx.passes import Factor, Grad, Loss, Output, Param, SpecError, check, emit_factors, outputs
+from thor_fx.passes import Factor, Grad, Loss, Output, Param, Rows, SpecError, check, emit_factors, outputs
 
 
 def breaks(change) -> str:
@@ -88,17 +88,15 @@ def test_a_gradient_has_the_shape_of_its_parameter():
     assert breaks(change) == "Grad(param='w') has shape (), its parameter (4, 3)"
 
 
-def test_a_factor_is_square():
+def test_a_factor_is_no_number():
     def change(gm):
-        rename(gm, Grad("w"), Output(1))
-        rename(gm, Factor("w", "A"), Grad("w"))
-        rename(gm, Output(1), Factor("w", "A"))
-        gm.graph.find_nodes(op="placeholder")[0].meta[outputs.KEY] = Param("other")
+        rename(gm, Factor("w", "A"), Output(1))
+        rename(gm, Loss(), Factor("w", "A"))
 
-    assert breaks(change) == "Factor(layer='w', side='A') is not square: (4, 3)"
+    text = "Factor(layer='w', side='A') is no matrix, no diagonal and no stack of either: ()"
+    assert breaks(change) == text
 
 
-@pytest.mark.parametrize(("gone", "left"), [("A", "G"), ("G", "A")])
-def test_a_layer_has_both_sides(gone, left):
-    message = breaks(lambda gm: outputs.select(gm, lambda d: d != Factor("w", gone)))
-    assert message == f"layer 'w' has side {left} only"
+def test_a_factor_has_rows():
+    message = breaks(lambda gm: outputs.select(gm, lambda d: d != Rows("w")))
+    assert message == "layer 'w' has a factor and no rows"

@@ -3,7 +3,7 @@
 from .compile import compile
 from .explain import Report, explain
 from .factors import Kronecker, factors
-from .layers import Coverage, Layer
+from .layers import Coverage, CoverageError, Layer
 from .metrics import metrics
 from .optimizer import Thor
 from .step import CompiledStep, StepOutput, StepState, compile_step
@@ -14,6 +14,7 @@ from .transform import Signals, Transform, apply_updates, centralize_gradients, 
 __all__ = [
     "CompiledStep",
     "Coverage",
+    "CoverageError",
     "Kronecker",
     "Layer",
     "Report",

@@ -2,7 +2,7 @@
 
 import math
 import numbers
-from typing import Any
+from typing import Any, get_args
 
 
 def check_number(name: str, value: Any, *, positive: bool = False) -> None:
@@ -30,6 +30,24 @@ def check_type(name: str, value: Any, expected: type, allowed: str) -> None:
     """Refuse a value that is not of type ``expected``."""
     if not isinstance(value, expected):
         raise TypeError(f"{name} must be {allowed}, got {shown(value)}")
+
+
+def check_choice(name: str, value: Any, choices: Any) -> None:
+    """Refuse what is none of the texts of a ``Literal``."""
+    allowed = list(get_args(choices))
+    check_type(name, value, str, f"one of {allowed}")
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {allowed}, got {value!r}")
+
+
+def check_sharing(name: str, value: Any) -> None:
+    """Refuse what is neither ``"expand"`` nor ``"reduce"`` nor a function."""
+    if callable(value):
+        return
+    if not isinstance(value, str):
+        raise TypeError(f"{name} must be 'expand', 'reduce' or a callable name -> str, got {shown(value)}")
+    if value not in {"expand", "reduce"}:
+        raise ValueError(f"{name} must be 'expand', 'reduce' or a callable, got {value!r}")
 
 
 def shown(value: Any) -> str:

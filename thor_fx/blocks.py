@@ -9,8 +9,11 @@ Legend: L layers of equal shape, F equal blocks along the diagonal, b their side
 import torch
 from torch import Tensor
 
+from .passes.sides import Side
+
 Blocks = tuple[Tensor, ...]
-"""The diagonal blocks of L matrices from top to bottom, by size: each (L, F, b, b)."""
+"""What is kept of L matrices: blocks of their diagonals from top to bottom, by size, each (L, F, b, b);
+or their diagonals alone, (L, d); or nothing."""
 
 
 def split(side: int, block_size: int | None) -> list[tuple[int, int]]:
@@ -26,9 +29,31 @@ def split(side: int, block_size: int | None) -> list[tuple[int, int]]:
     return [(count, block_size), (1, rest)] if rest else [(count, block_size)]
 
 
-def zeros(layers: int, side: int, block_size: int | None, like: Tensor) -> Blocks:
-    """Blocks of zeros for ``layers`` matrices of one side."""
-    return tuple(like.new_zeros(layers, count, b, b) for count, b in split(side, block_size))
+def sizes(side: Side, block_size: int | None) -> list[tuple[int, int]]:
+    """The ``(F, b)`` in which a dense side, or one in blocks, is inverted."""
+    return split(side.dim, side.block if side.kind == "blocks" else block_size)
+
+
+def zeros(layers: int, side: Side, block_size: int | None, like: Tensor) -> Blocks:
+    """Zeros in the place of the inverses of ``layers`` factors of one side."""
+    if side.kind == "identity":
+        return ()
+    if side.kind == "diagonal":
+        return (like.new_zeros(layers, side.dim),)
+    return tuple(like.new_zeros(layers, count, b, b) for count, b in sizes(side, block_size))
+
+
+def cut(factors: Tensor, side: Side, block_size: int | None) -> Blocks:
+    """The parts of L factors of a side, (L, *side.shape), that are inverted one by one."""
+    if side.kind == "diagonal":
+        return (factors,)
+    if side.kind == "dense":
+        return diagonal_blocks(factors, block_size)
+    rest = side.dim % side.block
+    if not rest:
+        return (factors,)
+    last = factors[:, -1:, :rest, :rest]  # the last block is padded
+    return (factors[:, :-1], last) if side.dim > side.block else (last,)
 
 
 def diagonal_blocks(matrices: Tensor, block_size: int | None) -> Blocks:
@@ -43,6 +68,10 @@ def diagonal_blocks(matrices: Tensor, block_size: int | None) -> Blocks:
 
 def multiply(blocks: Blocks, x: Tensor) -> Tensor:
     """Block-diagonal times dense: sides (L, d, d) by (L, d, k)."""
+    if not blocks:
+        return x
+    if blocks[0].dim() == 2:
+        return blocks[0].unsqueeze(-1) * x
     products, start = [], 0
     for part in blocks:
         layers, count, b, _ = part.shape
@@ -56,4 +85,6 @@ def multiply(blocks: Blocks, x: Tensor) -> Tensor:
 def precondition(output: Blocks, gradient: Tensor, input_: Blocks) -> Tensor:
     """``G^-1 gradient A^-1`` for (L, out, in) gradients, given the inverse blocks of both sides."""
     left = multiply(output, gradient)
+    if not input_:
+        return left
     return multiply(input_, left.mT).mT  # A^-1 is symmetric

@@ -33,6 +33,7 @@ from torch.utils import _pytree as pytree
 from .parameters import trainable
 from .passes import outputs
 from .passes.outputs import (
+    Frozen,
     Grad,
     Input,
     InputDescriptor,
@@ -44,6 +45,7 @@ from .passes.outputs import (
     Tangent,
 )
 
+CompilationFailed = BackendCompilerFailed
 LossFn = Callable[..., Any]
 Runner = Callable[..., Sequence[Any]]
 Handler = Callable[["Captured"], Runner]
@@ -156,16 +158,18 @@ def describe_forward_inputs(
     forward: fx.GraphModule, params: Mapping[str, Tensor]
 ) -> tuple[InputDescriptor, ...]:
     """What every argument of Dynamo's forward graph is, by identity of the tensors it saw."""
-    names = {id(tensor): name for name, tensor in params.items() if trainable(tensor)}
+    names: dict[int, InputDescriptor] = {
+        id(tensor): Param(name) if trainable(tensor) else Frozen(name) for name, tensor in params.items()
+    }
     placeholders = forward.graph.find_nodes(op="placeholder")
     return tuple(_describe_input(i, node, names) for i, node in enumerate(placeholders))
 
 
-def _describe_input(index: int, node: fx.Node, names: Mapping[int, str]) -> InputDescriptor:
+def _describe_input(index: int, node: fx.Node, names: Mapping[int, InputDescriptor]) -> InputDescriptor:
     argument = node.meta.get("grapharg")
     example = None if argument is None else argument.example
-    name = names.get(id(example))
-    return Input(index) if name is None else Param(name)
+    captured = Frozen(node.name) if isinstance(example, torch.nn.Parameter) else Input(index)
+    return names.get(id(example), captured)
 
 
 def export_joint(forward: fx.GraphModule, inputs: Sequence[InputDescriptor]) -> fx.GraphModule:

@@ -6,13 +6,15 @@ mode runs a second compiled form of the model, whose joint graph has been rewrit
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
 
+from .arguments import check_type
 from .capture import (
+    CompilationFailed,
     Runner,
     add_slots,
     describe_forward_inputs,
@@ -25,10 +27,10 @@ from .capture import (
 )
 from .factors import Moments, moments_of
 from .inductor import JointPass, check_backend, compile_differentiable
-from .layers import Coverage, coverage
+from .layers import Coverage, CoverageError, coverage
 from .parameters import check_params
 from .passes import emit_factors, find_sites, outputs
-from .passes.emit_factors import transposed
+from .passes.layout import Rules
 from .passes.outputs import Factor, Input, InputDescriptor, Param, Rows, Terms
 from .passes.splice import Decompositions
 
@@ -41,6 +43,7 @@ def compile(
     backend: str = "inductor",
     mode: str | None = None,
     options: Mapping[str, Any] | None = None,
+    strict: bool = False,
     **kwargs: Any,
 ) -> Module:
     """Compile a model so that :class:`thor_fx.Thor` can read its Kronecker factors.
@@ -52,7 +55,8 @@ def compile(
         model: any module with trainable parameters.
         backend: ``"inductor"``; or ``"aot_eager"`` or ``"eager"`` to interpret the graphs.
         mode: as in ``torch.compile``.
-        options: Inductor settings, as in ``torch.compile``.
+        strict: raise a :class:`~thor_fx.CoverageError` in the first factor step where a weight (a
+            parameter of two or more axes) would take the first-order rule.
         **kwargs: further arguments of ``torch.compile`` (``fullgraph``, ``dynamic``, ...).
 
     Returns:
@@ -75,7 +79,8 @@ def compile(
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}: {model!r}")
     check_backend(backend)
     check_params(dict(model.named_parameters()))
-    call = _Call(model, backend, mode, options, kwargs)
+    check_type("strict", strict, bool, "True or False")
+    call = _Call(model, backend, mode, options, strict, kwargs)
     model._compiled_call_impl = call  # NOTE: the slot nn.Module.compile() uses; dropped when pickled
     return model
 
@@ -104,6 +109,7 @@ class _Call:
         backend: str,
         mode: str | None,
         options: Mapping[str, Any] | None,
+        strict: bool,
         kwargs: Mapping[str, Any],
     ) -> None:
         self.collector = Collector(backend)
@@ -118,18 +124,31 @@ class _Call:
 
         def factor_backend(forward: fx.GraphModule, inputs: Sequence[Any]) -> Runner:
             params = dict(model.named_parameters())
-            build = _FactorCompiler(self.collector, backend, mode, options)
+            build = _FactorCompiler(self.collector, self.collector.rules, backend, mode, options, strict)
             return build(forward, inputs, params)
 
         self._plain = torch.compile(own_code(plain), backend=backend, **settings, **kwargs)
-        self._factor = torch.compile(own_code(factor), backend=factor_backend, **kwargs)
+
+        def compile_factor() -> Callable[..., Any]:
+            return torch.compile(own_code(factor), backend=factor_backend, **kwargs)
+
+        self._compile_factor = compile_factor
+        self._factor = compile_factor()
+        self._generation = self.collector.generation
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         collects = self.collector.wanted and self._model.training and torch.is_grad_enabled()
         if not collects:
             return self._plain(*args, **kwargs)
+        if self._generation != self.collector.generation:
+            self._factor, self._generation = self._compile_factor(), self.collector.generation
         with whole_floats():
-            return self._factor(*args, **kwargs)
+            try:
+                return self._factor(*args, **kwargs)
+            except CompilationFailed as error:
+                if isinstance(error.inner_exception, CoverageError):
+                    raise error.inner_exception from None
+                raise
 
 
 @dataclass(eq=False)
@@ -162,6 +181,8 @@ class Collector:
         graphs: every graph compiled so far.
         last: the graph that ran last.
         coverage: the coverage of all graphs together; None before the first.
+        rules: which factors to collect.
+        generation: how often that has changed.
     """
 
     backend: str
@@ -170,6 +191,14 @@ class Collector:
     last: SlottedGraph | None = None
 
     coverage: Coverage | None = None
+    rules: Rules = field(default_factory=Rules)
+    generation: int = 0
+
+    def use(self, rules: Rules) -> None:
+        """Collect the factors that these rules ask for; what was compiled for others is forgotten."""
+        if rules != self.rules:
+            self.rules, self.graphs, self.last, self.coverage = rules, [], None, None
+            self.generation += 1
 
     def add(self, graph: SlottedGraph) -> None:
         """Remember one more compiled graph."""
@@ -201,9 +230,11 @@ class _FactorCompiler:
     """Compiles one of Dynamo's graphs with slots for its factors."""
 
     collector: Collector
+    rules: Rules
     backend: str
     mode: str | None
     options: Mapping[str, Any] | None
+    strict: bool
 
     def __call__(
         self, forward: fx.GraphModule, inputs: Sequence[Any], params: Mapping[str, Tensor]
@@ -211,15 +242,15 @@ class _FactorCompiler:
         described = describe_forward_inputs(forward, params)
         if not any(isinstance(descriptor, Param) for descriptor in described):
             return self._compile(forward, inputs, lambda _gm, **_: None, key="")
-        found = _analyse(forward, described)
+        found = coverage(find_sites(export_joint(forward, described)), self.rules)
+        if self.strict:
+            found.check({name: p.dim() for name, p in params.items()})
         used = {d.name: params[d.name] for d in described if isinstance(d, Param)}
-        slots = {
-            descriptor: make_slot(shape, used[layer]) for descriptor, shape, layer in _slot_shapes(found)
-        }
+        slots = {descriptor: make_slot(shape, used[param]) for descriptor, shape, param in _slots(found)}
         slotted, fakes = add_slots(forward, list(slots.values()))
         described += tuple(Input(len(described) + i) for i in range(len(slots)))
-        fill = _FillSlots(described, tuple(slots))
-        compiled = self._compile(slotted, [*inputs, *fakes], fill, key=repr(fill))
+        fill = _FillSlots(described, tuple(slots), self.rules)
+        compiled = self._compile(slotted, [*inputs, *fakes], fill, key=_key(fill, found))
         graph = SlottedGraph(found, slots)
         self.collector.add(graph)
         return without_dynamo(_runner(compiled, graph, self.collector))
@@ -232,6 +263,12 @@ class _FactorCompiler:
         )
 
 
+def _key(fill: "_FillSlots", found: Coverage) -> str:
+    """All that the compiled graph depends on, without the address of a function in it."""
+    sharing = tuple(layer.sharing for layer in found.layers.values())
+    return repr((fill.inputs, fill.slots, replace(fill.rules, sharing="expand"), sharing))
+
+
 def _runner(compiled: Callable[..., Any], graph: SlottedGraph, collector: Collector) -> Runner:
     extra = list(graph.slots.values())
 
@@ -242,21 +279,14 @@ def _runner(compiled: Callable[..., Any], graph: SlottedGraph, collector: Collec
     return run
 
 
-def _analyse(forward: fx.GraphModule, described: Sequence[InputDescriptor]) -> Coverage:
-    """What the parameters of a forward graph are, before anything is compiled."""
-    return coverage(find_sites(export_joint(forward, described)))
-
-
-def _slot_shapes(found: Coverage) -> list[tuple[outputs.OutputDescriptor, tuple[int, ...], str]]:
+def _slots(found: Coverage) -> list[tuple[outputs.OutputDescriptor, tuple[int, ...], str]]:
     """Every slot: what goes there, its shape, and the parameter that it belongs to."""
     shapes: list[tuple[outputs.OutputDescriptor, tuple[int, ...], str]] = []
-    for name, layer in found.layers.items():
-        uses = [(name, layer.in_, layer.out)]
-        uses += [(transposed(name), layer.out, layer.in_)] if layer.both_ways else []
-        for use, in_, out in uses:
-            shapes.append((Factor(use, "A"), (in_, in_), layer.param))
-            shapes.append((Factor(use, "G"), (out, out), layer.param))
-            shapes.append((Rows(use), (), layer.param))
+    for layer in found.layers.values():
+        for sums in layer.sums:
+            sides = (Factor(sums.name, "A"), sums.input), (Factor(sums.name, "G"), sums.output)
+            shapes += [(d, side.shape, layer.param) for d, side in sides if side.kind != "identity"]
+            shapes.append((Rows(sums.name), sums.rows, layer.param))
     if found.terms is not None:
         shapes.append((Terms(), (), found.layers[found.terms].param))
     return shapes
@@ -268,12 +298,13 @@ class _FillSlots:
 
     inputs: tuple[InputDescriptor, ...]
     slots: tuple[outputs.OutputDescriptor, ...]
+    rules: Rules
 
     def __call__(self, gm: fx.GraphModule, *, decompositions: Decompositions) -> None:
         out = outputs.output_node(gm.graph)
         before = list(out.args[0])  # type: ignore[arg-type]
         describe_joint(gm, self.inputs)
-        emit_factors(gm, decompositions=decompositions)
+        emit_factors(gm, rules=self.rules, decompositions=decompositions)
         emitted = outputs.output_nodes(gm)
         missing = [descriptor for descriptor in self.slots if descriptor not in emitted]
         if missing:

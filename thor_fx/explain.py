@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import networkx as nx
@@ -10,11 +10,16 @@ import torch
 from torch import Tensor, fx, nn
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
+from torch.utils.flop_counter import flop_registry
 
+from .costs import Cost, cost
 from .layers import Coverage, Layer, coverage
 from .parameters import trainable
 from .passes import Site, canonicalize, find_sites, pipeline
+from .passes.nodes import target as operator_of
+from .thor import DEFAULT_RULES
 from .trace import trace_step
+from .transform import Transform
 
 
 @dataclass(frozen=True)
@@ -27,6 +32,9 @@ class Report:
         terms: ``n``, the terms that the loss averages over, as read off the graph; None without sites.
         step: the step graph.
         shapes: the shape of every parameter.
+        lines: the line of Python that uses a parameter, by parameter, as far as it is known.
+        costs: what every layer adds to a step, by layer.
+        plain_flops: floating-point operations of forward and backward alone.
     """
 
     coverage: Coverage
@@ -34,54 +42,101 @@ class Report:
     terms: int | None
     step: fx.GraphModule
     shapes: Mapping[str, tuple[int, ...]]
+    lines: Mapping[str, str] = field(default_factory=dict)
+    costs: Mapping[str, Cost] = field(default_factory=dict)
+    plain_flops: int = 0
 
     @property
     def graph(self) -> nx.DiGraph:
         """The step graph as a ``networkx.DiGraph``: operator, shape and dtype on the nodes."""
         return to_networkx(self.step)
 
+    @property
+    def cost(self) -> Cost:
+        """What all layers add to a step."""
+        return sum(self.costs.values(), start=Cost())
+
     def why(self, param: str) -> str:
-        """How one parameter is treated, and the reason.
+        """How one parameter is treated, the reason, and the line that uses it.
 
         Raises:
             KeyError: the model has no parameter of this name.
         """
+        if param not in self.shapes:
+            raise KeyError(f"no parameter {param!r}; there are {sorted(self.shapes)}")
+        line = self.lines.get(param)
+        return self._treatment(param) + (f"\n  used at {line}" if line else "")
+
+    def _treatment(self, param: str) -> str:
         found = self.coverage
-        layers = [layer for layer in found.layers.values() if layer.param == param]
+        layers = [layer for layer in found.layers.values() if param in layer.params]
         if layers:
-            return "preconditioned: " + "; ".join(_describe(layer) for layer in layers)
+            texts = [describe(layer, param) for layer in layers]
+            notes = dict.fromkeys(note for layer in layers for note in layer.notes)
+            return "\n  ".join(["preconditioned: " + "; ".join(texts), *notes])
         if param in found.norms:
             return "elementwise rule: scale or shift of a normalisation layer"
         if param in found.fallback:
             return f"first-order rule: {found.fallback[param]}"
         if param in found.unused:
             return "not trained: the loss does not depend on it"
-        if param in found.frozen:
-            return "frozen"
-        raise KeyError(f"no parameter {param!r}; there are {sorted(self.shapes)}")
+        return "frozen"
 
     def __str__(self) -> str:
-        rows = [(name, "x".join(map(str, shape)), self.why(name)) for name, shape in self.shapes.items()]
-        widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
-        lines = [f"{name:<{widths[0]}}  {shape:>{widths[1]}}  {how}" for name, shape, how in rows]
+        header = ("parameter", "shape", "bytes", "MFLOP", "treatment")
+        rows = [header, *(self._row(name) for name in self.shapes)]
+        widths = [max(len(row[column]) for row in rows) for column in range(len(header) - 1)]
+        lines = []
+        for name, shape, size, flops, how in rows:
+            left = f"{name:<{widths[0]}}  {shape:>{widths[1]}}"
+            lines.append(f"{left}  {size:>{widths[2]}}  {flops:>{widths[3]}}  {how}")
         return "\n".join([*lines, self.summary])
+
+    def _row(self, name: str) -> tuple[str, str, str, str, str]:
+        layers = [layer.name for layer in self.coverage.layers.values() if layer.param == name]
+        total = sum((self.costs[layer] for layer in layers if layer in self.costs), start=Cost())
+        how = self._treatment(name).replace("\n  ", "; ")
+        shape = "x".join(map(str, self.shapes[name]))
+        if not layers:
+            return name, shape, "", "", how
+        return name, shape, readable(total.factor_bytes), f"{total.factor_flops / 1e6:,.3g}", how
 
     @property
     def summary(self) -> str:
-        """One line: the share of parameters that are preconditioned, and the loss terms."""
+        """Two lines: the share of parameters that are preconditioned, and what a factor step adds."""
         sizes = {name: math.prod(shape) for name, shape in self.shapes.items()}
-        kronecker = sum(layer.out * layer.in_ for layer in self.coverage.layers.values())
-        share = kronecker / max(1, sum(sizes.values()))
+        share = self.preconditioned / max(1, sum(sizes.values()))
         terms = "unknown (no site)" if self.terms is None else f"{self.terms} (rows of {self.coverage.terms})"
-        return f"{share:.1%} of {sum(sizes.values()):,} parameters preconditioned; loss terms n = {terms}"
+        total = self.cost
+        ratio = f" ({total.factor_flops / self.plain_flops:+.0%})" if self.plain_flops else ""
+        return (
+            f"{share:.1%} of {sum(sizes.values()):,} parameters preconditioned; loss terms n = {terms}\n"
+            f"a factor step adds {readable(total.factor_bytes)} of factors and "
+            f"{total.factor_flops / 1e6:,.3g} MFLOP{ratio}; inverses keep {readable(total.state_bytes)}, "
+            f"preconditioning takes {total.step_flops / 1e6:,.3g} MFLOP on every step"
+        )
+
+    @property
+    def preconditioned(self) -> int:
+        """How many numbers have a Kronecker pair."""
+        layers = self.coverage.layers.values()
+        return sum(layer.groups * layer.out * layer.in_ for layer in layers)
 
 
-def explain(target: nn.Module | Callable[..., Any], *example: Any) -> Report:
+def explain(
+    target: nn.Module | Callable[..., Any], *example: Any, tx: Transform | None = None, **kwargs: Any
+) -> Report:
     """Trace a model or loss function once and say what becomes of every parameter.
 
+    A module is traced with its loss, where it returns one (an output called ``loss``, or a first output
+    without axes), else with the sum of its outputs; the loss terms are then those of its output.
+
     Args:
-        target: a module, called with ``*example``; or ``loss_fn``, with ``params, *batch``.
+        target: a module, called with ``*example`` and ``**kwargs``; or ``loss_fn``, with
+            ``params, *batch``.
         *example: the arguments.
+        tx: what to train with: ``thor_fx.thor(...)``; None: with its defaults.
+        **kwargs: keyword arguments of a module.
 
     Returns:
         A report to print or to ask.
@@ -93,24 +148,45 @@ def explain(target: nn.Module | Callable[..., Any], *example: Any) -> Report:
     Example:
         >>> report = explain(torch.nn.Linear(3, 2, bias=False), torch.ones(5, 3))
         >>> print(report)
-        weight  2x3  preconditioned: A 3x3, G 2x2, rows 5
+        parameter  shape  bytes    MFLOP  treatment
+        weight       2x3   52 B  0.000165  preconditioned: linear, A 3x3, G 2x2, rows 5
         100.0% of 6 parameters preconditioned; loss terms n = 5 (rows of weight)
+        a factor step adds 52 B of factors and 0.000165 MFLOP (+275%); inverses keep 52 B, ...
     """
     if isinstance(target, nn.Module):
         params: Any = dict(target.named_parameters())
-        loss_fn, batch = _sum_of_outputs(target), example
+        loss_fn, batch = _loss_of_outputs(target, kwargs), example
     elif callable(target):
         if not example:
             raise TypeError("explain(loss_fn, params, *batch) needs params")
         loss_fn, params, batch = target, example[0], example[1:]
     else:
         raise TypeError(f"explain takes a module or a loss function, got {type(target).__name__}")
+    rules = DEFAULT_RULES if tx is None else tx.rules
     step = pipeline.run(trace_step(loss_fn, params, *batch), [canonicalize])
     sites = find_sites(step)
     frozen = tuple(name for name, p in params.items() if not trainable(p))
+    found = coverage(sites, rules, frozen)
+    costs = {
+        name: cost(layer, rules.block_size, 8 if params[layer.param].dtype == torch.float64 else 4)
+        for name, layer in found.layers.items()
+    }
     terms = None if sites.nearest is None else int(sites.nearest.activation.rows)
     shapes = {name: tuple(p.shape) for name, p in params.items()}
-    return Report(coverage(sites, frozen), sites.sites, terms, step, shapes)
+    return Report(found, sites.sites, terms, step, shapes, sites.lines, costs, count_flops(step))
+
+
+def count_flops(gm: fx.GraphModule) -> int:
+    """The floating-point operations of a graph's products, convolutions and attentions."""
+    return sum(_flops_of(node) for node in gm.graph.nodes if isinstance(node.target, torch._ops.OpOverload))
+
+
+def _flops_of(node: fx.Node) -> int:
+    formula = flop_registry.get(operator_of(node).overloadpacket)
+    if formula is None:
+        return 0
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+    return int(formula(*args, **kwargs, out_val=node.meta["val"]))
 
 
 def to_networkx(gm: fx.GraphModule) -> nx.DiGraph:
@@ -124,17 +200,37 @@ def to_networkx(gm: fx.GraphModule) -> nx.DiGraph:
     return graph
 
 
-def _sum_of_outputs(model: nn.Module) -> Callable[..., Any]:
+def _loss_of_outputs(model: nn.Module, kwargs: Mapping[str, Any]) -> Callable[..., Any]:
     def loss_fn(params: Mapping[str, Tensor], *args: Any) -> Tensor:
-        leaves = pytree.tree_leaves(functional_call(model, dict(params), args))
-        parts = [leaf.sum() for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
-        return torch.stack(parts).sum()
+        out = functional_call(model, dict(params), args, dict(kwargs))
+        loss = out.get("loss") if isinstance(out, Mapping) else None
+        if isinstance(loss, Tensor):
+            return loss
+        leaves = [leaf for leaf in pytree.tree_leaves(out) if isinstance(leaf, Tensor)]
+        if leaves and leaves[0].dim() == 0:
+            return leaves[0]
+        return torch.stack([leaf.sum() for leaf in leaves if leaf.is_floating_point()]).sum()
 
     return loss_fn
 
 
-def _describe(layer: Layer) -> str:
+def describe(layer: Layer, param: str) -> str:
+    """One layer in words, as it looks from one of its parameters."""
+    if param == layer.bias:
+        return f"last column of {layer.name}"
     uses = f" in {layer.uses} uses" if layer.uses > 1 else ""
     part = layer.name.removeprefix(layer.param)
-    sides = f"A {layer.in_}x{layer.in_}, G {layer.out}x{layer.out}"
-    return f"{part + ' ' if part else ''}{sides}, rows {layer.rows}{uses}"
+    joint = " with bias" if layer.bias is not None else ""
+    shared = ", reduced over positions" if layer.sharing == "reduce" else ""
+    sides = f"A {layer.input}{joint}, G {layer.output}"
+    return f"{part + ' ' if part else ''}{layer.kind}, {sides}, rows {layer.rows}{uses}{shared}"
+
+
+def readable(count: int) -> str:
+    """Bytes in a unit that fits."""
+    size, unit = float(count), "B"
+    for larger in ("kB", "MB", "GB", "TB"):
+        if size < 1000:
+            break
+        size, unit = size / 1000, larger
+    return f"{size:.3g} {unit}"

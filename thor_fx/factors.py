@@ -7,7 +7,8 @@ the pre-activation in row ``r`` of ``R``, and let the loss carry the scale ``s``
 
 ``n`` undoes the mean in the loss: ``n g_r`` are the gradients of single terms. For a plain Linear
 ``R = n``, and these are ``E[a a^T]`` and ``E[g g^T]`` (Martens & Grosse 2015, eq. 1; for weights
-that are shared over positions, the *expand* setting of Eschenhagen et al. 2023, eq. 11).
+that are shared over positions, the *expand* setting of Eschenhagen et al. 2023, eq. 11). A layer with
+E groups (a grouped convolution, experts) has E such pairs, each over its own rows.
 
 A weight that is used as ``W`` and as ``W.T`` (a tied auto-encoder) has two Kronecker products in its
 block: ``A (x) G`` of the first and, with the sides exchanged, ``G' (x) A'`` of the second. Their sum is
@@ -20,18 +21,20 @@ where ``pi`` is what makes the superfluous cross terms smallest in trace norm.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from .arguments import check_integer, check_number
+from .arguments import check_choice, check_integer, check_number, check_sharing
 from .capture import LossFn
-from .linalg import trace
-from .passes import canonicalize, emit_factors, outputs, pipeline
-from .passes.emit_factors import transposed
+from .layers import Layer, coverage
+from .passes import canonicalize, emit_factors, find_sites, outputs, pipeline
+from .passes.layout import BiasRule, Rules, Sharing
 from .passes.outputs import Factor, Rows, Terms
+from .passes.sides import Side, trace, widen, without_bias
 from .trace import trace_step
 
 
@@ -39,13 +42,13 @@ class Moments(NamedTuple):
     """What one factor step measures of one layer.
 
     Attributes:
-        activations: ``sum_r a_r a_r^T``, shape (in, in).
-        cotangents: ``sum_r g_r g_r^T``, shape (out, out).
-        rows: ``R``, 0-D.
+        activations: ``sum_r a_r a_r^T``, of the shape of the layer's input side; None where nothing is kept.
+        cotangents: ``sum_r g_r g_r^T``, of the shape of the output side; None where nothing is kept.
+        rows: ``R``, 0-D; or (E,) where every group has its own.
     """
 
-    activations: Tensor
-    cotangents: Tensor
+    activations: Tensor | None
+    cotangents: Tensor | None
     rows: Tensor
 
 
@@ -54,12 +57,12 @@ class Kronecker:
     """The factor pair of one layer: its curvature block is approximately ``A (x) G``.
 
     Attributes:
-        A: shape (in, in).
-        G: shape (out, out).
-        rows: ``R``, the rows that ``A`` averages over.
+        A: shape (in, in); (E, in, in) where there are E groups; (in,), its diagonal, for an embedding.
+        G: shape (out, out); (E, out, out) where there are E groups.
+        rows: ``R``, the rows that ``A`` averages over; of all groups together where they differ.
         n: the terms that the loss averages over.
-        kind: the kind of layer.
-        groups: number of independent factor pairs; 1 for all but grouped layers.
+        kind: the kind of operation that uses the weight.
+        groups: E, the number of independent factor pairs.
     """
 
     A: Tensor
@@ -70,41 +73,76 @@ class Kronecker:
     groups: int = 1
 
 
-def input_factor(moments: Moments) -> Tensor:
-    """``A``, shape (in, in)."""
-    return moments.activations / moments.rows
-
-
-def output_factor(moments: Moments, terms: Tensor | float, loss_scale: float) -> Tensor:
-    """``G``, shape (out, out)."""
-    return moments.cotangents * (terms / loss_scale**2)
-
-
 def factor_pair(
-    moments: Mapping[str, Moments], layer: str, terms: Tensor | float, loss_scale: float
-) -> tuple[Tensor, Tensor]:
-    """``A`` (in, in) and ``G`` (out, out) of a layer, over all of its uses."""
-    a, g = input_factor(moments[layer]), output_factor(moments[layer], terms, loss_scale)
-    other = moments.get(transposed(layer))
-    if other is None:
-        return a, g
-    other_a, other_g = input_factor(other), output_factor(other, terms, loss_scale)
-    square = (trace(g) * trace(other_g)) / (trace(a) * trace(other_a))
+    moments: Mapping[str, Moments], layer: Layer, terms: Tensor | float, loss_scale: float
+) -> tuple[Tensor | None, Tensor | None]:
+    """``A`` and ``G`` of a layer over all of its uses, in the shapes of its sides.
+
+    None in place of a factor of which nothing is kept.
+    """
+    measured = [sums for sums in layer.sums if sums.name in moments]
+    pairs = []
+    for sums in measured:
+        m = moments[sums.name]
+        a = None if m.activations is None else m.activations / _like(m.rows.clamp(min=1), m.activations)
+        g = None if m.cotangents is None else m.cotangents * (terms / loss_scale**2)
+        a = without_bias(a, sums.input) if a is not None and layer.bias is None else a
+        sides = (g, sums.output), (a, sums.input)
+        pairs.append(sides if sums.flipped else sides[::-1])
+    total = pairs[0] if len(pairs) == 1 else _one_product(*pairs)
+    wanted = layer.input, layer.output
+    a, g = (
+        None if value is None else widen(value, have, want)
+        for (value, have), want in zip(total, wanted, strict=True)
+    )
+    return a, g
+
+
+_Measured = tuple[Tensor | None, Side]
+
+
+def _one_product(
+    first: tuple[_Measured, _Measured], second: tuple[_Measured, _Measured]
+) -> tuple[_Measured, _Measured]:
+    """The Kronecker product nearest to the sum of two, by the traces of their factors."""
+    (a, g), (other_a, other_g) = first, second
+    square = (_trace(*g) * _trace(*other_a)) / (_trace(*a) * _trace(*other_g))
     pi = torch.where(square.isfinite() & (square > 0), square, torch.ones_like(square)) ** 0.5
-    return a + other_g / pi, g + pi * other_a
+    return _add(a, other_a, 1 / pi), _add(g, other_g, pi)
+
+
+def _add(one: _Measured, other: _Measured, weight: Tensor) -> _Measured:
+    """The weighted sum of two factors in the form that keeps more."""
+    (x, have), (y, other_have) = one, other
+    if x is None or y is None:  # what is not kept of one is not kept of the sum
+        return None, have if x is None else other_have
+    want = have if other_have.kind == "diagonal" else other_have
+    return widen(x, have, want) + _like(weight, x) * widen(y, other_have, want), want
+
+
+def _trace(value: Tensor | None, side: Side) -> Tensor:
+    return torch.tensor(float(side.dim)) if value is None else trace(value, side)
+
+
+def _like(per_group: Tensor, value: Tensor) -> Tensor:
+    """A number for every group, with axes of length 1 behind it so that it multiplies factors."""
+    return per_group.reshape(per_group.shape + (1,) * (value.dim() - per_group.dim()))
 
 
 def kronecker(
-    moments: Mapping[str, Moments], terms: Tensor | float, loss_scale: float = 1.0
+    moments: Mapping[str, Moments],
+    layers: Mapping[str, Layer],
+    terms: Tensor | float,
+    loss_scale: float = 1.0,
 ) -> dict[str, Kronecker]:
     """The factor pairs of all layers, by name."""
     result = {}
-    for name in moments:
-        if name.endswith(transposed("")):
-            continue  # part of its layer
-        a, g = factor_pair(moments, name, terms, loss_scale)
-        rows = sum(int(moments[use].rows) for use in (name, transposed(name)) if use in moments)
-        result[name] = Kronecker(a, g, rows, int(terms))
+    for name, layer in layers.items():
+        a, g = factor_pair(moments, layer, terms, loss_scale)
+        assert a is not None, "without max_dim everything is kept"
+        assert g is not None, "without max_dim everything is kept"
+        rows = sum(int(moments[sums.name].rows.sum()) for sums in layer.sums)
+        result[name] = Kronecker(a, g, rows, int(terms), layer.kind, layer.groups)
     return result
 
 
@@ -112,7 +150,7 @@ def moments_of(results: Mapping[Any, Any]) -> dict[str, Moments]:
     """Sort what a factor graph returns (values or nodes, by descriptor) by layer."""
     layers = [descriptor.layer for descriptor in results if isinstance(descriptor, Rows)]
     return {
-        layer: Moments(results[Factor(layer, "A")], results[Factor(layer, "G")], results[Rows(layer)])
+        layer: Moments(results.get(Factor(layer, "A")), results.get(Factor(layer, "G")), results[Rows(layer)])
         for layer in layers
     }
 
@@ -123,6 +161,7 @@ def flat_moments(moments: Mapping[str, Moments]) -> dict[Any, Tensor]:
         descriptor: value
         for name, m in moments.items()
         for descriptor, value in zip((Factor(name, "A"), Factor(name, "G"), Rows(name)), m, strict=True)
+        if value is not None
     }
 
 
@@ -132,6 +171,8 @@ def factors(
     *batch: Any,
     batch_size: int | None = None,
     loss_scale: float = 1.0,
+    sharing: Sharing = "expand",
+    bias: BiasRule = "raw",
 ) -> dict[str, Kronecker]:
     """The Kronecker factors of every layer on one batch: undamped and not cut into blocks.
 
@@ -143,11 +184,15 @@ def factors(
             loss. A loss that is a *sum* over ``n`` terms is ``n`` times their mean: also pass
             ``loss_scale=n``.
         loss_scale: what ``loss_fn`` multiplies the mean loss by.
+        sharing: ``"expand"``: every position is a row; ``"reduce"``: the positions of one datum are
+            averaged (``A``) and summed (``G``) to one row; or ``name -> "expand" | "reduce"``.
+        bias: ``"joint"``: the last row and column of ``A`` are those of the bias; ``"raw"``: without it.
 
     Returns:
         ``Kronecker(A, G, rows, n, kind, groups)`` by name of layer, in the definitions at the top of
-        :mod:`thor_fx.factors`. A layer is called as its parameter, with ``[start:stop]`` behind it
-        where a part of the parameter has factors of its own.
+        :mod:`thor_fx.factors`. ``A`` of a convolution is ordered as ``weight.flatten(1)``. A layer is
+        called as its parameter, with ``[start:stop]`` behind it where a part of the parameter has
+        factors of its own.
 
     Raises:
         TypeError: an argument has a wrong type.
@@ -164,10 +209,15 @@ def factors(
     """
     check_integer("batch_size", batch_size, optional=True)
     check_number("loss_scale", loss_scale, positive=True)
-    graph = pipeline.run(trace_step(loss_fn, params, *batch), [canonicalize, emit_factors])
+    check_sharing("sharing", sharing)
+    check_choice("bias", bias, BiasRule)
+    rules = Rules(sharing, bias)
+    step = pipeline.run(trace_step(loss_fn, params, *batch), [canonicalize])
+    layers = coverage(find_sites(step), rules).layers
+    graph = pipeline.run(step, [partial(emit_factors, rules=rules)])
     results = run_graph(graph, params, *batch)
     terms = results[Terms()] if batch_size is None and Terms() in results else batch_size or 1
-    return kronecker(moments_of(results), terms, loss_scale)
+    return kronecker(moments_of(results), layers, terms, loss_scale)
 
 
 def run_graph(gm: fx.GraphModule, params: Mapping[str, Tensor], *batch: Any) -> dict[Any, Tensor]:

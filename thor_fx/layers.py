@@ -1,10 +1,33 @@
 """What outlives the graph about every parameter: its layer, or why it has none."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+from .passes.layout import Layout, Rules, Use, arrange
 from .passes.reindex import Path
+from .passes.sides import Side
 from .passes.sites import UNUSED, SiteReport
+
+
+@dataclass(frozen=True)
+class Sums:
+    """What a factor step returns for the uses of ``W``, or for those of ``W.T``, of one layer.
+
+    Attributes:
+        name: in the descriptors.
+        input: what is kept of ``sum_r a_r a_r^T``.
+        output: what is kept of ``sum_r g_r g_r^T``.
+        rows: the shape of ``R``: (), or (E,) where every group has its own.
+        count: ``R`` of one group as traced; 0 where it is symbolic.
+        flipped: whether these are the uses of the transpose.
+    """
+
+    name: str
+    input: Side
+    output: Side
+    rows: tuple[int, ...]
+    flipped: bool
+    count: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True)
@@ -14,23 +37,70 @@ class Layer:
     Attributes:
         name: the parameter's name, with ``[start:stop]`` where the layer is a part of it.
         param: the parameter's name.
-        out: side of ``G``.
-        in_: side of ``A``.
-        path: where the ``(out, in)`` matrix lies inside the parameter.
+        input: the side of ``A``.
+        output: the side of ``G``.
+        path: where the ``(out, in)`` matrix, or the ``(E, out, in)`` matrices, lie in the parameter.
+        sums: what is measured of it.
         uses: how many sites share the weight.
-        both_ways: whether some uses are of the matrix and some of its transpose.
         rows: rows of all uses as read from the traced graph; a text where the size is symbolic.
+        kind: the kind of operation that uses the weight.
+        bias: the parameter that is the last column of the matrix, or None.
+        bias_path: where that column lies in it.
+        sharing: ``"expand"`` or ``"reduce"``.
+        notes: why the layer is not treated better.
+        line: the line of Python that uses the weight.
     """
 
     name: str
     param: str
-    out: int
-    in_: int
+    input: Side
+    output: Side
     path: Path
-    uses: int
-    both_ways: bool
+    sums: tuple[Sums, ...]
+    uses: int = field(compare=False)
     rows: str = field(compare=False)
     kind: str = "linear"
+    bias: str | None = None
+    bias_path: Path = ()
+    sharing: str = "expand"
+    notes: tuple[str, ...] = ()
+    line: str = field(default="", compare=False)
+
+    @property
+    def out(self) -> int:
+        """The length of the output side; of every group."""
+        return self.output.dim
+
+    @property
+    def in_(self) -> int:
+        """The length of the input side; of every group."""
+        return self.input.dim
+
+    @property
+    def groups(self) -> int:
+        """E, the number of factor pairs."""
+        return self.input.groups
+
+    @property
+    def both_ways(self) -> bool:
+        """Whether some uses are of the matrix and some of its transpose."""
+        return len(self.sums) > 1
+
+    @property
+    def params(self) -> tuple[str, ...]:
+        """The parameters that the layer preconditions."""
+        return (self.param,) if self.bias is None else (self.param, self.bias)
+
+    def without_bias(self) -> "Layer":
+        """The layer of the weight alone."""
+        if self.bias is None:
+            return self
+        input_ = replace(self.input, dim=self.input.dim - 1, joint=False)
+        return replace(self, input=input_, bias=None, bias_path=())
+
+
+class CoverageError(ValueError):
+    """A weight has no Kronecker pair although all must have one."""
 
 
 @dataclass(frozen=True)
@@ -56,14 +126,45 @@ class Coverage:
     @property
     def trained(self) -> frozenset[str]:
         """The parameters that a step updates."""
-        return frozenset(layer.param for layer in self.layers.values()) | {*self.norms, *self.fallback}
+        return self.preconditioned | {*self.norms, *self.fallback}
+
+    @property
+    def preconditioned(self) -> frozenset[str]:
+        """The parameters that belong to a layer."""
+        return frozenset(name for layer in self.layers.values() for name in layer.params)
+
+    def check(self, dims: Mapping[str, int]) -> None:
+        """Refuse a coverage in which a weight takes the first-order rule.
+
+        Args:
+            dims: the number of axes of every parameter; vectors are no weights.
+
+        Raises:
+            CoverageError: naming every such weight, and why.
+        """
+        missing = {name: why for name, why in self.fallback.items() if dims[name] >= 2}
+        if missing:
+            reasons = "\n".join(f"  {name}: {why}" for name, why in missing.items())
+            raise CoverageError(
+                f"strict=True, but {len(missing)} weights have no Kronecker pair; leave strict out to train "
+                f"them with the first-order rule:\n{reasons}"
+            )
 
     def restrict(self, names: frozenset[str]) -> "Coverage":
         """The part of the coverage that speaks of these parameters."""
+        parted = {
+            layer.bias: "its weight is in another group of parameters"
+            for layer in self.layers.values()
+            if layer.bias in names and layer.param not in names
+        }
         return Coverage(
-            {key: layer for key, layer in self.layers.items() if layer.param in names},
+            {
+                key: layer if layer.bias in names else layer.without_bias()
+                for key, layer in self.layers.items()
+                if layer.param in names
+            },
             tuple(name for name in self.norms if name in names),
-            {name: reason for name, reason in self.fallback.items() if name in names},
+            {**{name: reason for name, reason in self.fallback.items() if name in names}, **parted},
             self.terms,
             tuple(name for name in self.unused if name in names),
             tuple(name for name in self.frozen if name in names),
@@ -73,22 +174,49 @@ class Coverage:
         """The coverage of two graphs of one model; a weight with a site anywhere is preconditioned."""
         layers = {**self.layers, **other.layers}
         norms = tuple(dict.fromkeys((*self.norms, *other.norms)))
-        covered = {*norms, *(layer.param for layer in layers.values())}
+        covered = {*norms, *(name for layer in layers.values() for name in layer.params)}
         fallback = {n: why for n, why in {**self.fallback, **other.fallback}.items() if n not in covered}
         used = covered | set(fallback)
         unused = tuple(n for n in dict.fromkeys((*self.unused, *other.unused)) if n not in used)
         return Coverage(layers, norms, fallback, other.terms or self.terms, unused, self.frozen)
 
 
-def coverage(report: SiteReport, frozen: tuple[str, ...] = ()) -> Coverage:
+def coverage(
+    report: SiteReport,
+    rules: Rules = Rules(),  # noqa: B008 - frozen
+    frozen: tuple[str, ...] = (),
+) -> Coverage:
     """The coverage that a walk over a step graph found."""
-    layers = {}
-    for name, sites in report.layers.items():
-        (out, in_), first = sites[0].dims, sites[0]
-        rows = " + ".join(str(site.activation.rows) for site in sites)
-        both_ways = any(site.flipped for site in sites)
-        layers[name] = Layer(name, first.param, out, in_, first.path, len(sites), both_ways, rows)
-    terms = None if report.nearest is None else report.nearest.layer
-    fallback = {name: reason for name, reason in report.reasons.items() if reason != UNUSED}
+    layers = {name: _layer(layout) for name, layout in arrange(report, rules).items()}
+    joint = {layer.bias for layer in layers.values()}
+    fallback = {n: why for n, why in report.reasons.items() if why != UNUSED and n not in joint}
     unused = tuple(name for name, reason in report.reasons.items() if reason == UNUSED)
+    terms = None if report.nearest is None else report.nearest.layer
     return Coverage(layers, report.norms, fallback, terms, unused, frozen)
+
+
+def _layer(layout: Layout) -> Layer:
+    sites = [site for use in layout.uses for site in use.sites]
+    return Layer(
+        name=layout.layer,
+        param=layout.param,
+        input=layout.input,
+        output=layout.output,
+        path=layout.path,
+        sums=tuple(_sums(use, use.name != layout.layer) for use in layout.uses),
+        uses=len(sites),
+        rows=" + ".join(str(operand.rows) for use in layout.uses for operand in use.activations),
+        kind=layout.kind,
+        bias=None if layout.bias is None else layout.bias.param,
+        bias_path=() if layout.bias is None else layout.bias.path,
+        sharing=layout.sharing,
+        notes=layout.notes,
+        line=layout.line,
+    )
+
+
+def _sums(use: Use, flipped: bool) -> Sums:
+    counts = [operand.rows for operand in use.activations]
+    count = sum(counts) if all(isinstance(c, int) for c in counts) else 0
+    rows = (use.input.groups,) if use.ragged else ()
+    return Sums(use.name, use.input, use.output, rows, flipped, count)

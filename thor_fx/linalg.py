@@ -28,6 +28,19 @@ def damped_inverse(matrices: Tensor, damping: Tensor, previous: Tensor) -> tuple
     return torch.where(good[:, None, None], inverse, previous), (~good).sum()
 
 
-def trace(matrices: Tensor) -> Tensor:
-    """The traces of (..., d, d) matrices."""
-    return matrices.flatten(-2)[..., :: matrices.shape[-1] + 1].sum(-1)
+def damped_reciprocal(diagonals: Tensor, damping: Tensor, previous: Tensor) -> tuple[Tensor, Tensor]:
+    """``1 / (d + damping)`` of the diagonals of many diagonal matrices.
+
+    A matrix that has no finite inverse keeps its previous one.
+
+    Args:
+        diagonals: shape (N, d).
+        damping: broadcastable to (N, 1).
+        previous: the last good inverses, shape (N, d).
+
+    Returns:
+        The inverses, shape (N, d), and how many matrices failed, an int64 0-D tensor.
+    """
+    inverse = 1 / (diagonals + damping)
+    good = (inverse.isfinite() & (inverse > 0)).all(-1)
+    return torch.where(good[:, None], inverse, previous), (~good).sum()

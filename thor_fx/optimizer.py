@@ -18,8 +18,9 @@ from .inductor import Compiled, check_backend, compile_graph
 from .layers import Coverage
 from .metrics import metrics
 from .optimizer_state import parts, restore, views
-from .options import Options, number_schedule, value_schedule
-from .precondition import DampingRule
+from .options import MAX_DIM, Options, number_schedule, value_schedule
+from .passes.layout import BiasRule, Fallback, Sharing
+from .refresh import DampingRule
 from .schedule import Schedule, Value
 from .thor import thor_chain
 from .transform import Transform, centralize_gradients, chain, partition, skip_nonfinite
@@ -52,6 +53,10 @@ class Thor(torch.optim.Optimizer):
             may also set ``grad_centralization=True`` for weights of convolutions.
         damping_rule: ``"factor"``, ``"sqrt"`` or ``"pi"``.
         block_size: side of THOR's diagonal blocks; None: whole factors.
+        sharing: ``"expand"`` or ``"reduce"``: see :func:`thor_fx.thor`, as the next three.
+        bias: ``"raw"`` or ``"joint"``.
+        max_dim: the longest side of a layer with a whole factor.
+        fallback: what a longer side keeps: ``"blocks"``, ``"diagonal"`` or ``"identity"``.
         backend: compiles the update: ``"inductor"``, or ``"eager"`` to interpret it; None: as the model.
 
     Raises:
@@ -77,13 +82,17 @@ class Thor(torch.optim.Optimizer):
         params: Iterable[Mapping[str, Any]] | None = None,
         damping_rule: DampingRule = "factor",
         block_size: int | None = 128,
+        sharing: Sharing = "expand",
+        bias: BiasRule = "raw",
+        max_dim: int | None = MAX_DIM,
+        fallback: Fallback = "blocks",
         backend: str | None = None,
     ) -> None:
         self._model = model
         self._collector: Collector = collector_of(model)
         self._options = Options(
             loss_scale, batch_size, use_nesterov, decay_filter, split_indices, enable_clip_grad,
-            frequency, damping_rule, block_size,
+            frequency, damping_rule, block_size, sharing, bias, max_dim, fallback,
         )  # fmt: skip
         self._backend = self._collector.backend if backend is None else backend
         check_backend(self._backend)
@@ -94,6 +103,7 @@ class Thor(torch.optim.Optimizer):
         defaults: dict[str, Any] = {"lr": lr, "damping": damping, "momentum": momentum}
         defaults |= {"weight_decay": weight_decay, "grad_centralization": False, "step": 0}
         super().__init__(self._with_rest(list(params or [])), defaults)
+        self._collector.use(self._options.rules)
         self._collector.wanted = True
         self._collector.clear()
 

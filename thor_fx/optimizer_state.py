@@ -10,7 +10,8 @@ from typing import Any
 from torch import Tensor
 
 from .layers import Coverage
-from .precondition import InversePair, PreconditionState, by_shape
+from .precondition import PreconditionState
+from .refresh import InversePair, by_shape, spans
 from .transform import SkipState
 
 Entry = dict[str, Any]
@@ -24,9 +25,9 @@ def views(state: SkipState, found: Coverage, params: Mapping[str, Tensor]) -> di
             entries.setdefault(name, {})["momentum"] = value
         mine = found.restrict(frozenset(momentum))
         for key, layers in by_shape(mine, params).items():
-            for position, layer in enumerate(layers):
+            for layer, place in zip(layers, spans(layers), strict=True):
                 inverses = entries[layer.param].setdefault("inverses", {})
-                inverses[layer.name] = _pair(preconditioning.inverses[key], position)
+                inverses[layer.name] = _pair(preconditioning.inverses[key], place)
     return entries
 
 
@@ -62,8 +63,5 @@ def restore(target: Any, saved: Any, name: str) -> None:
         restore(inner, saved[key], f"{name}.{key}")
 
 
-def _pair(pair: InversePair, position: int) -> Entry:
-    return {
-        "input": [part[position] for part in pair.input],
-        "output": [part[position] for part in pair.output],
-    }
+def _pair(pair: InversePair, place: slice) -> Entry:
+    return {"input": [part[place] for part in pair.input], "output": [part[place] for part in pair.output]}

@@ -2,11 +2,14 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any
 
-from .arguments import check_integer, check_number, check_type, shown
-from .precondition import DampingRule
+from .arguments import check_choice, check_integer, check_number, check_sharing, check_type, shown
+from .passes.layout import BiasRule, Fallback, Rules, Sharing
+from .refresh import DampingRule
 from .schedule import Schedule, Value
+
+MAX_DIM = 8192  # the longest side with a whole factor: 256 MB in float32
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,10 @@ class Options:
     frequency: int = 100
     damping_rule: DampingRule = "factor"
     block_size: int | None = 128
+    sharing: Sharing = "expand"
+    bias: BiasRule = "raw"
+    max_dim: int | None = MAX_DIM
+    fallback: Fallback = "blocks"
 
     def __post_init__(self) -> None:
         check_number("loss_scale", self.loss_scale, positive=True)
@@ -37,12 +44,17 @@ class Options:
             check_type(name, getattr(self, name), bool, "True or False")
         if self.decay_filter is not None and not callable(self.decay_filter):
             raise TypeError(f"decay_filter must be a callable name -> bool, got {shown(self.decay_filter)}")
-        check_type("damping_rule", self.damping_rule, str, f"one of {list(get_args(DampingRule))}")
-        if self.damping_rule not in get_args(DampingRule):
-            raise ValueError(
-                f"damping_rule must be one of {list(get_args(DampingRule))}, got {self.damping_rule!r}"
-            )
+        check_choice("damping_rule", self.damping_rule, DampingRule)
+        check_sharing("sharing", self.sharing)
+        check_choice("bias", self.bias, BiasRule)
+        check_integer("max_dim", self.max_dim, optional=True)
+        check_choice("fallback", self.fallback, Fallback)
         _check_split_indices(self.split_indices)
+
+    @property
+    def rules(self) -> Rules:
+        """What is measured of every layer."""
+        return Rules(self.sharing, self.bias, self.max_dim, self.fallback, self.block_size)
 
     def decays(self, name: str) -> bool:
         """Whether weight decay applies to the parameter called ``name``."""

@@ -5,18 +5,21 @@ Loss, gradients, factors, refresh and parameter update are nodes of one ATen gra
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
+from .arguments import check_type
 from .capture import Captured, LossCapture, LossFn, Runner
 from .hyper import HyperTensors
 from .inductor import Compiled, check_backend, compile_graph
 from .layers import Coverage, coverage
 from .parameters import check_params, trainable
 from .passes import canonicalize, emit_factors, find_sites, outputs, pipeline
+from .passes.layout import Rules
 from .transform import Params, State, Transform
 from .update import append_update, return_forward
 
@@ -51,6 +54,7 @@ def compile_step(
     mode: str | None = None,
     options: Mapping[str, Any] | None = None,
     dynamic: bool | None = None,
+    strict: bool = False,
 ) -> "CompiledStep":
     """Compile loss, gradient, factors and update into one function.
 
@@ -64,6 +68,7 @@ def compile_step(
         mode: as in ``torch.compile``.
         options: Inductor settings, as in ``torch.compile``.
         dynamic: as in ``torch.compile``: by default a second batch size recompiles once, for all sizes.
+        strict: raise where a weight (a parameter of two or more axes) would take the first-order rule.
 
     Returns:
         A step with ``state = step.init(params, *batch)`` and
@@ -92,7 +97,8 @@ def compile_step(
     if not isinstance(tx, Transform):
         raise TypeError(f"tx must be a Transform, e.g. thor_fx.thor(...), got {type(tx).__name__}: {tx!r}")
     check_backend(backend)
-    return CompiledStep(loss_fn, tx, donate, _Compiler(backend, mode, options), dynamic)
+    check_type("strict", strict, bool, "True or False")
+    return CompiledStep(loss_fn, tx, donate, _Compiler(backend, mode, options), dynamic, strict)
 
 
 @dataclass(frozen=True)
@@ -128,11 +134,18 @@ class CompiledStep:
     """
 
     def __init__(
-        self, loss_fn: LossFn, tx: Transform, donate: bool, compiler: _Compiler, dynamic: bool | None
+        self,
+        loss_fn: LossFn,
+        tx: Transform,
+        donate: bool,
+        compiler: _Compiler,
+        dynamic: bool | None,
+        strict: bool,
     ) -> None:
         self.coverage: Coverage | None = None
         self._tx = tx
         self._donate = donate
+        self._strict = strict
         self._compiler = compiler
         self._hyper = HyperTensors()
         self._capture = LossCapture(loss_fn, self._compile, dynamic)
@@ -147,6 +160,7 @@ class CompiledStep:
         Raises:
             TypeError: ``params`` is no mapping of floating-point tensors.
             ValueError: nothing to train, the loss is no scalar, or it does not depend on ``params``.
+            CoverageError: ``strict``, and a weight has no Kronecker pair.
         """
         check_params(params)
         self.coverage = None
@@ -203,7 +217,9 @@ class CompiledStep:
     def _compile(self, captured: Captured) -> Runner:
         """Called by Dynamo when no guard fits: both kinds of step, from one trace."""
         graph = pipeline.run(captured.graph, [canonicalize])
-        found = _coverage(graph, self._params)
+        found = _coverage(graph, self._params, self._tx.rules)
+        if self._strict:
+            found.check({name: p.dim() for name, p in self._params.items()})
         self._accept(found)
         kinds = {True, False} if self._tx.frequency is not None else {False}
         kinds = {True} if self._tx.frequency == 1 else kinds
@@ -227,7 +243,7 @@ class CompiledStep:
 
     def _compile_kind(self, graph: fx.GraphModule, captured: Captured, factors: bool) -> Compiled:
         assert self.coverage is not None
-        whole = pipeline.run(graph, [emit_factors] if factors else [])
+        whole = pipeline.run(graph, [partial(emit_factors, rules=self._tx.rules)] if factors else [])
         append_update(whole, self._tx, self.coverage, list(_trained(self._params, self.coverage)))
         return_forward(whole, _forward_outputs(captured))
         fakes = [node.meta["val"] for node in whole.graph.find_nodes(op="placeholder")]
@@ -250,8 +266,8 @@ def _trained(params: Params, found: Coverage) -> dict[str, Tensor]:
     return {name: p for name, p in params.items() if name in found.trained}
 
 
-def _coverage(graph: fx.GraphModule, params: Params) -> Coverage:
-    found = coverage(find_sites(graph))
+def _coverage(graph: fx.GraphModule, params: Params, rules: Rules) -> Coverage:
+    found = coverage(find_sites(graph), rules)
     seen = found.trained | set(found.unused)
     unused = tuple(name for name, p in params.items() if name not in seen and trainable(p))
     frozen = tuple(name for name, p in params.items() if not trainable(p))

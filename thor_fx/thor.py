@@ -14,8 +14,10 @@ and none of it where a gradient is not finite.
 
 from collections.abc import Callable, Sequence
 
-from .options import Options, number_schedule, value_schedule
-from .precondition import DampingRule, precondition
+from .options import MAX_DIM, Options, number_schedule, value_schedule
+from .passes.layout import BiasRule, Fallback, Sharing
+from .precondition import precondition
+from .refresh import DampingRule
 from .schedule import Schedule, Value
 from .transform import (
     Transform,
@@ -28,6 +30,7 @@ from .transform import (
 )
 
 CLIP_NORM = 1.0  # the reference's constant
+DEFAULT_RULES = Options().rules
 
 
 def thor(
@@ -45,6 +48,10 @@ def thor(
     *,
     damping_rule: DampingRule = "factor",
     block_size: int | None = 128,
+    sharing: Sharing = "expand",
+    bias: BiasRule = "raw",
+    max_dim: int | None = MAX_DIM,
+    fallback: Fallback = "blocks",
 ) -> Transform:
     """THOR as a pure transform, for :func:`thor_fx.compile_step`.
 
@@ -64,6 +71,12 @@ def thor(
         frequency: factors and inverses are renewed in step 0 and every ``frequency`` steps.
         damping_rule: ``"factor"``, ``"sqrt"`` or ``"pi"``: :mod:`thor_fx.precondition`.
         block_size: side of THOR's diagonal blocks; None: whole factors.
+        sharing: ``"expand"``: every position is a row; ``"reduce"``: the positions of one datum are
+            averaged (``A``) and summed (``G``) first; or ``name of layer -> "expand" | "reduce"``.
+        bias: ``"raw"``: a bias takes the first-order rule; ``"joint"``: it is one more column of its weight.
+        max_dim: the longest side of a layer with a whole factor; None: no limit.
+        fallback: what a longer side keeps: ``"blocks"`` of ``block_size``, its ``"diagonal"``, or
+            nothing (``"identity"``: the gradient is preconditioned from the other side only).
 
     Returns:
         A transform whose updates are added to the parameters.
@@ -89,6 +102,10 @@ def thor(
         frequency,
         damping_rule,
         block_size,
+        sharing,
+        bias,
+        max_dim,
+        fallback,
     )
     return skip_nonfinite(
         thor_chain(
@@ -113,6 +130,7 @@ def thor_chain(
             loss_scale=options.loss_scale,
             batch_size=options.batch_size,
             frequency=options.frequency,
+            rules=options.rules,
         ),
         add_decayed_weights(weight_decay, options.decays),
     ]

@@ -1,6 +1,5 @@
 """The researcher's door: a training step as an ATen graph to read and rewrite."""
 
-import itertools
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -11,7 +10,7 @@ from torch.utils import _pytree as pytree
 from .capture import Captured, LossCapture, LossFn, Runner
 from .parameters import check_params, trainable
 from .passes import outputs
-from .passes.outputs import Input, InputDescriptor, Param
+from .passes.outputs import Frozen, Input, InputDescriptor, Param
 
 
 def trace_step(loss_fn: LossFn, params: Mapping[str, Tensor], *batch: Any) -> fx.GraphModule:
@@ -120,21 +119,23 @@ def _in_order_of_arguments(
 
 
 def _arguments(params: Mapping[str, Tensor], leaves: list[Tensor]) -> list[tuple[InputDescriptor, Tensor]]:
-    frozen = itertools.count(len(leaves))
     named: list[tuple[InputDescriptor, Tensor]] = [
-        (Param(name) if trainable(value) else Input(next(frozen)), value) for name, value in params.items()
+        (Param(name) if trainable(value) else Frozen(name), value) for name, value in params.items()
     ]
     return named + [(Input(index), leaf) for index, leaf in enumerate(leaves)]
 
 
 def _name(descriptor: InputDescriptor, position: int) -> str:
     """A Python identifier, unique even where two parameters differ in punctuation only."""
-    text = descriptor.name if isinstance(descriptor, Param) else "input"
-    return re.sub(r"\W", "_", f"{'p' if isinstance(descriptor, Param) else 'x'}{position}_{text}")
+    if isinstance(descriptor, Param | Frozen):
+        return re.sub(r"\W", "_", f"p{position}_{descriptor.name}")
+    return f"x{position}_input"
 
 
 def _to_buffer(gm: fx.GraphModule, node: fx.Node, value: Any) -> None:
     gm.register_buffer(f"captured_{node.name}", value)
     buffer = gm.graph.get_attr(f"captured_{node.name}")
     buffer.meta["val"] = node.meta["val"]
+    if isinstance(node.meta.get(outputs.KEY), Frozen):
+        buffer.meta[outputs.KEY] = node.meta[outputs.KEY]
     node.replace_all_uses_with(buffer)

@@ -4,7 +4,7 @@ The form is optax's. A transform gets what it needs to know of a step through :c
 numbers that change with the step arrive as 0-D tensors, so a compiled update never recompiles.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from .factors import Moments
 from .layers import Coverage
+from .passes.layout import Rules
 from .schedule import Schedule
 
 Params = Mapping[str, Tensor]
@@ -47,12 +48,14 @@ class Transform(NamedTuple):
         update: ``update(updates, state, params, signals) -> (updates, state)``; pure.
         schedules: the hyper-parameters that it reads from ``signals.hyper``, by name.
         frequency: it wants factors in step 0 and every ``frequency`` steps; None: never.
+        rules: which factors it wants.
     """
 
     init: Callable[[Params, Coverage], State]
     update: Callable[[Updates, State, Params, Signals], tuple[Updates, State]]
     schedules: Mapping[str, Schedule] = {}
     frequency: int | None = None
+    rules: Rules = Rules()
 
     def hyper(self, step: int) -> dict[str, float]:
         """The value of every schedule in step ``step``."""
@@ -63,13 +66,21 @@ class Transform(NamedTuple):
         return self.frequency is not None and step % self.frequency == 0
 
 
+def _rules(transforms: Iterable[Transform]) -> Rules:
+    """The rules of the transforms that want factors."""
+    wanted = {transform.rules for transform in transforms if transform.frequency is not None}
+    if len(wanted) > 1:
+        raise ValueError(f"transforms in one chain want different factors: {wanted}")
+    return next(iter(wanted), Rules())
+
+
 def chain(*transforms: Transform) -> Transform:
     """Apply transforms one after the other.
 
     Raises:
         TypeError: an argument is no transform.
-        ValueError: two transforms have a schedule of the same name, or want factors at different
-            frequencies.
+        ValueError: two transforms have a schedule of the same name, or want different factors, or
+            at different frequencies.
     """
     schedules: dict[str, Schedule] = {}
     for transform in transforms:
@@ -95,7 +106,7 @@ def chain(*transforms: Transform) -> Transform:
             new_state.append(new_inner)
         return updates, tuple(new_state)
 
-    return Transform(init, update, schedules, next(iter(frequencies), None))
+    return Transform(init, update, schedules, next(iter(frequencies), None), _rules(transforms))
 
 
 def stateless(
@@ -197,7 +208,7 @@ def skip_nonfinite(inner: Transform) -> Transform:
         kept = pytree.tree_map(lambda n, old: torch.where(finite, n, old), new_inner, state.inner)
         return new, SkipState(kept, state.skipped + ~finite)
 
-    return Transform(init, update, inner.schedules, inner.frequency)
+    return Transform(init, update, inner.schedules, inner.frequency, inner.rules)
 
 
 def partition(transforms: Mapping[str, Transform], groups: Mapping[str, str]) -> Transform:
@@ -240,7 +251,7 @@ def partition(transforms: Mapping[str, Transform], groups: Mapping[str, str]) ->
         return new, new_state
 
     frequencies = {transform.frequency for transform in transforms.values()} - {None}
-    return Transform(init, update, schedules, next(iter(frequencies), None))
+    return Transform(init, update, schedules, next(iter(frequencies), None), _rules(transforms.values()))
 
 
 def apply_updates(params: Params, updates: Updates) -> dict[str, Tensor]:

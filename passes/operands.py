@@ -1,0 +1,260 @@
+"""The two sides of a contraction ``sum_r g_r a_r^T``: rows of activations, or of cotangents.
+
+An operand is a recipe: nodes of the graph, and a function from their values to rows. Values come from
+the graph; whatever is computed from them is spliced into it.
+
+Legend: R rows, F features; in a grouped layer E groups in front of both. B is the batch, where the
+other rows of one datum are its positions.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, fx
+
+from .nodes import PERMUTES, RESHAPES, permutation, shape, source, target
+
+Reduction = Literal["mean", "sum"]
+
+
+@dataclass(frozen=True)
+class Operand(ABC):
+    """Rows of features, read from ``node`` (and further nodes).
+
+    Attributes:
+        node: where the rows are.
+    """
+
+    node: fx.Node
+
+    @property
+    def nodes(self) -> tuple[fx.Node, ...]:
+        """What the functions below take the values of."""
+        return (self.node,)
+
+    @property
+    @abstractmethod
+    def features(self) -> int:
+        """F, the length of the side: what ``A`` or ``G`` is square in."""
+
+    @property
+    def groups(self) -> int:
+        """E."""
+        return 1
+
+    @property
+    def rows(self) -> Any:
+        """R of every group: symbolic where the batch size is; at most that many where data decides."""
+        return self.node.meta["val"].numel() // (self.features * self.groups)
+
+    @property
+    def ragged(self) -> bool:
+        """Whether groups have different numbers of rows, as the data decide."""
+        return False
+
+    @abstractmethod
+    def read(self, *values: Tensor) -> Tensor:
+        """The rows: (R, F) or (E, R, F), in the dtype that factors are summed in."""
+
+    def gram(self, *values: Tensor) -> Tensor:
+        """``sum_r x_r x_r^T``: (F, F) or (E, F, F)."""
+        x = self.read(*values)
+        return x.mT @ x
+
+    def squares(self, *values: Tensor) -> Tensor:
+        """``sum_r x_r^2``: (F,) or (E, F)."""
+        return self.read(*values).square().sum(-2)
+
+    def blocks(self, size: int, *values: Tensor) -> Tensor:
+        """Blocks of the diagonal of :meth:`gram`, the last one padded: (..., blocks, size, size)."""
+        x = self.read(*values)
+        tiles = torch.nn.functional.pad(x, (0, -self.features % size)).unflatten(-1, (-1, size))
+        tiles = tiles.transpose(-3, -2)  # (..., blocks, R, size)
+        return tiles.mT @ tiles
+
+    def total(self, *values: Tensor) -> Tensor:
+        """``sum_r x_r``: (F,) or (E, F)."""
+        return self.read(*values).sum(-2)
+
+    def count(self, *values: Tensor) -> Tensor:
+        """R: 0-D, or (E,) where groups have different numbers of rows."""
+        x = self.read(*values)
+        return torch.full((), x.shape[-2], dtype=x.dtype, device=x.device)
+
+    @property
+    def batch_axes(self) -> tuple[int, ...]:
+        """The axes of ``node`` that may be the batch, if its other rows are positions; () if none are."""
+        return ()
+
+    def pool(self, reduction: Reduction, axis: int, *values: Tensor) -> Tensor:
+        """The rows of every datum reduced to one: (B, F) or (E, B, F)."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Matrix(Operand):
+    """Rows x features, or features x rows where ``transposed``.
+
+    Further axes in front of these two are rows as well; of three axes the first is the groups where
+    ``grouped``.
+    """
+
+    transposed: bool = False
+    grouped: bool = False
+
+    @property
+    def features(self) -> int:
+        """F."""
+        return int(shape(self.node)[-2 if self.transposed else -1])
+
+    @property
+    def groups(self) -> int:
+        """E."""
+        return int(shape(self.node)[0]) if self.grouped else 1
+
+    def read(self, *values: Tensor) -> Tensor:
+        """(R, F) or (E, R, F)."""
+        (x,) = values
+        x = x.unsqueeze(0) if x.dim() == 1 else x
+        x = x.mT if self.transposed else x
+        return widened(x if self.grouped else x.flatten(0, -2))
+
+    @property
+    def batch_axes(self) -> tuple[int, ...]:
+        """Any axis but that of features."""
+        dims = len(shape(self.node))
+        return () if self.transposed or self.grouped else tuple(range(dims - 1))
+
+    def pool(self, reduction: Reduction, axis: int, *values: Tensor) -> Tensor:
+        """(B, F)."""
+        x = widened(values[0]).movedim(axis, 0)
+        rows = x.unsqueeze(1) if x.dim() == 2 else x.flatten(1, -2)  # (B, positions, F)
+        return rows.mean(1) if reduction == "mean" else rows.sum(1)
+
+
+@dataclass(frozen=True)
+class Mapped(Operand):
+    """The rows of ``inner`` times a matrix: ``x_r P``, or ``x_r P^T`` where ``transposed``."""
+
+    inner: Operand
+    matrix: fx.Node
+    transposed: bool
+
+    @property
+    def nodes(self) -> tuple[fx.Node, ...]:
+        """Those of ``inner``, then the matrix."""
+        return (*self.inner.nodes, self.matrix)
+
+    @property
+    def features(self) -> int:
+        """F."""
+        return int(shape(self.matrix)[0 if self.transposed else 1])
+
+    @property
+    def rows(self) -> Any:
+        """R."""
+        return self.inner.rows
+
+    def read(self, *values: Tensor) -> Tensor:
+        """(R, F)."""
+        x = self.inner.read(*values[:-1])
+        p = values[-1].to(x.dtype)
+        return x @ (p.mT if self.transposed else p)
+
+
+@dataclass(frozen=True)
+class Scaled(Operand):
+    """The rows of ``inner`` times a number, or feature by feature times a vector; or divided by it."""
+
+    inner: Operand
+    by: Any
+    divide: bool = False
+
+    @property
+    def nodes(self) -> tuple[fx.Node, ...]:
+        """Those of ``inner``, then the factor, where it is a node."""
+        return (*self.inner.nodes, self.by) if isinstance(self.by, fx.Node) else self.inner.nodes
+
+    @property
+    def features(self) -> int:
+        """F."""
+        return self.inner.features
+
+    @property
+    def groups(self) -> int:
+        """E."""
+        return self.inner.groups
+
+    @property
+    def rows(self) -> Any:
+        """R."""
+        return self.inner.rows
+
+    def read(self, *values: Tensor) -> Tensor:
+        """(R, F) or (E, R, F)."""
+        given = isinstance(self.by, fx.Node)
+        x = self.inner.read(*values[:-1] if given else values)
+        by = values[-1].to(x.dtype).flatten() if given else self.by
+        return x / by if self.divide else x * by
+
+
+@dataclass(frozen=True)
+class Pooled(Operand):
+    """One row per datum: its positions, and all ``parts`` (uses of one weight), are reduced to one.
+
+    The *reduce* setting of Eschenhagen et al. 2023, eq. 13: activations are averaged, cotangents summed.
+    """
+
+    parts: tuple[Operand, ...]
+    reduction: Reduction
+    axis: int
+
+    @property
+    def nodes(self) -> tuple[fx.Node, ...]:
+        """Those of all parts."""
+        return tuple(node for part in self.parts for node in part.nodes)
+
+    @property
+    def features(self) -> int:
+        """F."""
+        return self.parts[0].features
+
+    @property
+    def groups(self) -> int:
+        """E."""
+        return self.parts[0].groups
+
+    @property
+    def rows(self) -> Any:
+        """B."""
+        return shape(self.node)[self.axis]
+
+    def read(self, *values: Tensor) -> Tensor:
+        """(B, F) or (E, B, F)."""
+        given = iter(values)
+        owned = [(part, [next(given) for _ in part.nodes]) for part in self.parts]
+        rows = [part.pool(self.reduction, self.axis, *own) for part, own in owned]
+        total = sum(rows[1:], start=rows[0])
+        return total / len(rows) if self.reduction == "mean" else total
+
+
+def widened(value: Tensor) -> Tensor:
+    """The value in the dtype that factors are summed in: float64 for float64, else float32."""
+    return value if value.dtype == torch.float64 else value.float()
+
+
+def matrix(node: fx.Node, transposed: bool) -> Matrix:
+    """The operand, read from the tensor that exists, through plain transpositions and flattenings."""
+    operator, dims = target(node), len(shape(node))
+    if operator in PERMUTES and dims == 2 and permutation(node) == (1, 0):
+        return matrix(source(node), not transposed)
+    if operator in RESHAPES and dims == 2 and not transposed and _only_flattens(node):
+        return matrix(source(node), transposed)
+    return Matrix(node, transposed)
+
+
+def _only_flattens(node: fx.Node) -> bool:
+    before = shape(source(node))
+    return len(before) > 2 and bool(before[-1] == shape(node)[-1])
