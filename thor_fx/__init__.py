@@ -10,8 +10,10 @@ from .step import CompiledStep, StepOutput, StepState, compile_step
 from .thor import decay_all_but_beta_gamma, thor
 from .trace import trace_step
 from .transform import Signals, Transform, apply_updates, centralize_gradients, chain
+from .verify import Certificate, verify
 
 __all__ = [
+    "Certificate",
     "CompiledStep",
     "Coverage",
     "CoverageError",
@@ -34,4 +36,5 @@ __all__ = [
     "metrics",
     "thor",
     "trace_step",
+    "verify",
 ]

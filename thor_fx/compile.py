@@ -55,6 +55,7 @@ def compile(
         model: any module with trainable parameters.
         backend: ``"inductor"``; or ``"aot_eager"`` or ``"eager"`` to interpret the graphs.
         mode: as in ``torch.compile``.
+        options: Inductor settings, as in ``torch.compile``.
         strict: raise a :class:`~thor_fx.CoverageError` in the first factor step where a weight (a
             parameter of two or more axes) would take the first-order rule.
         **kwargs: further arguments of ``torch.compile`` (``fullgraph``, ``dynamic``, ...).

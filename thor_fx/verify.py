@@ -1,0 +1,285 @@
+"""A certificate for one's own model: what thor_fx measures against slow, independent computations.
+
+For every layer, in float64 and on a small batch of B examples:
+
+* *gradient*: of the step graph, against eager autograd;
+* *Fisher*: ``|A (x) G - F| / |F|`` in the Frobenius norm, where ``F = (1/B) sum_i vec(g_i) vec(g_i)^T`` is
+  the dense empirical Fisher block of the gradients ``g_i`` of single examples, and *cosine*, the cosine
+  of the angle between the two. A Kronecker product is an approximation: the error is zero where it is
+  exact (one example without shared weights, linear networks, ...), not in general;
+* invariances of ``A`` and ``G``, which hold exactly where examples do not influence each other: a batch
+  *repeated*, in another *order*, *summed* instead of averaged, and *split* into micro-batches.
+"""
+
+import math
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import astuple, dataclass, fields, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from .arguments import check_choice, check_integer, check_sharing
+from .capture import LossFn
+from .factors import Kronecker, kronecker, moments_of, run_graph
+from .layers import Layer, coverage
+from .parameters import check_params, trainable
+from .passes import Grad, canonicalize, emit_factors, find_sites, pipeline
+from .passes.layout import BiasRule, Rules, Sharing
+from .passes.reindex import take
+from .trace import trace_step
+
+Batch = tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Errors:
+    """Relative errors of one layer; NaN where something was not compared.
+
+    Attributes:
+        gradient: of the step graph, against eager autograd.
+        fisher: of ``A (x) G`` against the dense empirical Fisher block; NaN where that is too large.
+        cosine: between the two; 1 where they agree up to a factor.
+        repeated: of the factors, when the batch is doubled.
+        order: when its examples are in reverse order.
+        summed: when the loss is a sum over its terms.
+        split: when factors are averaged over two micro-batches.
+    """
+
+    gradient: float
+    fisher: float
+    cosine: float
+    repeated: float
+    order: float
+    summed: float
+    split: float
+
+    @property
+    def invariance(self) -> float:
+        """The largest error of those that are zero for every model without coupled examples."""
+        return max(self.gradient, self.repeated, self.order, self.summed, self.split)
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """The errors of every layer; ``print(certificate)`` shows them as a table."""
+
+    layers: Mapping[str, Errors]
+
+    @property
+    def worst(self) -> float:
+        """The largest error of an invariance, over all layers."""
+        return max((errors.invariance for errors in self.layers.values()), default=0.0)
+
+    def __str__(self) -> str:
+        titles = ["layer", *(field.name for field in fields(Errors))]
+        rows = [[name, *(_shown(value) for value in astuple(e))] for name, e in self.layers.items()]
+        widths = [max(len(row[column]) for row in [titles, *rows]) for column in range(len(titles))]
+        lines = [
+            "  ".join(cell.rjust(w) for cell, w in zip(row, widths, strict=True)) for row in [titles, *rows]
+        ]
+        return "\n".join([*lines, f"largest error of an invariance: {_shown(self.worst)}"])
+
+
+def _shown(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:.1e}"
+
+
+def verify(
+    loss_fn: LossFn,
+    params: Mapping[str, Tensor],
+    *batch: Any,
+    sharing: Sharing = "expand",
+    bias: BiasRule = "raw",
+    dtype: torch.dtype | None = torch.float64,
+    max_size: int = 2048,
+) -> Certificate:
+    """Compare the factors of a model with dense Fisher blocks, and check their invariances.
+
+    Args:
+        loss_fn: ``loss_fn(params, *batch)``, a mean over the examples of a batch; returns a scalar loss
+            or ``(loss, aux)``. It must accept batches of one example.
+        params: floating-point tensors by name.
+        *batch: tensors and nests of tensors; the first axis of the first tensor is the batch, and all
+            tensors with a first axis of that length are cut with it.
+        sharing: as in :func:`thor_fx.factors`.
+        bias: as in :func:`thor_fx.factors`.
+        dtype: what floating-point arguments are converted to; None: left as they are.
+        max_size: the largest number of weights in a layer whose dense Fisher block is formed.
+
+    Returns:
+        The errors of every layer, to print or to ask.
+
+    Raises:
+        TypeError: an argument has a wrong type.
+        ValueError: the batch has less than two examples.
+
+    Example:
+        >>> def loss_fn(params, x, y):
+        ...     return ((x @ params["w"] - y) ** 2).mean()
+        >>> torch.manual_seed(0)
+        <torch._C.Generator object at ...>
+        >>> certificate = verify(loss_fn, {"w": torch.randn(3, 1)}, torch.randn(4, 3), torch.randn(4, 1))
+        >>> certificate.worst < 1e-12
+        True
+    """
+    check_params(params)
+    check_sharing("sharing", sharing)
+    check_choice("bias", bias, BiasRule)
+    check_integer("max_size", max_size)
+    params, batch = _converted((dict(params), batch), dtype)
+    count = _examples(batch)
+    graphs = _Graphs(loss_fn, params, Rules(sharing, bias))
+    found, gradients, layers = graphs.measure(batch, count)
+    repeated = graphs.factors(_map(batch, count, lambda t: torch.cat([t, t])), 2 * count)
+    order = graphs.factors(_map(batch, count, lambda t: t.flip(0)), count)
+    summed = graphs.scaled(count).factors(batch, count, loss_scale=count)
+    cuts = [slice(0, count // 2), slice(count // 2, count)]
+    split = [
+        (n, graphs.factors(_map(batch, count, operator.itemgetter(cut)), n))
+        for cut in cuts
+        if (n := cut.stop - cut.start)
+    ]
+    examples = [_map(batch, count, operator.itemgetter(slice(i, i + 1))) for i in range(count)]
+    single = [_gradients(loss_fn, params, example) for example in examples]
+    eager = _gradients(loss_fn, params, batch)
+    result = {}
+    for name, layer in layers.items():
+        fisher, cosine = _against_fisher(layer, found[name], single, max_size)
+        result[name] = Errors(
+            max(_error(gradients[p], eager[p]) for p in layer.params),
+            fisher,
+            cosine,
+            _difference(repeated[name], found[name]),
+            _difference(order[name], found[name]),
+            _difference(summed[name], found[name]),
+            _difference(_average([(weight, part[name]) for weight, part in split]), found[name]),
+        )
+    return Certificate(result)
+
+
+# --- what is compared ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Graphs:
+    """Factors and gradients by the step graph; every example is one term of the loss."""
+
+    loss_fn: LossFn
+    params: Mapping[str, Tensor]
+    rules: Rules
+
+    def measure(
+        self, batch: Batch, terms: float, loss_scale: float = 1.0
+    ) -> tuple[dict[str, Kronecker], dict[str, Tensor], Mapping[str, Layer]]:
+        """Factors by layer, gradients by parameter, and the layers."""
+        step = pipeline.run(trace_step(self.loss_fn, self.params, *batch), [canonicalize])
+        layers = coverage(find_sites(step), self.rules).layers
+        graph = pipeline.run(step, [partial(emit_factors, rules=self.rules)])
+        torch.manual_seed(0)
+        results = run_graph(graph, self.params, *batch)
+        gradients = {
+            d.param: v for d, v in results.items() if isinstance(d, Grad) and isinstance(d.param, str)
+        }
+        return kronecker(moments_of(results), layers, terms, loss_scale), gradients, layers
+
+    def factors(self, batch: Batch, terms: float, loss_scale: float = 1.0) -> dict[str, Kronecker]:
+        """Factors by layer."""
+        return self.measure(batch, terms, loss_scale)[0]
+
+    def scaled(self, scale: float) -> "_Graphs":
+        """The same of the loss times a number."""
+
+        def loss_fn(*args: Any) -> Any:
+            out = self.loss_fn(*args)
+            return (scale * out[0], out[1]) if isinstance(out, tuple) else scale * out
+
+        return replace(self, loss_fn=loss_fn)
+
+
+def _gradients(loss_fn: LossFn, params: Mapping[str, Tensor], batch: Batch) -> dict[str, Tensor]:
+    """By eager autograd; zeros where the loss does not depend on a parameter."""
+    leaves = {name: p.detach().requires_grad_() if trainable(p) else p.detach() for name, p in params.items()}
+    torch.manual_seed(0)
+    out = loss_fn(leaves, *batch)
+    loss = out[0] if isinstance(out, tuple) else out
+    wanted = {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}
+    found = torch.autograd.grad(loss, list(wanted.values()), allow_unused=True)
+    return {
+        name: torch.zeros_like(leaf) if g is None else g
+        for (name, leaf), g in zip(wanted.items(), found, strict=True)
+    }
+
+
+def _against_fisher(
+    layer: Layer, pair: Kronecker, single: Sequence[Mapping[str, Tensor]], max_size: int
+) -> tuple[float, float]:
+    """Relative error and cosine of ``A (x) G`` against the dense Fisher block, over all groups."""
+    if layer.out * layer.in_ > max_size:
+        return float("nan"), float("nan")
+    rows = torch.stack([_as_rows(layer, gradients) for gradients in single])  # (B, E, out in)
+    fisher = torch.einsum("bei,bej->eij", rows, rows) / len(single)
+    a = torch.diag_embed(pair.A) if layer.input.kind == "diagonal" else pair.A
+    a, g = (factor if factor.dim() == 3 else factor[None] for factor in (a, pair.G))
+    product = torch.stack([torch.kron(g_e, a_e) for a_e, g_e in zip(a, g, strict=True)])
+    cosine = (product * fisher).sum() / (product.norm() * fisher.norm())
+    return _error(product, fisher), float(cosine)
+
+
+def _as_rows(layer: Layer, gradients: Mapping[str, Tensor]) -> Tensor:
+    """The gradient of a layer, with its bias as the last column, as (E, out in)."""
+    matrices = take(layer.path, gradients[layer.param]).reshape(layer.groups, layer.out, -1)
+    if layer.bias is not None:
+        column = take(layer.bias_path, gradients[layer.bias]).reshape(layer.groups, layer.out, 1)
+        matrices = torch.cat([matrices, column], -1)
+    return matrices.flatten(1)
+
+
+def _average(parts: Sequence[tuple[int, Kronecker]]) -> Kronecker:
+    """Factors of micro-batches, weighted by rows (``A``) and by examples (``G``)."""
+    rows = sum(pair.rows for _, pair in parts)
+    total = sum(weight for weight, _ in parts)
+    a = torch.stack([pair.A * (pair.rows / rows) for _, pair in parts]).sum(0)
+    g = torch.stack([pair.G * (weight / total) for weight, pair in parts]).sum(0)
+    first = parts[0][1]
+    return Kronecker(a, g, rows, total, first.kind, first.groups)
+
+
+def _difference(got: Kronecker, expected: Kronecker) -> float:
+    return max(_error(got.A, expected.A), _error(got.G, expected.G))
+
+
+def _error(got: Tensor, expected: Tensor) -> float:
+    scale = float(expected.norm())
+    return float((got - expected).norm()) / (scale or 1.0)
+
+
+# --- batches ---------------------------------------------------------------------------------------
+
+
+def _converted(values: Any, dtype: torch.dtype | None) -> Any:
+    def convert(tensor: Tensor) -> Tensor:
+        wanted = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+        return tensor.detach().to(wanted).requires_grad_(tensor.requires_grad)
+
+    return pytree.tree_map_only(Tensor, convert, values)
+
+
+def _examples(batch: Batch) -> int:
+    tensors = [leaf for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.dim() > 0]
+    if not tensors or len(tensors[0]) < 2:
+        raise ValueError("batch needs a tensor whose first axis holds two examples or more")
+    return len(tensors[0])
+
+
+def _map(batch: Batch, count: int, change: Callable[[Tensor], Tensor]) -> Batch:
+    """The batch with its tensors of ``count`` examples changed."""
+
+    def apply(tensor: Tensor) -> Tensor:
+        return change(tensor) if tensor.dim() > 0 and len(tensor) == count else tensor
+
+    changed: Batch = pytree.tree_map_only(Tensor, apply, batch)
+    return changed
