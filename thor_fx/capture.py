@@ -13,15 +13,18 @@ Dynamo's dynamic shapes.
 
 import contextlib
 import copy
+import functools
 import itertools
 import types
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch._dynamo
 from torch import Tensor, fx
+from torch._decomp import decompositions
 from torch._dynamo.exc import BackendCompilerFailed
 from torch._dynamo.source import LocalSource
 from torch._functorch._aot_autograd import descriptors as aot
@@ -81,7 +84,6 @@ class LossCapture:
 
     def __init__(self, loss_fn: LossFn, handler: Handler, dynamic: bool | None = None) -> None:
         self._handler = handler
-        self._whole_floats = whole_floats()
         self._params: Mapping[str, Tensor] = {}
         self._frozen: frozenset[str] = frozenset()
         self._compiled = torch.compile(
@@ -92,7 +94,7 @@ class LossCapture:
         """Run on these arguments; capture first if no guard fits."""
         self._params = params
         try:
-            with torch.enable_grad(), self._whole_floats:
+            with torch.enable_grad(), tracing_settings():
                 return self._compiled(params, *batch)
         except BackendCompilerFailed as error:
             raise error.inner_exception from None
@@ -104,13 +106,57 @@ class LossCapture:
         return without_dynamo(self._handler(captured))
 
 
-def whole_floats() -> contextlib.AbstractContextManager[Any]:
-    """Keep Dynamo from making a symbol of a float that it has seen change (a scale, an epsilon).
+def tracing_settings() -> contextlib.AbstractContextManager[Any]:
+    """Dynamo's settings while it traces for us.
 
-    Stock compilation resolves such symbols after tracing; our export of the joint graph cannot.
+    A float that it has seen change (a scale, an epsilon) does not become a symbol: stock compilation
+    resolves such symbols after tracing; our export of the joint graph cannot. Recurrent modules are
+    traced, where stock compilation breaks the graph. See NOTE: [Recurrent nets].
     """
-    patch: Any = torch._dynamo.config.patch(specialize_float=True)
-    return patch
+    settings: Any = torch._dynamo.config.patch(specialize_float=True, allow_rnn=True)
+    return settings
+
+
+# NOTE: [Recurrent nets] ``aten.lstm``, ``gru`` and ``rnn_*`` decompose into their time steps, by Python
+# code of torch (2.11, 2.13 and 2.15) that was written for inference. Twice it is wrong for training:
+# an LSTM on a CPU in float32 or bfloat16 becomes oneDNN's fused layer in its form for inference, which
+# keeps nothing for backward (AOTAutograd would save a None); and dropout between layers never happens.
+
+
+@contextlib.contextmanager
+def trainable_rnns() -> Iterator[None]:
+    """Decompose recurrent layers as training needs it. See NOTE: [Recurrent nets]."""
+    layers = decompositions._rnn_helper
+    ours = {
+        "mkldnn_one_layer_lstm": decompositions.one_layer_lstm,
+        "_rnn_helper": functools.partial(_layer_by_layer, layers),
+    }
+    with patch.multiple(decompositions, **ours):
+        yield
+
+
+def _layer_by_layer(
+    layers: Callable[..., tuple[Tensor, list[Any]]],
+    x: Tensor,
+    hidden: Sequence[Any],
+    params: Sequence[Any],
+    has_biases: bool,
+    num_layers: int,
+    dropout: float,
+    train: bool,
+    bidirectional: bool,
+    *rest: Any,
+) -> tuple[Tensor, list[Any]]:
+    """What ``layers`` does, with dropout before all layers but the first."""
+    directions = 2 if bidirectional else 1
+    final_hidden: list[Any] = []
+    for i in range(num_layers):
+        if i > 0 and train and dropout > 0:
+            x = torch.dropout(x, dropout, train)
+        own = slice(i * directions, (i + 1) * directions)
+        x, final = layers(x, hidden[own], params[own], has_biases, 1, 0.0, train, bidirectional, *rest)
+        final_hidden += final
+    return x, final_hidden
 
 
 def own_code(function: Any) -> Callable[..., Any]:
@@ -175,6 +221,7 @@ def export_joint(forward: fx.GraphModule, inputs: Sequence[InputDescriptor]) -> 
     mode = _mode_of(fakes)
     with contextlib.ExitStack() as stack:
         stack.enter_context(tracing(TracingContext(mode)))
+        stack.enter_context(trainable_rnns())
         joint = aot_export_joint_with_descriptors(stack, forward, tuple(fakes)).graph_module
     joint.graph.set_codegen(fx.graph.CodeGen())
     describe_joint(joint, inputs)

@@ -20,7 +20,8 @@ from .capture import (
     export_joint,
     make_slot,
     own_code,
-    whole_floats,
+    tracing_settings,
+    trainable_rnns,
     without_dynamo,
 )
 from .factors import Moments, moments_of
@@ -128,7 +129,7 @@ class _Call:
         collects = self.collector.wanted and self._model.training and torch.is_grad_enabled()
         if not collects:
             return self._plain(*args, **kwargs)
-        with whole_floats():
+        with tracing_settings():
             return self._factor(*args, **kwargs)
 
 
@@ -227,9 +228,11 @@ class _FactorCompiler:
     def _compile(
         self, forward: fx.GraphModule, inputs: Sequence[Any], joint_pass: JointPass, key: str
     ) -> Runner:
-        return compile_differentiable(
-            forward, inputs, joint_pass, key=key, backend=self.backend, mode=self.mode, options=self.options
-        )
+        backend, mode, options = self.backend, self.mode, self.options
+        with trainable_rnns():
+            return compile_differentiable(
+                forward, inputs, joint_pass, key=key, backend=backend, mode=mode, options=options
+            )
 
 
 def _runner(compiled: Callable[..., Any], graph: SlottedGraph, collector: Collector) -> Runner:
