@@ -174,10 +174,16 @@ def _addmm(walk: Walk, node: fx.Node, path: Path) -> Iterator[Site]:
 
 
 def _add(walk: Walk, node: fx.Node, path: Path) -> Iterator[Site]:
-    for summand in _unscaled(node)[:2]:
-        if not isinstance(summand, fx.Node) or shape(summand) != shape(node):
-            raise unlike(node)
-        yield from walk.visit(summand, path)
+    todo = [node]  # no recursion: a recurrent net adds one summand per time step
+    while todo:
+        summand = todo.pop()
+        if target(summand) is not aten.add.Tensor:
+            yield from walk.visit(summand, path)
+            continue
+        for part in reversed(_unscaled(summand)[:2]):
+            if not isinstance(part, fx.Node) or shape(part) != shape(node):
+                raise unlike(summand)
+            todo.append(part)
 
 
 def _unscaled(node: fx.Node) -> tuple[Any, ...]:
