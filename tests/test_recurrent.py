@@ -1,7 +1,6 @@
 """Recurrent nets: every weight is used once per time step, and its factors sum over all of them."""
 
-import gc
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -130,8 +129,12 @@ def written_out(net: Net, tap: Tap, p: Params, x: Tensor) -> Tensor:
     return dense(tap, p, "head", torch.stack(sequence).mean(0))
 
 
-def case_of(name: str, dtype: torch.dtype = torch.float64) -> Case:
-    net = NETS[name]
+def case_of(name: str) -> Case:
+    return case_of_module(NETS[name])
+
+
+def case_of_module(net: Net) -> Case:
+    dtype = torch.float64
     model = net.module(dtype)
     params = params_of(model, dtype)
     shape = (BATCH, TIME, IN) if net.option("batch_first") else (TIME, BATCH, IN)
@@ -144,7 +147,7 @@ def case_of(name: str, dtype: torch.dtype = torch.float64) -> Case:
         return F.cross_entropy(written_out(net, tap, p, x), y)
 
     layers = {name: tuple(p.shape) for name, p in params.items() if p.dim() == 2}
-    return Case(name, loss_fn, forward, params, batch, layers, BATCH, "head.weight")
+    return Case("recurrent", loss_fn, forward, params, batch, layers, BATCH, "head.weight")
 
 
 def assert_factors_are_exact(case: Case) -> None:
@@ -234,3 +237,153 @@ def test_losses_are_those_of_eager(name, dtype):
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
+
+
+# --- cells, and loops of one's own -------------------------------------------------------------------
+
+
+class Cells(nn.Module):
+    """A loop in Python over a cell of torch; its kind is that of the net it equals."""
+
+    def __init__(self, kind: type[nn.Module], bias: bool) -> None:
+        super().__init__()
+        self.cell, self.head = kind(IN, HIDDEN, bias=bias), nn.Linear(HIDDEN, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        state, out = None, []
+        for row in x:
+            state = self.cell(row, state)
+            out.append(state[0] if isinstance(state, tuple) else state)
+        return self.head(torch.stack(out).mean(0))
+
+
+CELLS = {nn.RNNCell: nn.RNN, nn.GRUCell: nn.GRU, nn.LSTMCell: nn.LSTM}
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
+@pytest.mark.parametrize("kind", CELLS, ids=lambda kind: kind.__name__)
+def test_cells_have_the_factors_of_the_module(kind, bias):
+    case = case_of_module(Net(CELLS[kind], {"bias": bias}))
+    cells = Cells(kind, bias).double()
+    params = {_of_cell(name): p for name, p in case.params.items()}
+
+    def loss_fn(p: Params, x: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(functional_call(cells, dict(p), (x,)), y)
+
+    found, expected = thor_fx.factors(loss_fn, params, *case.batch), oracle.factors(case)
+    assert set(found) == {_of_cell(name) for name in expected}
+    for name, pair in expected.items():
+        assert found[_of_cell(name)].rows == pair.rows
+        assert oracle.relative_error(found[_of_cell(name)].A, pair.A) < 1e-10
+        assert oracle.relative_error(found[_of_cell(name)].G, pair.G) < 1e-10
+
+
+def _of_cell(name: str) -> str:
+    return name.replace("rnn.", "cell.").removesuffix("_l0")
+
+
+@pytest.mark.parametrize("kind", CELLS, ids=lambda kind: kind.__name__)
+def test_cells_train(kind):
+    def make() -> nn.Module:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(3)
+            return Cells(kind, True).double()
+
+    data = batches(NETS["rnn"])
+    functional = by_functional_door(make(), data, **SETTINGS)
+    assert_moved(functional, snapshot(dict(make().named_parameters())))
+    assert_same(by_drop_in_door(make(), data, **SETTINGS), functional, rtol=1e-10)
+
+
+def test_a_long_sequence():
+    """One summand per step: more of them than Python allows calls inside each other."""
+    x, w = random(1, torch.float64, 400, 2), {"w": random(2, torch.float64, 2, 2) / 4}
+
+    def loss_fn(p: Params, x: Tensor) -> Tensor:
+        h = x[:1]
+        for row in x.split(1):
+            h = (h @ p["w"] + row).tanh()
+        return h.sum()
+
+    assert thor_fx.factors(loss_fn, w, x)["w"].rows == 400
+
+
+# --- what is not captured ----------------------------------------------------------------------------
+
+
+class Packed(nn.Module):
+    """Sequences of different lengths, as torch packs them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn, self.head = nn.LSTM(IN, HIDDEN), nn.Linear(HIDDEN, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        packed = pack_padded_sequence(x, [4, 3, 2])
+        _, (h, _) = self.rnn(packed)
+        return self.head(h[0])
+
+
+def test_packed_sequences_in_the_functional_door_are_refused():
+    model, (x, y) = Packed().double(), batches(NETS["lstm"])[0]
+
+    def loss_fn(p: Params, x: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(functional_call(model, dict(p), (x,)), y)
+
+    with pytest.raises(RuntimeError, match="pack_padded_sequence") as caught:
+        thor_fx.factors(loss_fn, dict(model.named_parameters()), x, y)
+    assert any("train through thor_fx.compile(model)" in note for note in caught.value.__notes__)
+
+
+# torch, between two graphs of its own
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+def test_packed_sequences_in_the_drop_in_door_fall_back():
+    model = thor_fx.compile(Packed().double(), backend="aot_eager")
+    optimizer = thor_fx.Thor(model, **SETTINGS)
+    start = snapshot(dict(model.named_parameters()))
+    trajectory = []
+    for x, y in batches(NETS["lstm"]):
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        trajectory.append(snapshot(dict(model.named_parameters())))
+    assert_moved(trajectory, start)
+    assert set(optimizer.coverage.layers) == {"head.weight"}
+
+
+@pytest.mark.parametrize("name", ["lstm_dropout", "gru"])
+def test_the_settings_of_torch_are_left_alone(name):
+    net = NETS[name]
+    before = _settings()
+    by_functional_door(net.module(torch.float32), batches(net, torch.float32)[:1], **SETTINGS)
+    by_drop_in_door(net.module(torch.float32), batches(net, torch.float32)[:2], **SETTINGS)
+    assert _settings() == before
+
+
+def _settings() -> list[Any]:
+    rnns = torch._decomp.decompositions
+    dynamo = torch._dynamo.config
+    return [dynamo.allow_rnn, dynamo.specialize_float, rnns.mkldnn_one_layer_lstm, rnns._rnn_helper]
+
+
+def test_dropout_between_layers_keeps_its_rate():
+    """torch's decomposition has none."""
+    rnn = nn.RNN(1, 400, num_layers=2, dropout=0.25, bias=False, nonlinearity="relu").double()
+    params = {name: torch.zeros_like(p) for name, p in rnn.named_parameters()}
+    params["weight_ih_l0"] += 1
+    params["weight_hh_l0"] += 0
+    params["weight_ih_l1"] = torch.eye(400, dtype=torch.float64)
+    x = torch.ones(3, 1, 1, dtype=torch.float64)
+
+    def loss_fn(p: Params, x: Tensor) -> tuple[Tensor, Tensor]:
+        out, _ = functional_call(rnn, dict(p), (x,))
+        return out.mean(), out
+
+    step = thor_fx.compile_step(loss_fn, thor_fx.thor(**SETTINGS | {"lr": 0.0}), backend="eager")
+    state = step.init(params, x)
+    seen = []
+    for _ in range(2):
+        params, state, out = step(params, state, x)
+        seen.append(out.aux == 0)
+        assert abs(seen[-1].double().mean() - 0.25) < 0.05
+    assert not torch.equal(*seen)

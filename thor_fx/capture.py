@@ -25,16 +25,18 @@ import torch
 import torch._dynamo
 from torch import Tensor, fx
 from torch._decomp import decompositions
-from torch._dynamo.exc import BackendCompilerFailed
+from torch._dynamo.exc import BackendCompilerFailed, Unsupported
 from torch._dynamo.source import LocalSource
 from torch._functorch._aot_autograd import descriptors as aot
 from torch._functorch.aot_autograd import aot_export_joint_with_descriptors
 from torch._guards import TracingContext, tracing
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .parameters import trainable
 from .passes import outputs
+from .passes.nodes import upstream
 from .passes.outputs import (
     Grad,
     Input,
@@ -72,6 +74,13 @@ class Captured:
         return [node.meta["val"] for node in self.graph.graph.find_nodes(op="placeholder")]
 
 
+ONE_GRAPH = (
+    "thor_fx traces a loss function as one graph. A model that cannot be one (packed sequences, values that "
+    "decide what is computed) can train through thor_fx.compile(model) and thor_fx.Thor, or call the part "
+    "that cannot be traced outside of loss_fn."
+)
+
+
 class LossCapture:
     """A loss function under Dynamo, whose compiled form is decided by ``handler``.
 
@@ -98,6 +107,9 @@ class LossCapture:
                 return self._compiled(params, *batch)
         except BackendCompilerFailed as error:
             raise error.inner_exception from None
+        except Unsupported as error:
+            error.add_note(ONE_GRAPH)
+            raise
         finally:
             self._params = {}
 
@@ -127,7 +139,7 @@ def tracing_settings() -> contextlib.AbstractContextManager[Any]:
 def trainable_rnns() -> Iterator[None]:
     """Decompose recurrent layers as training needs it. See NOTE: [Recurrent nets]."""
     layers = decompositions._rnn_helper
-    ours = {
+    ours: dict[str, Any] = {
         "mkldnn_one_layer_lstm": decompositions.one_layer_lstm,
         "_rnn_helper": functools.partial(_layer_by_layer, layers),
     }
@@ -194,8 +206,67 @@ def _loss_and_detached_aux(loss_fn: LossFn) -> LossFn:
 
 def _capture(forward: fx.GraphModule, params: Mapping[str, Tensor]) -> Captured:
     inputs = describe_forward_inputs(forward, params)
+    _refuse_sparse_gradients(forward, inputs)
+    _refuse_subclasses(forward)
+    return Captured(_step_graph(_joint_of_loss(forward, inputs)), forward, inputs)
+
+
+EMBEDDINGS: dict[Any, int] = {torch.nn.functional.embedding: 6, torch.nn.functional.embedding_bag: 7}
+"""Where their argument ``sparse`` is."""
+
+
+def _refuse_sparse_gradients(forward: fx.GraphModule, inputs: Sequence[InputDescriptor]) -> None:
+    placeholders = forward.graph.find_nodes(op="placeholder")
+    names = {n: d.name for n, d in zip(placeholders, inputs, strict=True) if isinstance(d, Param)}
+    for node in filter(_has_sparse_gradient, forward.graph.nodes):
+        name = next((names[n] for n in upstream(node.all_input_nodes) if n in names), None)
+        if name is not None:
+            raise TypeError(
+                f"the gradient of {name!r} is sparse: THOR needs dense gradients (sparse=False on the "
+                "embedding)"
+            )
+
+
+def _has_sparse_gradient(node: fx.Node) -> bool:
+    position = EMBEDDINGS.get(node.target) if node.op == "call_function" else None
+    if position is None:
+        return False
+    return bool(node.kwargs.get("sparse", len(node.args) > position and node.args[position]))
+
+
+def _refuse_subclasses(forward: fx.GraphModule) -> None:
+    """The joint graph would take the tensors inside, and the runner gets the ones outside."""
+    for node in forward.graph.find_nodes(op="placeholder"):
+        value = node.meta.get("example_value")
+        if is_traceable_wrapper_subclass(value):
+            raise TypeError(
+                f"loss_fn reads a {type(value).__name__}; a compiled step takes plain tensors only: "
+                "train the model with thor_fx.compile(model) and thor_fx.Thor, or unwrap the tensor"
+            )
+
+
+def _joint_of_loss(forward: fx.GraphModule, inputs: Sequence[InputDescriptor]) -> fx.GraphModule:
+    """The joint graph in which the loss alone is differentiable.
+
+    ``aux`` is detached, but ``loss_fn`` may leave further results in attributes of a module. Dynamo
+    returns them after the loss.
+    """
     joint = export_joint(forward, inputs)
-    return Captured(_step_graph(joint), forward, inputs)
+    differentiable = sorted(d.index for d in outputs.input_nodes(joint) if isinstance(d, Tangent))
+    return export_joint(_detach(forward, differentiable[1:]), inputs) if differentiable[1:] else joint
+
+
+def _detach(forward: fx.GraphModule, positions: Iterable[int]) -> fx.GraphModule:
+    result = copy.copy(forward)
+    result.graph = copy.deepcopy(forward.graph)
+    out = outputs.output_node(result.graph)
+    returned = outputs.results(result)
+    for i in positions:
+        with result.graph.inserting_before(out):
+            returned[i] = result.graph.call_method("detach", (returned[i],))
+    out.args = (tuple(returned),)
+    result.recompile()
+    return result
 
 
 def describe_forward_inputs(
@@ -255,6 +326,31 @@ def describe_joint(joint: fx.GraphModule, inputs: Sequence[InputDescriptor]) -> 
         _describe_output(position, desc, inputs) for position, desc in enumerate(results.meta["desc"])
     ]
     outputs.describe(joint, described_inputs, described_outputs)
+    for node in placeholders:
+        if _is_zero_tangent(node):
+            _leave_out_of_sums(node)
+
+
+# NOTE: [Parameters that forward changes] ``nn.Embedding(max_norm=...)`` shrinks rows of its weight in
+# forward, without gradient. AOTAutograd makes the changed weight an output with a tangent of its own,
+# added to the gradient. Nobody can differentiate through what became of a leaf: that tangent is zero.
+# The update then starts from the changed weight, as an optimizer does that runs after forward.
+
+
+def _is_zero_tangent(node: fx.Node) -> bool:
+    match node.meta["desc"]:
+        case aot.TangentAOTInput(output=aot.InputMutationAOTOutput()):
+            return True
+    return False
+
+
+def _leave_out_of_sums(zero: fx.Node) -> None:
+    for total in list(zero.users):
+        if total.target is torch.ops.aten.add.Tensor and not total.kwargs:
+            (other,) = [node for node in total.all_input_nodes if node is not zero] or [zero]
+            if other.meta["val"].shape == total.meta["val"].shape:
+                total.replace_all_uses_with(other)
+                total.graph.erase_node(total)
 
 
 def _describe_joint_input(position: int, node: fx.Node, inputs: Sequence[InputDescriptor]) -> InputDescriptor:
@@ -280,13 +376,14 @@ def _describe_output(position: int, desc: Any, inputs: Sequence[InputDescriptor]
 
 def _step_graph(joint: fx.GraphModule) -> fx.GraphModule:
     """Start the backward of a joint graph from the constant 1 instead of a tangent."""
+    _unlift_tokens(joint)
     tangents = {d.index: n for d, n in outputs.input_nodes(joint).items() if isinstance(d, Tangent)}
     trained = [d for d in outputs.output_nodes(joint) if isinstance(d, Grad) and isinstance(d.param, str)]
     if not tangents or not trained:
         raise ValueError(
             "the loss does not depend on any of params: call the model with them, not with its own"
         )
-    ((index, tangent),) = tangents.items()  # aux is detached: only the loss is differentiable
+    ((index, tangent),) = tangents.items()  # only the loss is differentiable
     described = [
         (Loss() if descriptor == Output(index) else descriptor, node)
         for descriptor, node in outputs.output_nodes(joint).items()
@@ -298,24 +395,54 @@ def _step_graph(joint: fx.GraphModule) -> fx.GraphModule:
     value = outputs.output_nodes(joint)[Loss()].meta["val"]  # type: ignore[union-attr]
     if value.dim() != 0:
         raise ValueError(f"loss_fn must return a scalar loss, got shape {tuple(value.shape)}: take its mean")
-    _fold(tangent)
+    for node in joint.graph.find_nodes(op="placeholder"):
+        if _is_zero_tangent(node):
+            _fold(node, 0.0)
+    _fold(tangent, 1.0).meta[outputs.KEY] = Tangent(0)
     joint.recompile()
     return joint
 
 
-def _fold(tangent: fx.Node) -> None:
+def _fold(tangent: fx.Node, number: float) -> fx.Node:
+    """Replace an input by a constant."""
     value = tangent.meta["val"]
     graph = tangent.graph
     last = graph.find_nodes(op="placeholder")[-1]
     with graph.inserting_after(last):
-        one = graph.call_function(
+        constant = graph.call_function(
             torch.ops.aten.full.default,
-            ([], 1.0),
+            (list(value.shape), number),
             {"dtype": value.dtype, "device": value.device, "pin_memory": False},
         )
-    one.meta = {"val": value, outputs.KEY: Tangent(0)}
-    tangent.replace_all_uses_with(one)
+    constant.meta = {"val": value}
+    tangent.replace_all_uses_with(constant)
     graph.erase_node(tangent)
+    return constant
+
+
+def _unlift_tokens(joint: fx.GraphModule) -> None:
+    """Make the tokens that order effects (checks of ``linalg``, prints) inside, not arguments and results."""
+    graph, out = joint.graph, outputs.output_node(joint.graph)
+    placeholders = graph.find_nodes(op="placeholder")
+    for node in placeholders:
+        if isinstance(node.meta["desc"], TOKENS):
+            with graph.inserting_after(placeholders[-1]):
+                token = graph.call_function(torch.ops.prims._make_token.default)
+            token.meta["val"] = node.meta["val"]
+            node.replace_all_uses_with(token)
+            graph.erase_node(node)
+    described = zip(out.meta["desc"], out.meta[outputs.KEY], outputs.results(joint), strict=True)
+    kept = [(key, node) for desc, key, node in described if not isinstance(desc, TOKENS)]
+    out.args = (tuple(node for _, node in kept),)
+    out.meta[outputs.KEY] = tuple(key for key, _ in kept)
+
+
+TOKENS = (
+    aot.ForwardTokenAOTInput,
+    aot.BackwardTokenAOTInput,
+    aot.ForwardTokenAOTOutput,
+    aot.BackwardTokenAOTOutput,
+)
 
 
 # --- slots -----------------------------------------------------------------------------------------

@@ -273,9 +273,8 @@ class _FillSlots:
     slots: tuple[outputs.OutputDescriptor, ...]
 
     def __call__(self, gm: fx.GraphModule, *, decompositions: Decompositions) -> None:
-        out = outputs.output_node(gm.graph)
-        before = list(out.args[0])  # type: ignore[arg-type]
         describe_joint(gm, self.inputs)
+        out, before = outputs.output_node(gm.graph), outputs.results(gm)
         emit_factors(gm, decompositions=decompositions)
         emitted = outputs.output_nodes(gm)
         missing = [descriptor for descriptor in self.slots if descriptor not in emitted]
