@@ -136,13 +136,23 @@ def _undo(node: fx.Node) -> Step:
 
 
 def _add(walk: Walk, node: fx.Node, path: Path) -> Iterator[Any]:
-    first, second = arguments(node)[:2]
-    if not _of_shape(first, node) or not _of_shape(second, node):
-        raise unlike(node)
-    sign = -1 if target(node) is aten.sub.Tensor else 1
-    yield from walk.visit(first, path)
-    alpha: Any = node.kwargs.get("alpha", 1)
-    yield from (_scaled(site, sign * alpha) for site in walk.visit(second, path))
+    todo: list[tuple[fx.Node, Any]] = [
+        (node, 1)
+    ]  # no recursion: a recurrent net adds one summand per time step
+    while todo:
+        summand, scale = todo.pop()
+        if target(summand) not in SUMS:
+            yield from (_scaled(site, scale) for site in walk.visit(summand, path))
+            continue
+        first, second = arguments(summand)[:2]
+        if not _of_shape(first, node) or not _of_shape(second, node):
+            raise unlike(summand)
+        alpha: Any = summand.kwargs.get("alpha", 1)
+        sign = -1 if target(summand) is aten.sub.Tensor else 1
+        todo += [(second, scale * sign * alpha), (first, scale)]
+
+
+SUMS = {aten.add.Tensor, aten.sub.Tensor}
 
 
 def _of_shape(value: Any, node: fx.Node) -> bool:

@@ -13,25 +13,30 @@ Dynamo's dynamic shapes.
 
 import contextlib
 import copy
+import functools
 import itertools
 import types
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch._dynamo
 from torch import Tensor, fx
-from torch._dynamo.exc import BackendCompilerFailed
+from torch._decomp import decompositions
+from torch._dynamo.exc import BackendCompilerFailed, Unsupported
 from torch._dynamo.source import LocalSource
 from torch._functorch._aot_autograd import descriptors as aot
 from torch._functorch.aot_autograd import aot_export_joint_with_descriptors
 from torch._guards import TracingContext, tracing
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .parameters import trainable
 from .passes import outputs
+from .passes.nodes import upstream
 from .passes.outputs import (
     Frozen,
     Grad,
@@ -71,6 +76,13 @@ class Captured:
         return [node.meta["val"] for node in self.graph.graph.find_nodes(op="placeholder")]
 
 
+ONE_GRAPH = (
+    "thor_fx traces a loss function as one graph. A model that cannot be one (packed sequences, values that "
+    "decide what is computed) can train through thor_fx.compile(model) and thor_fx.Thor, or call the part "
+    "that cannot be traced outside of loss_fn."
+)
+
+
 class LossCapture:
     """A loss function under Dynamo, whose compiled form is decided by ``handler``.
 
@@ -83,7 +95,6 @@ class LossCapture:
 
     def __init__(self, loss_fn: LossFn, handler: Handler, dynamic: bool | None = None) -> None:
         self._handler = handler
-        self._whole_floats = whole_floats()
         self._params: Mapping[str, Tensor] = {}
         self._frozen: frozenset[str] = frozenset()
         self._compiled = torch.compile(
@@ -94,10 +105,13 @@ class LossCapture:
         """Run on these arguments; capture first if no guard fits."""
         self._params = params
         try:
-            with torch.enable_grad(), self._whole_floats:
+            with torch.enable_grad(), tracing_settings():
                 return self._compiled(params, *batch)
         except BackendCompilerFailed as error:
             raise error.inner_exception from None
+        except Unsupported as error:
+            error.add_note(ONE_GRAPH)
+            raise
         finally:
             self._params = {}
 
@@ -106,13 +120,57 @@ class LossCapture:
         return without_dynamo(self._handler(captured))
 
 
-def whole_floats() -> contextlib.AbstractContextManager[Any]:
-    """Keep Dynamo from making a symbol of a float that it has seen change (a scale, an epsilon).
+def tracing_settings() -> contextlib.AbstractContextManager[Any]:
+    """Dynamo's settings while it traces for us.
 
-    Stock compilation resolves such symbols after tracing; our export of the joint graph cannot.
+    A float that it has seen change (a scale, an epsilon) does not become a symbol: stock compilation
+    resolves such symbols after tracing; our export of the joint graph cannot. Recurrent modules are
+    traced, where stock compilation breaks the graph. See NOTE: [Recurrent nets].
     """
-    patch: Any = torch._dynamo.config.patch(specialize_float=True)
-    return patch
+    settings: Any = torch._dynamo.config.patch(specialize_float=True, allow_rnn=True)
+    return settings
+
+
+# NOTE: [Recurrent nets] ``aten.lstm``, ``gru`` and ``rnn_*`` decompose into their time steps, by Python
+# code of torch (2.11, 2.13 and 2.15) that was written for inference. Twice it is wrong for training:
+# an LSTM on a CPU in float32 or bfloat16 becomes oneDNN's fused layer in its form for inference, which
+# keeps nothing for backward (AOTAutograd would save a None); and dropout between layers never happens.
+
+
+@contextlib.contextmanager
+def trainable_rnns() -> Iterator[None]:
+    """Decompose recurrent layers as training needs it. See NOTE: [Recurrent nets]."""
+    layers = decompositions._rnn_helper
+    ours: dict[str, Any] = {
+        "mkldnn_one_layer_lstm": decompositions.one_layer_lstm,
+        "_rnn_helper": functools.partial(_layer_by_layer, layers),
+    }
+    with patch.multiple(decompositions, **ours):
+        yield
+
+
+def _layer_by_layer(
+    layers: Callable[..., tuple[Tensor, list[Any]]],
+    x: Tensor,
+    hidden: Sequence[Any],
+    params: Sequence[Any],
+    has_biases: bool,
+    num_layers: int,
+    dropout: float,
+    train: bool,
+    bidirectional: bool,
+    *rest: Any,
+) -> tuple[Tensor, list[Any]]:
+    """What ``layers`` does, with dropout before all layers but the first."""
+    directions = 2 if bidirectional else 1
+    final_hidden: list[Any] = []
+    for i in range(num_layers):
+        if i > 0 and train and dropout > 0:
+            x = torch.dropout(x, dropout, train)
+        own = slice(i * directions, (i + 1) * directions)
+        x, final = layers(x, hidden[own], params[own], has_biases, 1, 0.0, train, bidirectional, *rest)
+        final_hidden += final
+    return x, final_hidden
 
 
 def own_code(function: Any) -> Callable[..., Any]:
@@ -150,8 +208,67 @@ def _loss_and_detached_aux(loss_fn: LossFn) -> LossFn:
 
 def _capture(forward: fx.GraphModule, params: Mapping[str, Tensor]) -> Captured:
     inputs = describe_forward_inputs(forward, params)
+    _refuse_sparse_gradients(forward, inputs)
+    _refuse_subclasses(forward)
+    return Captured(_step_graph(_joint_of_loss(forward, inputs)), forward, inputs)
+
+
+EMBEDDINGS: dict[Any, int] = {torch.nn.functional.embedding: 6, torch.nn.functional.embedding_bag: 7}
+"""Where their argument ``sparse`` is."""
+
+
+def _refuse_sparse_gradients(forward: fx.GraphModule, inputs: Sequence[InputDescriptor]) -> None:
+    placeholders = forward.graph.find_nodes(op="placeholder")
+    names = {n: d.name for n, d in zip(placeholders, inputs, strict=True) if isinstance(d, Param)}
+    for node in filter(_has_sparse_gradient, forward.graph.nodes):
+        name = next((names[n] for n in upstream(node.all_input_nodes) if n in names), None)
+        if name is not None:
+            raise TypeError(
+                f"the gradient of {name!r} is sparse: THOR needs dense gradients (sparse=False on the "
+                "embedding)"
+            )
+
+
+def _has_sparse_gradient(node: fx.Node) -> bool:
+    position = EMBEDDINGS.get(node.target) if node.op == "call_function" else None
+    if position is None:
+        return False
+    return bool(node.kwargs.get("sparse", len(node.args) > position and node.args[position]))
+
+
+def _refuse_subclasses(forward: fx.GraphModule) -> None:
+    """The joint graph would take the tensors inside, and the runner gets the ones outside."""
+    for node in forward.graph.find_nodes(op="placeholder"):
+        value = node.meta.get("example_value")
+        if is_traceable_wrapper_subclass(value):
+            raise TypeError(
+                f"loss_fn reads a {type(value).__name__}; a compiled step takes plain tensors only: "
+                "train the model with thor_fx.compile(model) and thor_fx.Thor, or unwrap the tensor"
+            )
+
+
+def _joint_of_loss(forward: fx.GraphModule, inputs: Sequence[InputDescriptor]) -> fx.GraphModule:
+    """The joint graph in which the loss alone is differentiable.
+
+    ``aux`` is detached, but ``loss_fn`` may leave further results in attributes of a module. Dynamo
+    returns them after the loss.
+    """
     joint = export_joint(forward, inputs)
-    return Captured(_step_graph(joint), forward, inputs)
+    differentiable = sorted(d.index for d in outputs.input_nodes(joint) if isinstance(d, Tangent))
+    return export_joint(_detach(forward, differentiable[1:]), inputs) if differentiable[1:] else joint
+
+
+def _detach(forward: fx.GraphModule, positions: Iterable[int]) -> fx.GraphModule:
+    result = copy.copy(forward)
+    result.graph = copy.deepcopy(forward.graph)
+    out = outputs.output_node(result.graph)
+    returned = outputs.results(result)
+    for i in positions:
+        with result.graph.inserting_before(out):
+            returned[i] = result.graph.call_method("detach", (returned[i],))
+    out.args = (tuple(returned),)
+    result.recompile()
+    return result
 
 
 def describe_forward_inputs(
@@ -179,6 +296,7 @@ def export_joint(forward: fx.GraphModule, inputs: Sequence[InputDescriptor]) -> 
     mode = _mode_of(fakes)
     with contextlib.ExitStack() as stack:
         stack.enter_context(tracing(TracingContext(mode)))
+        stack.enter_context(trainable_rnns())
         joint = aot_export_joint_with_descriptors(stack, forward, tuple(fakes)).graph_module
     joint.graph.set_codegen(fx.graph.CodeGen())
     describe_joint(joint, inputs)
@@ -212,6 +330,31 @@ def describe_joint(joint: fx.GraphModule, inputs: Sequence[InputDescriptor]) -> 
         _describe_output(position, desc, inputs) for position, desc in enumerate(results.meta["desc"])
     ]
     outputs.describe(joint, described_inputs, described_outputs)
+    for node in placeholders:
+        if _is_zero_tangent(node):
+            _leave_out_of_sums(node)
+
+
+# NOTE: [Parameters that forward changes] ``nn.Embedding(max_norm=...)`` shrinks rows of its weight in
+# forward, without gradient. AOTAutograd makes the changed weight an output with a tangent of its own,
+# added to the gradient. Nobody can differentiate through what became of a leaf: that tangent is zero.
+# The update then starts from the changed weight, as an optimizer does that runs after forward.
+
+
+def _is_zero_tangent(node: fx.Node) -> bool:
+    match node.meta["desc"]:
+        case aot.TangentAOTInput(output=aot.InputMutationAOTOutput()):
+            return True
+    return False
+
+
+def _leave_out_of_sums(zero: fx.Node) -> None:
+    for total in list(zero.users):
+        if total.target is torch.ops.aten.add.Tensor and not total.kwargs:
+            (other,) = [node for node in total.all_input_nodes if node is not zero] or [zero]
+            if other.meta["val"].shape == total.meta["val"].shape:
+                total.replace_all_uses_with(other)
+                total.graph.erase_node(total)
 
 
 def _describe_joint_input(position: int, node: fx.Node, inputs: Sequence[InputDescriptor]) -> InputDescriptor:
@@ -237,13 +380,14 @@ def _describe_output(position: int, desc: Any, inputs: Sequence[InputDescriptor]
 
 def _step_graph(joint: fx.GraphModule) -> fx.GraphModule:
     """Start the backward of a joint graph from the constant 1 instead of a tangent."""
+    _unlift_tokens(joint)
     tangents = {d.index: n for d, n in outputs.input_nodes(joint).items() if isinstance(d, Tangent)}
     trained = [d for d in outputs.output_nodes(joint) if isinstance(d, Grad) and isinstance(d.param, str)]
     if not tangents or not trained:
         raise ValueError(
             "the loss does not depend on any of params: call the model with them, not with its own"
         )
-    ((index, tangent),) = tangents.items()  # aux is detached: only the loss is differentiable
+    ((index, tangent),) = tangents.items()  # only the loss is differentiable
     described = [
         (Loss() if descriptor == Output(index) else descriptor, node)
         for descriptor, node in outputs.output_nodes(joint).items()
@@ -255,24 +399,54 @@ def _step_graph(joint: fx.GraphModule) -> fx.GraphModule:
     value = outputs.output_nodes(joint)[Loss()].meta["val"]  # type: ignore[union-attr]
     if value.dim() != 0:
         raise ValueError(f"loss_fn must return a scalar loss, got shape {tuple(value.shape)}: take its mean")
-    _fold(tangent)
+    for node in joint.graph.find_nodes(op="placeholder"):
+        if _is_zero_tangent(node):
+            _fold(node, 0.0)
+    _fold(tangent, 1.0).meta[outputs.KEY] = Tangent(0)
     joint.recompile()
     return joint
 
 
-def _fold(tangent: fx.Node) -> None:
+def _fold(tangent: fx.Node, number: float) -> fx.Node:
+    """Replace an input by a constant."""
     value = tangent.meta["val"]
     graph = tangent.graph
     last = graph.find_nodes(op="placeholder")[-1]
     with graph.inserting_after(last):
-        one = graph.call_function(
+        constant = graph.call_function(
             torch.ops.aten.full.default,
-            ([], 1.0),
+            (list(value.shape), number),
             {"dtype": value.dtype, "device": value.device, "pin_memory": False},
         )
-    one.meta = {"val": value, outputs.KEY: Tangent(0)}
-    tangent.replace_all_uses_with(one)
+    constant.meta = {"val": value}
+    tangent.replace_all_uses_with(constant)
     graph.erase_node(tangent)
+    return constant
+
+
+def _unlift_tokens(joint: fx.GraphModule) -> None:
+    """Make the tokens that order effects (checks of ``linalg``, prints) inside, not arguments and results."""
+    graph, out = joint.graph, outputs.output_node(joint.graph)
+    placeholders = graph.find_nodes(op="placeholder")
+    for node in placeholders:
+        if isinstance(node.meta["desc"], TOKENS):
+            with graph.inserting_after(placeholders[-1]):
+                token = graph.call_function(torch.ops.prims._make_token.default)
+            token.meta["val"] = node.meta["val"]
+            node.replace_all_uses_with(token)
+            graph.erase_node(node)
+    described = zip(out.meta["desc"], out.meta[outputs.KEY], outputs.results(joint), strict=True)
+    kept = [(key, node) for desc, key, node in described if not isinstance(desc, TOKENS)]
+    out.args = (tuple(node for _, node in kept),)
+    out.meta[outputs.KEY] = tuple(key for key, _ in kept)
+
+
+TOKENS = (
+    aot.ForwardTokenAOTInput,
+    aot.BackwardTokenAOTInput,
+    aot.ForwardTokenAOTOutput,
+    aot.BackwardTokenAOTOutput,
+)
 
 
 # --- slots -----------------------------------------------------------------------------------------

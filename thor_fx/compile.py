@@ -22,7 +22,8 @@ from .capture import (
     export_joint,
     make_slot,
     own_code,
-    whole_floats,
+    tracing_settings,
+    trainable_rnns,
     without_dynamo,
 )
 from .factors import Moments, moments_of
@@ -143,7 +144,7 @@ class _Call:
             return self._plain(*args, **kwargs)
         if self._generation != self.collector.generation:
             self._factor, self._generation = self._compile_factor(), self.collector.generation
-        with whole_floats():
+        with tracing_settings():
             try:
                 return self._factor(*args, **kwargs)
             except CompilationFailed as error:
@@ -259,9 +260,11 @@ class _FactorCompiler:
     def _compile(
         self, forward: fx.GraphModule, inputs: Sequence[Any], joint_pass: JointPass, key: str
     ) -> Runner:
-        return compile_differentiable(
-            forward, inputs, joint_pass, key=key, backend=self.backend, mode=self.mode, options=self.options
-        )
+        backend, mode, options = self.backend, self.mode, self.options
+        with trainable_rnns():
+            return compile_differentiable(
+                forward, inputs, joint_pass, key=key, backend=backend, mode=mode, options=options
+            )
 
 
 def _key(fill: "_FillSlots", found: Coverage) -> str:
@@ -302,9 +305,8 @@ class _FillSlots:
     rules: Rules
 
     def __call__(self, gm: fx.GraphModule, *, decompositions: Decompositions) -> None:
-        out = outputs.output_node(gm.graph)
-        before = list(out.args[0])  # type: ignore[arg-type]
         describe_joint(gm, self.inputs)
+        out, before = outputs.output_node(gm.graph), outputs.results(gm)
         emit_factors(gm, rules=self.rules, decompositions=decompositions)
         emitted = outputs.output_nodes(gm)
         missing = [descriptor for descriptor in self.slots if descriptor not in emitted]

@@ -27,15 +27,22 @@ def check_params(params: Any) -> None:
 
 
 def check_param(name: Any, value: Any) -> None:
-    """Refuse a parameter that has no real gradient.
+    """Refuse a parameter that has no real gradient, or keeps its values in other tensors.
 
     Raises:
-        TypeError: it is no floating-point tensor, or its name is no text.
+        TypeError: it is no plain floating-point tensor and not frozen, or its name is no text.
     """
     if not isinstance(name, str):
         raise TypeError(f"params must have names as keys, got {name!r}")
     if not isinstance(value, Tensor):
         raise TypeError(f"params[{name!r}] must be a tensor, got {type(value).__name__}")
+    if not trainable(value):
+        return
+    if hasattr(value, "__tensor_flatten__"):  # the protocol of wrapper subclasses: quantised, sharded, ...
+        raise TypeError(
+            f"params[{name!r}] must be a plain tensor, got {type(value).__name__}: freeze it with "
+            "requires_grad_(False), or train the tensor that it was made from"
+        )
     if not value.is_floating_point():
         raise TypeError(
             f"params[{name!r}] must be floating-point, got {value.dtype}: leave it out of params and "

@@ -1,7 +1,7 @@
 """The researcher's door: a training step as an ATen graph to read and rewrite."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, fx
@@ -10,7 +10,7 @@ from torch.utils import _pytree as pytree
 from .capture import Captured, LossCapture, LossFn, Runner
 from .parameters import check_params, trainable
 from .passes import outputs
-from .passes.outputs import Frozen, Input, InputDescriptor, Param
+from .passes.outputs import Frozen, Input, InputDescriptor, Mutation, Opaque, OutputDescriptor, Param
 
 
 def trace_step(loss_fn: LossFn, params: Mapping[str, Tensor], *batch: Any) -> fx.GraphModule:
@@ -96,7 +96,7 @@ def _in_order_of_arguments(
     old = gm.graph.find_nodes(op="placeholder")
     by_tensor = {id(value): node for node, value in zip(old, flat, strict=True)}
     descriptors: list[InputDescriptor] = []
-    kept = set()
+    kept: dict[fx.Node, int] = {}
     with gm.graph.inserting_before(old[0]):
         for descriptor, value in _arguments(params, leaves):
             new = gm.graph.placeholder(_name(descriptor, len(descriptors)))
@@ -104,18 +104,27 @@ def _in_order_of_arguments(
             node = by_tensor.get(id(value))
             if node is not None and node not in kept:
                 node.replace_all_uses_with(new)
-                kept.add(node)
+                kept[node] = len(descriptors) - 1
                 new.meta["val"] = node.meta["val"]
             else:
                 new.meta["val"] = value.detach().to("meta")
         for node, value in zip(old, flat, strict=True):
             if node not in kept:
                 _to_buffer(gm, node, value)
+    results = [_moved(result, old, kept) for result in outputs.output_nodes(gm)]
     for node in old:
         gm.graph.erase_node(node)
-    outputs.describe(gm, descriptors, outputs.output_node(gm.graph).meta[outputs.KEY])
+    outputs.describe(gm, descriptors, results)
     gm.recompile()
     return gm
+
+
+def _moved(result: OutputDescriptor, old: Sequence[fx.Node], kept: Mapping[fx.Node, int]) -> OutputDescriptor:
+    """The descriptor of an output now that inputs have other positions, or are buffers."""
+    if not isinstance(result, Mutation):
+        return result
+    node = old[result.index]
+    return Mutation(kept[node]) if node in kept else Opaque(f"the new value of {_buffer_name(node)}")
 
 
 def _arguments(params: Mapping[str, Tensor], leaves: list[Tensor]) -> list[tuple[InputDescriptor, Tensor]]:
@@ -132,9 +141,13 @@ def _name(descriptor: InputDescriptor, position: int) -> str:
     return f"x{position}_input"
 
 
+def _buffer_name(node: fx.Node) -> str:
+    return f"captured_{node.name}"
+
+
 def _to_buffer(gm: fx.GraphModule, node: fx.Node, value: Any) -> None:
-    gm.register_buffer(f"captured_{node.name}", value)
-    buffer = gm.graph.get_attr(f"captured_{node.name}")
+    gm.register_buffer(_buffer_name(node), value)
+    buffer = gm.graph.get_attr(_buffer_name(node))
     buffer.meta["val"] = node.meta["val"]
     if isinstance(node.meta.get(outputs.KEY), Frozen):
         buffer.meta[outputs.KEY] = node.meta[outputs.KEY]

@@ -27,7 +27,7 @@ def append_update(gm: fx.GraphModule, tx: Transform, found: Coverage, trained: S
 
     The graph gets the leaves of the transform's state and its hyper-parameters (sorted by name) as
     further inputs, and writes the new values into parameters, state and mutated inputs. Its own
-    results stay.
+    results stay. A parameter that forward itself changes is updated from its changed value.
 
     Args:
         gm: a step graph, with or without factors.
@@ -37,12 +37,15 @@ def append_update(gm: fx.GraphModule, tx: Transform, found: Coverage, trained: S
             with; a step may have gradients for some.
     """
     returned = outputs.output_nodes(gm)
+    inputs = gm.graph.find_nodes(op="placeholder")
+    mutated = {inputs[d.index]: node for d, node in returned.items() if isinstance(d, Mutation)}
     inputs_by_name = {d.name: n for d, n in outputs.input_nodes(gm).items() if isinstance(d, Param)}
     params = {name: inputs_by_name[name] for name in trained if name in inputs_by_name}
     gradients = {name: returned[Grad(name)] for name in params if Grad(name) in returned}
     state, hyper = _add_inputs(gm, tx, found, params)
     terms = [returned[Terms()]] if Terms() in returned else []
-    operands = (gradients, params, state, hyper, moments_of(returned), terms)
+    after_forward = {name: mutated.get(node, node) for name, node in params.items()}
+    operands = (gradients, after_forward, state, hyper, moments_of(returned), terms)
     leaves, structure = pytree.tree_flatten(operands)
 
     def step(*values: Tensor) -> Any:
@@ -52,11 +55,9 @@ def append_update(gm: fx.GraphModule, tx: Transform, found: Coverage, trained: S
 
     out = outputs.output_node(gm.graph)
     new_params, new_state = splice(out.prev, step, *leaves)
-    inputs = gm.graph.find_nodes(op="placeholder")
-    written = [(params[name], node) for name, node in new_params.items()]
-    written += zip(pytree.tree_leaves(state), pytree.tree_leaves(new_state), strict=True)
-    written += [(inputs[d.index], n) for d, n in returned.items() if isinstance(d, Mutation)]
-    for target, value in written:
+    written = mutated | {params[name]: node for name, node in new_params.items()}
+    written |= dict(zip(pytree.tree_leaves(state), pytree.tree_leaves(new_state), strict=True))
+    for target, value in written.items():
         _write(out, target, value)
     gm.recompile()
 
