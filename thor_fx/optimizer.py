@@ -11,7 +11,8 @@ from torch.utils import _pytree as pytree
 
 from .arguments import check_type, shown
 from .capture import without_dynamo
-from .compile import Collector, collector_of
+from .collector import Collector
+from .compile import collector_of
 from .factors import Moments, flat_moments
 from .hyper import HyperTensors
 from .inductor import Compiled, check_backend, compile_graph
