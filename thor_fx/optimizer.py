@@ -18,13 +18,18 @@ from .hyper import HyperTensors
 from .inductor import Compiled, check_backend, compile_graph
 from .layers import Coverage
 from .metrics import metrics
-from .optimizer_state import parts, restore, views
+from .optimizer_state import layers_with_inverses, parts, restore, views
 from .options import Options, number_schedule, value_schedule
+from .passes.emit_factors import transposed
 from .precondition import DampingRule
+from .scaling import Scaler, scales_of
 from .schedule import Schedule, Value
 from .thor import thor_chain
-from .transform import Transform, centralize_gradients, chain, partition, skip_nonfinite
+from .transform import Transform, centralize_gradients, chain, partition, skip_nonfinite, unscale
 from .update import update_graph
+
+PATIENCE = 10
+"""Steps in a row that collect factors for a layer that has none; a branch may be rare."""
 
 
 class Thor(torch.optim.Optimizer):
@@ -41,7 +46,8 @@ class Thor(torch.optim.Optimizer):
         damping: ``lambda``, given like ``lr``.
         momentum: of the heavy ball.
         weight_decay: see :func:`thor_fx.thor`, as all arguments up to ``frequency``.
-        loss_scale: the caller multiplies the loss by it.
+        loss_scale: the caller multiplies the loss by it: a number, or the ``torch.amp.GradScaler``.
+            The scaler is needed only where ``scaler.unscale_`` is called before the step.
         batch_size: terms that the loss averages over; None: as read off the graph.
         use_nesterov: Nesterov's form of momentum.
         decay_filter: ``name -> bool``.
@@ -60,6 +66,8 @@ class Thor(torch.optim.Optimizer):
         ValueError: an argument has a wrong value, or a group names a parameter that is not the model's.
     """
 
+    _step_supports_amp_scaling = True  # read by torch.amp.GradScaler: see thor_fx.scaling
+
     def __init__(
         self,
         model: nn.Module,
@@ -67,7 +75,7 @@ class Thor(torch.optim.Optimizer):
         damping: Value,
         momentum: float,
         weight_decay: float = 0.0,
-        loss_scale: float = 1.0,
+        loss_scale: float | Scaler = 1.0,
         batch_size: int | None = None,
         use_nesterov: bool = False,
         decay_filter: Callable[[str], bool] | None = None,
@@ -82,8 +90,10 @@ class Thor(torch.optim.Optimizer):
     ) -> None:
         self._model = model
         self._collector: Collector = collector_of(model)
+        self._scaler = loss_scale if isinstance(loss_scale, Scaler) else None
+        constant = 1.0 if isinstance(loss_scale, Scaler) else loss_scale
         self._options = Options(
-            loss_scale, batch_size, use_nesterov, decay_filter, split_indices, enable_clip_grad,
+            constant, batch_size, use_nesterov, decay_filter, split_indices, enable_clip_grad,
             frequency, damping_rule, block_size,
         )  # fmt: skip
         self._backend = self._collector.backend if backend is None else backend
@@ -91,6 +101,8 @@ class Thor(torch.optim.Optimizer):
         self._schedules: list[dict[str, Schedule]] = []
         self._warned = False
         self._overdue = False
+        self._waiting: set[str] = set()  # layers that factors are collected for outside of the schedule
+        self._patience_ends = 0
         self._forget()
         defaults: dict[str, Any] = {"lr": lr, "damping": damping, "momentum": momentum}
         defaults |= {"weight_decay": weight_decay, "grad_centralization": False, "step": 0}
@@ -168,7 +180,8 @@ class Thor(torch.optim.Optimizer):
             What ``closure`` returned, or None.
 
         Raises:
-            RuntimeError: there are gradients, but the compiled model has not been run in training mode.
+            RuntimeError: there are gradients, but the compiled model has not been run in training mode;
+                or a gradient scaler has divided the gradients, and nobody has said which.
         """
         loss = None
         if closure is not None:
@@ -178,14 +191,21 @@ class Thor(torch.optim.Optimizer):
             return loss
         self._build()
         step: int = self.param_groups[0]["step"]
-        moments, terms = self._collector.take() if self._collector.wanted else ({}, None)
+        moments, terms = self._collector.take()
         if not self._factors_due(step, moments):
-            moments, terms = {}, None
+            moments = {name: m for name, m in moments.items() if _layer_of(name) in self._waiting}
         gradients = {name: p.grad for name, p in self._params.items() if p.grad is not None}
-        self._update(gradients, moments, terms)
+        unready, skipped = self._unready(gradients), self._inner.skipped
+        served = unready.intersection(moments)
+        skipped = skipped.clone() if served else skipped
+        self._update(gradients, moments, terms if moments else None)
+        if served and bool(skipped == self._inner.skipped):  # waits for the device, in the first step
+            self._ready |= served
+        self._wait_for(unready - self._ready, step)
         for group in self.param_groups:
             group["step"] = step + 1
-        self._collector.wanted = self._overdue or (step + 1) % self._options.frequency == 0
+        scheduled = (step + 1) % self._options.frequency == 0
+        self._collector.wanted = self._overdue or bool(self._waiting) or scheduled
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -224,18 +244,41 @@ class Thor(torch.optim.Optimizer):
             )
         return due
 
+    def _unready(self, gradients: Mapping[str, Tensor]) -> set[str]:
+        """The layers that have gradients but stand still, because they never had factors.
+
+        That is so after a first step that was skipped, and in a branch that no factor step has used.
+        """
+        layers = self._found.layers
+        if len(self._ready) == len(layers):
+            return set()
+        return {name for name, layer in layers.items() if layer.param in gradients} - self._ready
+
+    def _wait_for(self, layers: set[str], step: int) -> None:
+        """Try again to get factors for these layers, in the next steps."""
+        if layers - self._waiting:
+            self._patience_ends = step + PATIENCE
+        elif step >= self._patience_ends:
+            self._waiting = set()
+        self._waiting = (self._waiting | layers) - self._ready
+
     def _update(
         self, gradients: Mapping[str, Tensor], moments: Mapping[str, Moments], terms: Tensor | None
     ) -> None:
-        key = tuple(gradients), tuple(moments), terms is not None
-        if key not in self._compiled:
-            self._compiled[key] = self._compile(gradients, moments, terms)
         measured = [] if terms is None else [terms]
-        flat = [*gradients.values(), *flat_moments(moments).values(), *measured]
+        scales = scales_of(self, self._scaler, self._inner.skipped.device, HyperTensors.dtype(self._params))
+        key = tuple(gradients), tuple(moments), terms is not None, tuple(scales)
+        if key not in self._compiled:
+            self._compiled[key] = self._compile(gradients, moments, terms, scales)
+        flat = [*gradients.values(), *flat_moments(moments).values(), *measured, *scales.values()]
         self._compiled[key](*self._params.values(), *flat, *self._leaves, *self._rates())
 
     def _compile(
-        self, gradients: Mapping[str, Tensor], moments: Mapping[str, Moments], terms: Tensor | None
+        self,
+        gradients: Mapping[str, Tensor],
+        moments: Mapping[str, Moments],
+        terms: Tensor | None,
+        scales: Mapping[str, Tensor],
     ) -> Compiled:
         for name, gradient in gradients.items():
             if gradient.layout != torch.strided:
@@ -243,7 +286,7 @@ class Thor(torch.optim.Optimizer):
                     f"the gradient of {name!r} is {gradient.layout}: Thor needs dense gradients "
                     "(sparse=False on the embedding)"
                 )
-        gm = update_graph(self._tx, self._found, self._params, gradients, moments, terms)
+        gm = update_graph(self._tx, self._found, self._params, gradients, moments, terms, scales)
         fakes = [node.meta["val"] for node in gm.graph.find_nodes(op="placeholder")]
         return without_dynamo(compile_graph(gm, fakes, backend=self._backend))
 
@@ -261,6 +304,7 @@ class Thor(torch.optim.Optimizer):
 
     def _forget(self) -> None:
         self._built_for: int | None = None
+        self._ready: set[str] = set()  # layers that had factors in a step that was not skipped
         self._compiled: dict[Any, Compiled] = {}
         self._hyper = HyperTensors()
         self._params: dict[str, Tensor] = {}
@@ -275,10 +319,10 @@ class Thor(torch.optim.Optimizer):
                 "the model itself (not model.forward) in training mode, and then backward. If you did, "
                 "torch.compile captures nothing of this model: see TORCH_LOGS=graph_breaks"
             )
-        if self._built_for == len(self._collector.graphs):
+        if self._built_for == self._collector.version:
             return
         self._forget()
-        self._built_for = len(self._collector.graphs)
+        self._built_for = self._collector.version
         groups = {
             name: str(label)
             for label, group in enumerate(self.param_groups)
@@ -286,7 +330,7 @@ class Thor(torch.optim.Optimizer):
         }
         self._params = {name: p for name, p in self._model.named_parameters() if name in groups}
         self._found = _complete(self._collector.coverage, self._params)
-        self._tx = skip_nonfinite(partition(self._transforms(), groups))
+        self._tx = skip_nonfinite(unscale(partition(self._transforms(), groups)))
         self._start()
 
     def _transforms(self) -> dict[str, Transform]:
@@ -304,6 +348,7 @@ class Thor(torch.optim.Optimizer):
             parameter = self._params[name]
             restore(entry, self.state.get(parameter, {}), name)
             self.state[parameter] = entry
+        self._ready = layers_with_inverses(self.state.values())
         for label, (preconditioning, _) in parts(self._inner).items():
             group = self.param_groups[int(label)]
             counters = {
@@ -324,3 +369,8 @@ def _complete(found: Coverage, params: Mapping[str, Tensor]) -> Coverage:
     found = found.restrict(frozenset(params))
     others = {name: "no compiled graph uses it" for name in params if name not in found.trained}
     return replace(found, fallback={**found.fallback, **others}, unused=())
+
+
+def _layer_of(use: str) -> str:
+    """The layer that the factors called ``use`` belong to."""
+    return use.removesuffix(transposed(""))
