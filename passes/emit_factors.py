@@ -58,6 +58,11 @@ def transposed(layer: str) -> str:
     return f"{layer} (transposed)"
 
 
+def layer_of(use: str) -> str:
+    """The layer whose factors are called ``use``, of its matrix or of the transpose."""
+    return use.removesuffix(transposed(""))
+
+
 def _moments(
     layer: str, sites: list[Site], anchor: fx.Node, insert: Callable[..., fx.Node]
 ) -> list[tuple[OutputDescriptor, fx.Node]]:

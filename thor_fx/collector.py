@@ -9,15 +9,17 @@ counts: it is nearest to the loss.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 from torch import Tensor
 
 from .capture import current_backward, new_leaf
 from .factors import Moments, moments_of
-from .layers import Coverage
-from .passes.outputs import OutputDescriptor, Terms
+from .layers import Coverage, Layer
+from .passes.emit_factors import layer_of, transposed
+from .passes.outputs import Factor, OutputDescriptor, Rows, Terms
+from .passes.reindex import Permute, disjoint, simplify
 
 
 @dataclass(eq=False)
@@ -27,12 +29,12 @@ class SlottedGraph:
     Attributes:
         coverage: the parameters it uses.
         slots: leaves whose ``grad`` is what the descriptor says.
-        params: the parameters that its factors belong to.
+        params: the parameters that its factors belong to, by name.
     """
 
     coverage: Coverage
     slots: Mapping[OutputDescriptor, Tensor]
-    params: tuple[Tensor, ...] = ()
+    params: Mapping[str, Tensor] = field(default_factory=dict)
 
     def take(self) -> dict[OutputDescriptor, Tensor]:
         """The sums that have been collected since the last call; empty if nothing has."""
@@ -40,6 +42,32 @@ class SlottedGraph:
         for slot in self.slots.values():
             slot.grad = None
         return taken
+
+    def turned(self, known: Mapping[str, Layer]) -> "SlottedGraph":
+        """The same graph; what it calls the matrix of a layer is the transpose where others say so."""
+        layers = {**self.coverage.layers}
+        for name, layer in self.coverage.layers.items():
+            other = known.get(name)
+            if other is not None and _is_transpose(layer, other, tuple(self.params[layer.param].shape)):
+                layers[name] = replace(other, both_ways=True)
+        other_way = {
+            name: layer for name, layer in layers.items() if layer.path != self.coverage.layers[name].path
+        }
+        slots = {_turned(d, other_way): slot for d, slot in self.slots.items()}
+        return SlottedGraph(replace(self.coverage, layers=layers), slots, self.params)
+
+
+def _is_transpose(layer: Layer, other: Layer, shape: tuple[int, ...]) -> bool:
+    return layer.path != other.path and simplify((*layer.path, Permute((1, 0))), shape) == other.path
+
+
+def _turned(descriptor: OutputDescriptor, layers: Mapping[str, Layer]) -> OutputDescriptor:
+    """Of the layer's matrix becomes of its transpose, and the other way round."""
+    if not isinstance(descriptor, Factor | Rows):
+        return descriptor
+    layer = layer_of(descriptor.layer)
+    other = layer if descriptor.layer != layer else transposed(layer)
+    return replace(descriptor, layer=other) if layer in layers else descriptor
 
 
 @dataclass
@@ -81,11 +109,17 @@ class Collector:
 
     _terms: LossTerms = field(default_factory=LossTerms)
     _filled: bool = False
+    _overlapping: set[str] = field(default_factory=set)
 
     def add(self, graph: SlottedGraph) -> None:
         """Remember one more compiled graph."""
+        merged = graph.coverage
+        if self.coverage is not None:
+            graph = graph.turned(self.coverage.layers)
+            merged = self.coverage.merge(graph.coverage)
         self.graphs.append(graph)
-        merged = graph.coverage if self.coverage is None else self.coverage.merge(graph.coverage)
+        self._overlapping |= _overlapping(merged, graph.params)
+        merged = _without(merged, self._overlapping)
         self.version += merged != self.coverage
         self.coverage = merged
 
@@ -96,7 +130,7 @@ class Collector:
         have been reset by hand (``model.zero_grad()``) take what was collected with them.
         """
         outside = current_backward() is None
-        if self._filled and outside and all(p.grad is None for g in self.graphs for p in g.params):
+        if self._filled and outside and all(p.grad is None for g in self.graphs for p in g.params.values()):
             self.clear()
         self._filled |= Terms() not in graph.slots  # nobody will tell
         return [self._listening(graph, s) if d == Terms() else s for d, s in graph.slots.items()]
@@ -128,3 +162,16 @@ class Collector:
         assert backward is not None, "hooks run in backward"
         self._filled = True
         self._terms.add(backward, layer, terms.clone())
+
+
+def _overlapping(found: Coverage, params: Mapping[str, Tensor]) -> set[str]:
+    """Parameters of which different graphs use different parts that overlap."""
+    paths = {name: [layer.path for layer in found.layers.values() if layer.param == name] for name in params}
+    return {name for name, parts in paths.items() if not disjoint(parts, tuple(params[name].shape))}
+
+
+def _without(found: Coverage, params: set[str]) -> Coverage:
+    """The coverage with some parameters in the fallback."""
+    layers = {name: layer for name, layer in found.layers.items() if layer.param not in params}
+    reasons = dict.fromkeys(params, "its uses in several graphs are of parts that overlap")
+    return replace(found, layers=layers, fallback={**found.fallback, **reasons}) if params else found

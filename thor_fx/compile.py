@@ -156,8 +156,8 @@ class _FactorCompiler:
         described += tuple(Input(len(described) + i) for i in range(len(slots)))
         fill = _FillSlots(described, tuple(slots))
         compiled = self._compile(slotted, [*inputs, *fakes], fill, key=repr(fill))
-        owners = {id(p): p for p in (used[layer.param] for layer in found.layers.values())}
-        graph = SlottedGraph(found, slots, tuple(owners.values()))
+        params = {layer.param: used[layer.param] for layer in found.layers.values()}
+        graph = SlottedGraph(found, slots, params)
         self.collector.add(graph)
         return without_dynamo(_runner(compiled, graph, self.collector))
 

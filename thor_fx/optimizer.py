@@ -20,7 +20,7 @@ from .layers import Coverage
 from .metrics import metrics
 from .optimizer_state import layers_with_inverses, parts, restore, views
 from .options import Options, number_schedule, value_schedule
-from .passes.emit_factors import transposed
+from .passes.emit_factors import layer_of
 from .precondition import DampingRule
 from .scaling import Scaler, scales_of
 from .schedule import Schedule, Value
@@ -29,7 +29,7 @@ from .transform import Transform, centralize_gradients, chain, partition, skip_n
 from .update import update_graph
 
 PATIENCE = 10
-"""Steps in a row that collect factors for a layer that has none; a branch may be rare."""
+"""Steps that collect factors for a layer that has none; more would make a rare branch expensive."""
 
 
 class Thor(torch.optim.Optimizer):
@@ -101,8 +101,7 @@ class Thor(torch.optim.Optimizer):
         self._schedules: list[dict[str, Schedule]] = []
         self._warned = False
         self._overdue = False
-        self._waiting: set[str] = set()  # layers that factors are collected for outside of the schedule
-        self._patience_ends = 0
+        self._waiting: dict[str, int] = {}  # layers and parameters without factors, and until when
         self._forget()
         defaults: dict[str, Any] = {"lr": lr, "damping": damping, "momentum": momentum}
         defaults |= {"weight_decay": weight_decay, "grad_centralization": False, "step": 0}
@@ -192,20 +191,20 @@ class Thor(torch.optim.Optimizer):
         self._build()
         step: int = self.param_groups[0]["step"]
         moments, terms = self._collector.take()
-        if not self._factors_due(step, moments):
-            moments = {name: m for name, m in moments.items() if _layer_of(name) in self._waiting}
         gradients = {name: p.grad for name, p in self._params.items() if p.grad is not None}
-        unready, skipped = self._unready(gradients), self._inner.skipped
+        unready = self._unready(gradients)
+        if not self._factors_due(step, moments):
+            moments = {name: m for name, m in moments.items() if layer_of(name) in unready}
         served = unready.intersection(moments)
-        skipped = skipped.clone() if served else skipped
+        skipped = self._inner.skipped.clone() if served else None
         self._update(gradients, moments, terms if moments else None)
         if served and bool(skipped == self._inner.skipped):  # waits for the device, in the first step
             self._ready |= served
-        self._wait_for(unready - self._ready, step)
+        waits = self._wait(unready | self._unknown.intersection(gradients), served, step)
         for group in self.param_groups:
             group["step"] = step + 1
         scheduled = (step + 1) % self._options.frequency == 0
-        self._collector.wanted = self._overdue or bool(self._waiting) or scheduled
+        self._collector.wanted = self._overdue or waits or scheduled
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -254,13 +253,16 @@ class Thor(torch.optim.Optimizer):
             return set()
         return {name for name, layer in layers.items() if layer.param in gradients} - self._ready
 
-    def _wait_for(self, layers: set[str], step: int) -> None:
-        """Try again to get factors for these layers, in the next steps."""
-        if layers - self._waiting:
-            self._patience_ends = step + PATIENCE
-        elif step >= self._patience_ends:
-            self._waiting = set()
-        self._waiting = (self._waiting | layers) - self._ready
+    def _wait(self, standing: set[str], served: set[str], step: int) -> bool:
+        """Whether to collect factors in the next step, whatever the schedule says.
+
+        So it is for :data:`PATIENCE` steps after a layer was seen without factors, or a parameter that no
+        graph is known to use; and as long as steps that have factors are skipped.
+        """
+        for name in standing:
+            if name in served or name not in self._waiting:
+                self._waiting[name] = step + PATIENCE
+        return any(step < last for name, last in self._waiting.items() if name not in self._ready)
 
     def _update(
         self, gradients: Mapping[str, Tensor], moments: Mapping[str, Moments], terms: Tensor | None
@@ -304,6 +306,7 @@ class Thor(torch.optim.Optimizer):
 
     def _forget(self) -> None:
         self._built_for: int | None = None
+        self._unknown: set[str] = set()  # parameters that no compiled graph uses
         self._ready: set[str] = set()  # layers that had factors in a step that was not skipped
         self._compiled: dict[Any, Compiled] = {}
         self._hyper = HyperTensors()
@@ -330,6 +333,10 @@ class Thor(torch.optim.Optimizer):
         }
         self._params = {name: p for name, p in self._model.named_parameters() if name in groups}
         self._found = _complete(self._collector.coverage, self._params)
+        self._unknown = self._params.keys() - self._collector.coverage.trained
+        self._waiting = {
+            n: last for n, last in self._waiting.items() if n in self._found.layers or n in self._unknown
+        }
         self._tx = skip_nonfinite(unscale(partition(self._transforms(), groups)))
         self._start()
 
@@ -369,8 +376,3 @@ def _complete(found: Coverage, params: Mapping[str, Tensor]) -> Coverage:
     found = found.restrict(frozenset(params))
     others = {name: "no compiled graph uses it" for name in params if name not in found.trained}
     return replace(found, fallback={**found.fallback, **others}, unused=())
-
-
-def _layer_of(use: str) -> str:
-    """The layer that the factors called ``use`` belong to."""
-    return use.removesuffix(transposed(""))
