@@ -28,6 +28,7 @@ from .thor import thor_chain
 from .transform import Transform, centralize_gradients, chain, partition, skip_nonfinite, unscale
 from .update import update_graph
 
+NO_GRAPH = "no compiled graph uses it"
 PATIENCE = 10
 """Steps that collect factors for a layer that has none; more would make a rare branch expensive."""
 
@@ -215,7 +216,11 @@ class Thor(torch.optim.Optimizer):
     @property
     def coverage(self) -> Coverage | None:
         """Which parameters are preconditioned and how; None before the first backward pass."""
-        return self._collector.coverage
+        found = self._collector.coverage
+        if found is None:
+            return None
+        others = self._params.keys() - found.trained - {*found.unused, *found.frozen}
+        return replace(found, fallback={**found.fallback, **dict.fromkeys(others, NO_GRAPH)})
 
     def metrics(self) -> dict[str, int]:
         """What went wrong so far, and was caught: :func:`thor_fx.metrics`."""
@@ -374,5 +379,5 @@ def _schedule(name: str, value: Any) -> Schedule:
 def _complete(found: Coverage, params: Mapping[str, Tensor]) -> Coverage:
     """The coverage with a place for parameters that no compiled graph has used."""
     found = found.restrict(frozenset(params))
-    others = {name: "no compiled graph uses it" for name in params if name not in found.trained}
+    others = {name: NO_GRAPH for name in params if name not in found.trained}
     return replace(found, fallback={**found.fallback, **others}, unused=())

@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from .factors import Moments
 from .layers import Coverage
+from .passes.emit_factors import layer_of
 from .schedule import Schedule
 
 Params = Mapping[str, Tensor]
@@ -247,7 +248,9 @@ def partition(transforms: Mapping[str, Transform], groups: Mapping[str, str]) ->
 
     def restrict(label: str, names: Mapping[str, Tensor], signals: Signals) -> Signals:
         hyper = {name: signals.hyper[f"{label}.{name}"] for name in transforms[label].schedules}
-        return replace(signals, coverage=signals.coverage.restrict(frozenset(names)), hyper=hyper)
+        mine = signals.coverage.restrict(frozenset(names))
+        moments = {n: m for n, m in (signals.moments or {}).items() if layer_of(n) in mine.layers}
+        return replace(signals, coverage=mine, hyper=hyper, moments=moments or None)
 
     def init(params: Params, coverage: Coverage) -> dict[str, State]:
         mine = {label: members(label, params) for label in transforms}
