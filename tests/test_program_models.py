@@ -497,13 +497,3 @@ def test_batch_and_sequence_length(compilations):
     assert [c["compile_differentiable"] for c in ours] == [1, 1, 2, 3, 3, 3, 3, 3]
     assert [c["compile_graph"] for c in ours] == [1] * len(SHAPES), "the update depends on no batch"
     assert len(optimizer.coverage.layers) >= 3
-
-
-def test_sizes_marked_as_dynamic(compilations):
-    model, optimizer = next(both(mlp))
-    for rows in (7, 9, 5, 8):
-        x, y = batches(1, rows)[0]
-        torch._dynamo.mark_dynamic(x, 0)
-        F.cross_entropy(model(x), y).backward()
-        take_step(optimizer, rows)
-    assert compilations["compile_differentiable"] == 1
