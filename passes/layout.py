@@ -13,7 +13,7 @@ from .lookups import Bag, OneHot
 from .operands import Operand, Pooled
 from .patches import Patches
 from .reindex import Path
-from .sides import Kind, Side
+from .sides import Kind, Side, join
 from .sites import SiteReport
 from .walk import Site
 
@@ -105,6 +105,11 @@ def transposed(layer: str) -> str:
     return f"{layer} (transposed)"
 
 
+def layer_of(use: str) -> str:
+    """The layer whose sums are called ``use``, of its matrix or of the transpose."""
+    return use.removesuffix(transposed(""))
+
+
 def arrange(report: SiteReport, rules: Rules = Rules()) -> dict[str, Layout]:
     """The layout of every layer of a report, by name."""
     return {name: _layout(name, sites, report, rules) for name, sites in report.layers.items()}
@@ -133,8 +138,8 @@ def _layout(name: str, sites: tuple[Site, ...], report: SiteReport, rules: Rules
         path=sites[0].path,
         kind=" and ".join(dict.fromkeys(site.kind for site in sites)),
         uses=tuple(uses),
-        input=_join([*(u.input for u in straight), *(u.output for u in flipped)]),
-        output=_join([*(u.output for u in straight), *(u.input for u in flipped)]),
+        input=join([*(u.input for u in straight), *(u.output for u in flipped)]),
+        output=join([*(u.output for u in straight), *(u.input for u in flipped)]),
         bias=bias,
         sharing=sharing,
         notes=tuple(notes),
@@ -181,12 +186,6 @@ def _side(which: str, operands: tuple[Operand, ...], rules: Rules, notes: list[s
 def one_hot(operand: Operand) -> bool:
     """Whether the operand's factor is a diagonal by nature."""
     return isinstance(operand, OneHot | Bag)
-
-
-def _join(sides: list[Side]) -> Side:
-    """What is kept of a side when all uses are added up."""
-    order: list[Kind] = ["identity", "dense", "blocks", "diagonal"]
-    return min(sides, key=lambda side: order.index(side.kind))
 
 
 def _batch_axis(sites: tuple[Site, ...], report: SiteReport) -> int | None:

@@ -10,6 +10,7 @@ A side of length ``d`` has a factor of one of four kinds, from the whole to noth
 A layer with E groups has one factor per group: (E, d, d), (E, F, b, b), (E, d).
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -53,6 +54,12 @@ class Side:
             "identity": f"none of {self.dim}",
         }
         return times + text[self.kind]
+
+
+def join(sides: Iterable[Side]) -> Side:
+    """What is kept of a side when the factors of several uses are added up."""
+    order: list[Kind] = ["identity", "dense", "blocks", "diagonal"]
+    return min(sides, key=lambda side: order.index(side.kind))
 
 
 def widen(value: Tensor, have: Side, want: Side) -> Tensor:

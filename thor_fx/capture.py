@@ -477,3 +477,14 @@ def make_slot(shape: Sequence[int], like: Tensor) -> Tensor:
     """A leaf that takes no memory, in the dtype that the factors of a parameter ``like`` are summed in."""
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
     return torch.zeros((), dtype=dtype, device=like.device).expand(tuple(shape)).requires_grad_()
+
+
+def new_leaf(slot: Tensor) -> Tensor:
+    """A leaf of its own that shares the memory of a slot."""
+    return slot.detach().requires_grad_()
+
+
+def current_backward() -> int | None:
+    """The number of the backward pass that is running in this thread; None outside of one."""
+    number = torch._C._current_graph_task_id()
+    return None if number < 0 else number

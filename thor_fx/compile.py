@@ -6,7 +6,7 @@ mode runs a second compiled form of the model, whose joint graph has been rewrit
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -26,7 +26,7 @@ from .capture import (
     trainable_rnns,
     without_dynamo,
 )
-from .factors import Moments, moments_of
+from .collector import Collector, SlottedGraph
 from .inductor import JointPass, check_backend, compile_differentiable
 from .layers import Coverage, CoverageError, coverage
 from .parameters import check_params
@@ -87,7 +87,7 @@ def compile(
     return model
 
 
-def collector_of(model: Any) -> "Collector":
+def collector_of(model: Any) -> Collector:
     """The collector of a compiled model.
 
     Raises:
@@ -153,80 +153,6 @@ class _Call:
                 raise
 
 
-@dataclass(eq=False)
-class SlottedGraph:
-    """A compiled graph whose backward fills slots.
-
-    Attributes:
-        coverage: the parameters it uses.
-        slots: leaves whose ``grad`` is what the descriptor says.
-    """
-
-    coverage: Coverage
-    slots: Mapping[outputs.OutputDescriptor, Tensor]
-
-    def take(self) -> dict[outputs.OutputDescriptor, Tensor]:
-        """What has been collected since the last call; empty if nothing has."""
-        taken = {d: s.grad for d, s in self.slots.items() if s.grad is not None}
-        for slot in self.slots.values():
-            slot.grad = None
-        return taken
-
-
-@dataclass
-class Collector:
-    """Where the factors of a model arrive.
-
-    Attributes:
-        backend: what the model is compiled with.
-        wanted: whether the next forward pass in training mode is to collect factors.
-        graphs: every graph compiled so far.
-        last: the graph that ran last.
-        coverage: the coverage of all graphs together; None before the first.
-        rules: which factors to collect.
-        generation: how often that has changed.
-    """
-
-    backend: str
-    wanted: bool = True
-    graphs: list[SlottedGraph] = field(default_factory=list)
-    last: SlottedGraph | None = None
-
-    coverage: Coverage | None = None
-    rules: Rules = field(default_factory=Rules)
-    generation: int = 0
-
-    def use(self, rules: Rules) -> None:
-        """Collect the factors that these rules ask for; what was compiled for others is forgotten."""
-        if rules != self.rules:
-            self.rules, self.graphs, self.last, self.coverage = rules, [], None, None
-            self.generation += 1
-
-    def add(self, graph: SlottedGraph) -> None:
-        """Remember one more compiled graph."""
-        self.graphs.append(graph)
-        self.coverage = graph.coverage if self.coverage is None else self.coverage.merge(graph.coverage)
-
-    def clear(self) -> None:
-        """Forget what has been collected."""
-        for graph in self.graphs:
-            graph.take()
-
-    def take(self) -> tuple[dict[str, Moments], Tensor | None]:
-        """The moments by layer and the number of loss terms, summed over backward passes and graphs.
-
-        The terms are those of the graph that ran last: its output is the nearest to the loss.
-        """
-        sums: dict[outputs.OutputDescriptor, Tensor] = {}
-        for graph in self.graphs:
-            nearest = self.last is not None and graph.coverage.terms == self.last.coverage.terms
-            for descriptor, value in graph.take().items():
-                if isinstance(descriptor, Terms) and not nearest:
-                    continue
-                sums[descriptor] = sums[descriptor] + value if descriptor in sums else value
-        return moments_of(sums), sums.get(Terms())
-
-
 @dataclass(frozen=True)
 class _FactorCompiler:
     """Compiles one of Dynamo's graphs with slots for its factors."""
@@ -253,7 +179,8 @@ class _FactorCompiler:
         described += tuple(Input(len(described) + i) for i in range(len(slots)))
         fill = _FillSlots(described, tuple(slots), self.rules)
         compiled = self._compile(slotted, [*inputs, *fakes], fill, key=_key(fill, found))
-        graph = SlottedGraph(found, slots)
+        owners = {name: used[name] for layer in found.layers.values() for name in layer.params}
+        graph = SlottedGraph(found, slots, owners)
         self.collector.add(graph)
         return without_dynamo(_runner(compiled, graph, self.collector))
 
@@ -274,11 +201,8 @@ def _key(fill: "_FillSlots", found: Coverage) -> str:
 
 
 def _runner(compiled: Callable[..., Any], graph: SlottedGraph, collector: Collector) -> Runner:
-    extra = list(graph.slots.values())
-
     def run(*args: Any) -> Any:
-        collector.last = graph
-        return compiled(*args, *extra)
+        return compiled(*args, *collector.begin(graph))
 
     return run
 

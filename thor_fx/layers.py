@@ -3,9 +3,9 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from .passes.layout import Layout, Rules, Use, arrange
-from .passes.reindex import Path
-from .passes.sides import Side
+from .passes.layout import Layout, Rules, Use, arrange, layer_of, transposed
+from .passes.reindex import Path, Permute
+from .passes.sides import Side, join
 from .passes.sites import UNUSED, SiteReport
 
 
@@ -28,6 +28,12 @@ class Sums:
     rows: tuple[int, ...]
     flipped: bool
     count: int = field(default=0, compare=False)
+
+
+def turned_name(use: str) -> str:
+    """What sums are called when matrix and transpose change their roles."""
+    layer = layer_of(use)
+    return transposed(layer) if use == layer else layer
 
 
 @dataclass(frozen=True)
@@ -97,6 +103,27 @@ class Layer:
             return self
         input_ = replace(self.input, dim=self.input.dim - 1, joint=False)
         return replace(self, input=input_, bias=None, bias_path=())
+
+    def turned(self) -> "Layer":
+        """The same layer as one of the transposed matrix; its uses are of the other kind then."""
+        plain = self.without_bias()
+        path = (*self.path, Permute((0, 2, 1) if self.groups > 1 else (1, 0)))
+        sums = tuple(replace(s, name=turned_name(s.name), flipped=not s.flipped) for s in self.sums)
+        return replace(plain, input=plain.output, output=plain.input, path=path, sums=sums)
+
+    def merge(self, other: "Layer") -> "Layer":
+        """The layer with the uses of the same matrix in another graph."""
+        one, two = (self, other) if self.bias == other.bias else (self.without_bias(), other.without_bias())
+        sums = {s.name: s for layer in (one, two) for s in layer.sums}
+        flipped = len({s.flipped for s in sums.values()}) > 1
+        one, two = (one.without_bias(), two.without_bias()) if flipped else (one, two)
+        return replace(
+            one,
+            input=join([one.input, two.input]),
+            output=join([one.output, two.output]),
+            sums=tuple(sums.values()),
+            uses=max(one.uses, len(sums)),
+        )
 
 
 class CoverageError(ValueError):
@@ -172,7 +199,9 @@ class Coverage:
 
     def merge(self, other: "Coverage") -> "Coverage":
         """The coverage of two graphs of one model; a weight with a site anywhere is preconditioned."""
-        layers = {**self.layers, **other.layers}
+        layers = dict(self.layers)
+        for name, layer in other.layers.items():
+            layers[name] = layers[name].merge(layer) if name in layers else layer
         norms = tuple(dict.fromkeys((*self.norms, *other.norms)))
         covered = {*norms, *(name for layer in layers.values() for name in layer.params)}
         fallback = {n: why for n, why in {**self.fallback, **other.fallback}.items() if n not in covered}

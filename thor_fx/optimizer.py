@@ -11,20 +11,26 @@ from torch.utils import _pytree as pytree
 
 from .arguments import check_type, shown
 from .capture import without_dynamo
-from .compile import Collector, collector_of
+from .collector import Collector
+from .compile import collector_of
 from .factors import Moments, flat_moments
 from .hyper import HyperTensors
 from .inductor import Compiled, check_backend, compile_graph
 from .layers import Coverage
 from .metrics import metrics
-from .optimizer_state import parts, restore, views
+from .optimizer_state import layers_with_inverses, parts, restore, views
 from .options import MAX_DIM, Options, number_schedule, value_schedule
-from .passes.layout import BiasRule, Fallback, Sharing
+from .passes.layout import BiasRule, Fallback, Sharing, layer_of
 from .refresh import DampingRule
+from .scaling import Scaler, scales_of
 from .schedule import Schedule, Value
 from .thor import thor_chain
-from .transform import Transform, centralize_gradients, chain, partition, skip_nonfinite
+from .transform import Transform, centralize_gradients, chain, partition, skip_nonfinite, unscale
 from .update import update_graph
+
+NO_GRAPH = "no compiled graph uses it"
+PATIENCE = 10
+"""Steps that collect factors for a layer that has none; more would make a rare branch expensive."""
 
 
 class Thor(torch.optim.Optimizer):
@@ -41,7 +47,8 @@ class Thor(torch.optim.Optimizer):
         damping: ``lambda``, given like ``lr``.
         momentum: of the heavy ball.
         weight_decay: see :func:`thor_fx.thor`, as all arguments up to ``frequency``.
-        loss_scale: the caller multiplies the loss by it.
+        loss_scale: the caller multiplies the loss by it: a number, or the ``torch.amp.GradScaler``.
+            The scaler is needed only where ``scaler.unscale_`` is called before the step.
         batch_size: terms that the loss averages over; None: as read off the graph.
         use_nesterov: Nesterov's form of momentum.
         decay_filter: ``name -> bool``.
@@ -64,6 +71,8 @@ class Thor(torch.optim.Optimizer):
         ValueError: an argument has a wrong value, or a group names a parameter that is not the model's.
     """
 
+    _step_supports_amp_scaling = True  # read by torch.amp.GradScaler: see thor_fx.scaling
+
     def __init__(
         self,
         model: nn.Module,
@@ -71,7 +80,7 @@ class Thor(torch.optim.Optimizer):
         damping: Value,
         momentum: float,
         weight_decay: float = 0.0,
-        loss_scale: float = 1.0,
+        loss_scale: float | Scaler = 1.0,
         batch_size: int | None = None,
         use_nesterov: bool = False,
         decay_filter: Callable[[str], bool] | None = None,
@@ -90,8 +99,10 @@ class Thor(torch.optim.Optimizer):
     ) -> None:
         self._model = model
         self._collector: Collector = collector_of(model)
+        self._scaler = loss_scale if isinstance(loss_scale, Scaler) else None
+        constant = 1.0 if isinstance(loss_scale, Scaler) else loss_scale
         self._options = Options(
-            loss_scale, batch_size, use_nesterov, decay_filter, split_indices, enable_clip_grad,
+            constant, batch_size, use_nesterov, decay_filter, split_indices, enable_clip_grad,
             frequency, damping_rule, block_size, sharing, bias, max_dim, fallback,
         )  # fmt: skip
         self._backend = self._collector.backend if backend is None else backend
@@ -99,6 +110,7 @@ class Thor(torch.optim.Optimizer):
         self._schedules: list[dict[str, Schedule]] = []
         self._warned = False
         self._overdue = False
+        self._waiting: dict[str, int] = {}  # layers and parameters without factors, and until when
         self._forget()
         defaults: dict[str, Any] = {"lr": lr, "damping": damping, "momentum": momentum}
         defaults |= {"weight_decay": weight_decay, "grad_centralization": False, "step": 0}
@@ -177,7 +189,8 @@ class Thor(torch.optim.Optimizer):
             What ``closure`` returned, or None.
 
         Raises:
-            RuntimeError: there are gradients, but the compiled model has not been run in training mode.
+            RuntimeError: there are gradients, but the compiled model has not been run in training mode;
+                or a gradient scaler has divided the gradients, and nobody has said which.
         """
         loss = None
         if closure is not None:
@@ -187,14 +200,21 @@ class Thor(torch.optim.Optimizer):
             return loss
         self._build()
         step: int = self.param_groups[0]["step"]
-        moments, terms = self._collector.take() if self._collector.wanted else ({}, None)
-        if not self._factors_due(step, moments):
-            moments, terms = {}, None
+        moments, terms = self._collector.take()
         gradients = {name: p.grad for name, p in self._params.items() if p.grad is not None}
-        self._update(gradients, moments, terms)
+        unready = self._unready(gradients)
+        if not self._factors_due(step, moments):
+            moments = {name: m for name, m in moments.items() if layer_of(name) in unready}
+        served = unready.intersection(moments)
+        skipped = self._inner.skipped.clone() if served else None
+        self._update(gradients, moments, terms if moments else None)
+        if served and bool(skipped == self._inner.skipped):  # waits for the device, in the first step
+            self._ready |= served
+        waits = self._wait(unready | self._unknown.intersection(gradients), served, step)
         for group in self.param_groups:
             group["step"] = step + 1
-        self._collector.wanted = self._overdue or (step + 1) % self._options.frequency == 0
+        scheduled = (step + 1) % self._options.frequency == 0
+        self._collector.wanted = self._overdue or waits or scheduled
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -205,7 +225,11 @@ class Thor(torch.optim.Optimizer):
     @property
     def coverage(self) -> Coverage | None:
         """Which parameters are preconditioned and how; None before the first backward pass."""
-        return self._collector.coverage
+        found = self._collector.coverage
+        if found is None:
+            return None
+        others = self._params.keys() - found.trained - {*found.unused, *found.frozen}
+        return replace(found, fallback={**found.fallback, **dict.fromkeys(others, NO_GRAPH)})
 
     def metrics(self) -> dict[str, int]:
         """What went wrong so far, and was caught: :func:`thor_fx.metrics`."""
@@ -233,18 +257,44 @@ class Thor(torch.optim.Optimizer):
             )
         return due
 
+    def _unready(self, gradients: Mapping[str, Tensor]) -> set[str]:
+        """The layers that have gradients but stand still, because they never had factors.
+
+        That is so after a first step that was skipped, and in a branch that no factor step has used.
+        """
+        layers = self._found.layers
+        if len(self._ready) == len(layers):
+            return set()
+        return {name for name, layer in layers.items() if layer.param in gradients} - self._ready
+
+    def _wait(self, standing: set[str], served: set[str], step: int) -> bool:
+        """Whether to collect factors in the next step, whatever the schedule says.
+
+        So it is for :data:`PATIENCE` steps after a layer was seen without factors, or a parameter that no
+        graph is known to use; and as long as steps that have factors are skipped.
+        """
+        for name in standing:
+            if name in served or name not in self._waiting:
+                self._waiting[name] = step + PATIENCE
+        return any(step < last for name, last in self._waiting.items() if name not in self._ready)
+
     def _update(
         self, gradients: Mapping[str, Tensor], moments: Mapping[str, Moments], terms: Tensor | None
     ) -> None:
-        key = tuple(gradients), tuple(moments), terms is not None
-        if key not in self._compiled:
-            self._compiled[key] = self._compile(gradients, moments, terms)
         measured = [] if terms is None else [terms]
-        flat = [*gradients.values(), *flat_moments(moments).values(), *measured]
+        scales = scales_of(self, self._scaler, self._inner.skipped.device, HyperTensors.dtype(self._params))
+        key = tuple(gradients), tuple(moments), terms is not None, tuple(scales)
+        if key not in self._compiled:
+            self._compiled[key] = self._compile(gradients, moments, terms, scales)
+        flat = [*gradients.values(), *flat_moments(moments).values(), *measured, *scales.values()]
         self._compiled[key](*self._params.values(), *flat, *self._leaves, *self._rates())
 
     def _compile(
-        self, gradients: Mapping[str, Tensor], moments: Mapping[str, Moments], terms: Tensor | None
+        self,
+        gradients: Mapping[str, Tensor],
+        moments: Mapping[str, Moments],
+        terms: Tensor | None,
+        scales: Mapping[str, Tensor],
     ) -> Compiled:
         for name, gradient in gradients.items():
             if gradient.layout != torch.strided:
@@ -252,7 +302,7 @@ class Thor(torch.optim.Optimizer):
                     f"the gradient of {name!r} is {gradient.layout}: Thor needs dense gradients "
                     "(sparse=False on the embedding)"
                 )
-        gm = update_graph(self._tx, self._found, self._params, gradients, moments, terms)
+        gm = update_graph(self._tx, self._found, self._params, gradients, moments, terms, scales)
         fakes = [node.meta["val"] for node in gm.graph.find_nodes(op="placeholder")]
         return without_dynamo(compile_graph(gm, fakes, backend=self._backend))
 
@@ -270,6 +320,8 @@ class Thor(torch.optim.Optimizer):
 
     def _forget(self) -> None:
         self._built_for: int | None = None
+        self._unknown: set[str] = set()  # parameters that no compiled graph uses
+        self._ready: set[str] = set()  # layers that had factors in a step that was not skipped
         self._compiled: dict[Any, Compiled] = {}
         self._hyper = HyperTensors()
         self._params: dict[str, Tensor] = {}
@@ -284,10 +336,10 @@ class Thor(torch.optim.Optimizer):
                 "the model itself (not model.forward) in training mode, and then backward. If you did, "
                 "torch.compile captures nothing of this model: see TORCH_LOGS=graph_breaks"
             )
-        if self._built_for == len(self._collector.graphs):
+        if self._built_for == self._collector.version:
             return
         self._forget()
-        self._built_for = len(self._collector.graphs)
+        self._built_for = self._collector.version
         groups = {
             name: str(label)
             for label, group in enumerate(self.param_groups)
@@ -295,7 +347,11 @@ class Thor(torch.optim.Optimizer):
         }
         self._params = {name: p for name, p in self._model.named_parameters() if name in groups}
         self._found = _complete(self._collector.coverage, self._params)
-        self._tx = skip_nonfinite(partition(self._transforms(), groups))
+        self._unknown = self._params.keys() - self._collector.coverage.trained
+        self._waiting = {
+            n: last for n, last in self._waiting.items() if n in self._found.layers or n in self._unknown
+        }
+        self._tx = skip_nonfinite(unscale(partition(self._transforms(), groups)))
         self._start()
 
     def _transforms(self) -> dict[str, Transform]:
@@ -313,6 +369,7 @@ class Thor(torch.optim.Optimizer):
             parameter = self._params[name]
             restore(entry, self.state.get(parameter, {}), name)
             self.state[parameter] = entry
+        self._ready = layers_with_inverses(self.state.values())
         for label, (preconditioning, _) in parts(self._inner).items():
             group = self.param_groups[int(label)]
             counters = {
@@ -331,5 +388,5 @@ def _schedule(name: str, value: Any) -> Schedule:
 def _complete(found: Coverage, params: Mapping[str, Tensor]) -> Coverage:
     """The coverage with a place for parameters that no compiled graph has used."""
     found = found.restrict(frozenset(params))
-    others = {name: "no compiled graph uses it" for name in params if name not in found.trained}
+    others = {name: NO_GRAPH for name in params if name not in found.trained}
     return replace(found, fallback={**found.fallback, **others}, unused=())

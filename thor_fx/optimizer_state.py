@@ -4,10 +4,12 @@ The update works on stacks: the inverses of all layers of one shape are one tens
 of single parameters. :func:`views` gives the stacks' slices by parameter: the same memory.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from .layers import Coverage
 from .precondition import PreconditionState
@@ -65,3 +67,13 @@ def restore(target: Any, saved: Any, name: str) -> None:
 
 def _pair(pair: InversePair, place: slice) -> Entry:
     return {"input": [part[place] for part in pair.input], "output": [part[place] for part in pair.output]}
+
+
+def layers_with_inverses(entries: Iterable[Mapping[str, Any]]) -> set[str]:
+    """The layers that have ever had a good inverse: all of them start at zero. Waits for the device."""
+    known = {
+        layer: torch.stack([part.any() for part in pytree.tree_leaves(sides)]).all()
+        for entry in entries
+        for layer, sides in entry.get("inverses", {}).items()
+    }
+    return {layer for layer, usable in known.items() if usable}

@@ -17,6 +17,7 @@ from .capture import Captured, LossCapture, LossFn, Runner
 from .hyper import HyperTensors
 from .inductor import Compiled, check_backend, compile_graph
 from .layers import Coverage, coverage
+from .metrics import metrics
 from .parameters import check_params, trainable
 from .passes import canonicalize, emit_factors, find_sites, outputs, pipeline
 from .passes.layout import Rules
@@ -31,11 +32,13 @@ class StepState(NamedTuple):
         step: steps taken so far.
         inner: the state of the transform.
         buffers: buffers of the model, where the loss function takes them.
+        ready: whether any step so far was not skipped; until then every step is a factor step.
     """
 
     step: int
     inner: State
     buffers: Any = None
+    ready: bool = False
 
 
 class StepOutput(NamedTuple):
@@ -191,10 +194,13 @@ class CompiledStep:
         if not self._donate:
             params, state = _copies(params, state)
         hyper = self._hyper(self._tx.hyper(state.step), params)
-        call = _Call(self._tx.wants_factors(state.step), [*self._leaves(state.inner), *hyper])
+        wants_factors = self._tx.wants_factors(state.step) or not (state.ready or self._tx.frequency is None)
+        call = _Call(wants_factors, [*self._leaves(state.inner), *hyper])
         loss, aux = self._run(params, call, batch if state.buffers is None else (state.buffers, *batch))
         buffers, aux = (None, aux) if state.buffers is None else aux
-        return params, StepState(state.step + 1, state.inner, buffers), StepOutput(loss, aux)
+        # waits for the device, once: in the first step
+        ready = state.ready or metrics(state.inner)["skipped_steps"] <= state.step
+        return params, StepState(state.step + 1, state.inner, buffers, ready), StepOutput(loss, aux)
 
     def _run(self, params: Params, call: _Call | None, batch: Sequence[Any]) -> tuple[Tensor, Any]:
         self._params, self._call = params, call

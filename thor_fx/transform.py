@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from .factors import Moments
 from .layers import Coverage
-from .passes.layout import Rules
+from .passes.layout import Rules, layer_of
 from .schedule import Schedule
 
 Params = Mapping[str, Tensor]
@@ -32,12 +32,18 @@ class Signals:
         hyper: the values of the schedules in this step, by name.
         moments: what the factor step measured, by layer; None in a plain step.
         terms: the terms ``n`` that the loss averages over, 0-D; None in a plain step.
+        gradient_scale: what the gradients carry, 0-D (``torch.amp.GradScaler``); None: 1.
+        loss_scale: what the loss of the factor step was multiplied by, 0-D; None: 1.
+        found_inf: not 0 where the scaler has seen a NaN or infinity, 0-D; None: it has not looked.
     """
 
     coverage: Coverage
     hyper: Any = field(default_factory=dict)
     moments: Mapping[str, Moments] | None = None
     terms: Tensor | None = None
+    gradient_scale: Tensor | None = None
+    loss_scale: Tensor | None = None
+    found_inf: Tensor | None = None
 
 
 class Transform(NamedTuple):
@@ -181,6 +187,26 @@ def centralize_gradients() -> Transform:
     return stateless(centralize)
 
 
+def unscale(inner: Transform) -> Transform:
+    """Take the scales of ``torch.amp.GradScaler`` off before ``inner`` sees a step.
+
+    Gradients are divided by ``signals.gradient_scale``; sums of squares of cotangents, and with them
+    ``G``, by the square of ``signals.loss_scale``. The two differ where somebody has divided the
+    gradients already, to clip them.
+    """
+
+    def update(updates: Updates, state: State, params: Params, signals: Signals) -> tuple[Updates, State]:
+        if signals.gradient_scale is not None:
+            updates = {name: u / signals.gradient_scale for name, u in updates.items()}
+        if signals.loss_scale is not None and signals.moments is not None:
+            square = signals.loss_scale**2
+            moments = {n: m._replace(cotangents=m.cotangents / square) for n, m in signals.moments.items()}
+            signals = replace(signals, moments=moments)
+        return inner.update(updates, state, params, signals)
+
+    return inner._replace(update=update)
+
+
 class SkipState(NamedTuple):
     """State of :func:`skip_nonfinite`: that of the inner transform, and the steps skipped so far."""
 
@@ -191,8 +217,9 @@ class SkipState(NamedTuple):
 def skip_nonfinite(inner: Transform) -> Transform:
     """Let a step whose updates are not all finite change nothing, and count it.
 
-    A NaN or infinite gradient makes its update NaN or infinite, whatever the transform. The decision
-    is taken on the device (``torch.where``), without a synchronisation.
+    A NaN or infinite gradient makes its update NaN or infinite, whatever the transform; what a
+    gradient scaler has found counts too. The decision is taken on the device (``torch.where``),
+    without a synchronisation.
     """
 
     def init(params: Params, coverage: Coverage) -> SkipState:
@@ -204,6 +231,8 @@ def skip_nonfinite(inner: Transform) -> Transform:
     ) -> tuple[Updates, SkipState]:
         new, new_inner = inner.update(updates, state.inner, params, signals)
         finite = torch.stack([u.isfinite().all() for u in new.values()]).all()
+        if signals.found_inf is not None:
+            finite = finite & (signals.found_inf == 0)
         new = {name: torch.where(finite, u, torch.zeros_like(u)) for name, u in new.items()}
         kept = pytree.tree_map(lambda n, old: torch.where(finite, n, old), new_inner, state.inner)
         return new, SkipState(kept, state.skipped + ~finite)
@@ -229,7 +258,9 @@ def partition(transforms: Mapping[str, Transform], groups: Mapping[str, str]) ->
 
     def restrict(label: str, names: Mapping[str, Tensor], signals: Signals) -> Signals:
         hyper = {name: signals.hyper[f"{label}.{name}"] for name in transforms[label].schedules}
-        return replace(signals, coverage=signals.coverage.restrict(frozenset(names)), hyper=hyper)
+        mine = signals.coverage.restrict(frozenset(names))
+        moments = {n: m for n, m in (signals.moments or {}).items() if layer_of(n) in mine.layers}
+        return replace(signals, coverage=mine, hyper=hyper, moments=moments or None)
 
     def init(params: Params, coverage: Coverage) -> dict[str, State]:
         mine = {label: members(label, params) for label in transforms}

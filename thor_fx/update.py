@@ -15,8 +15,9 @@ from .factors import Moments, flat_moments, moments_of
 from .hyper import HyperTensors
 from .layers import Coverage
 from .passes import outputs
-from .passes.outputs import Grad, Input, InputDescriptor, Loss, Mutation, Output, Param, Terms
+from .passes.outputs import Grad, Input, InputDescriptor, Loss, Mutation, Opaque, Output, Param, Terms
 from .passes.splice import splice
+from .scaling import SCALES
 from .transform import Signals, Transform, apply_updates
 
 aten = torch.ops.aten
@@ -45,12 +46,14 @@ def append_update(gm: fx.GraphModule, tx: Transform, found: Coverage, trained: S
     state, hyper = _add_inputs(gm, tx, found, params)
     terms = [returned[Terms()]] if Terms() in returned else []
     after_forward = {name: mutated.get(node, node) for name, node in params.items()}
-    operands = (gradients, after_forward, state, hyper, moments_of(returned), terms)
+    scales = {d.text: n for d, n in returned.items() if isinstance(d, Opaque) and d.text in SCALES}
+    operands = (gradients, after_forward, state, hyper, moments_of(returned), terms, scales)
     leaves, structure = pytree.tree_flatten(operands)
 
     def step(*values: Tensor) -> Any:
-        grads, old_params, old, rates, moments, terms = pytree.tree_unflatten(list(values), structure)
-        updates, new = tx.update(grads, old, old_params, Signals(found, rates, moments or None, *terms))
+        grads, old_params, old, rates, moments, terms, scales = pytree.tree_unflatten(list(values), structure)
+        signals = Signals(found, rates, moments or None, *terms, **scales)
+        updates, new = tx.update(grads, old, old_params, signals)
         return apply_updates(old_params, updates), new
 
     out = outputs.output_node(gm.graph)
@@ -79,16 +82,19 @@ def update_graph(
     gradients: Mapping[str, Tensor],
     moments: Mapping[str, Moments],
     terms: Tensor | None,
+    scales: Mapping[str, Tensor],
 ) -> fx.GraphModule:
     """The update alone, as a graph of flat arguments.
 
-    The arguments are: parameters, gradients, moments, terms, leaves of the state, hyper-parameters.
+    The arguments are: parameters, gradients, moments, terms, scales, leaves of the state,
+    hyper-parameters. ``scales`` are those of :data:`~thor_fx.scaling.SCALES` that there are.
     All are tensors; the values given here tell shapes only.
     """
     values: dict[Any, Tensor] = {Grad(name): g for name, g in gradients.items()}
     values |= flat_moments(moments)
     if terms is not None:
         values[Terms()] = terms
+    values |= {Opaque(name): scale for name, scale in scales.items()}
     graph = fx.Graph()
     mode = fake_mode()
 

@@ -1,0 +1,197 @@
+"""Where the factors of a compiled model arrive, from backward passes that the user runs as he likes.
+
+NOTE: [Runs and passes] A *run* is one forward call of one compiled graph; a *pass* is one ``backward()``.
+Sums over rows add up over everything: runs, passes (micro-batches) and graphs (graph breaks). The number
+of terms ``n`` that the loss averages over does not: two runs in one pass (a loss over pairs) share the
+terms of one loss, two passes (micro-batches) have terms of their own. So ``n`` is the largest over the
+runs of a pass, and adds up over passes. Of several graphs in one pass the first that backward reaches
+counts: it is nearest to the loss.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+from torch import Tensor
+
+from .capture import current_backward, new_leaf
+from .factors import Moments, moments_of
+from .layers import Coverage, Layer, turned_name
+from .passes.layout import Rules, layer_of
+from .passes.outputs import Factor, OutputDescriptor, Rows, Terms
+from .passes.reindex import disjoint, simplify
+
+
+@dataclass(eq=False)
+class SlottedGraph:
+    """A compiled graph whose backward fills slots.
+
+    Attributes:
+        coverage: the parameters it uses.
+        slots: leaves whose ``grad`` is what the descriptor says.
+        params: the parameters that its factors belong to, by name.
+    """
+
+    coverage: Coverage
+    slots: Mapping[OutputDescriptor, Tensor]
+    params: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def take(self) -> dict[OutputDescriptor, Tensor]:
+        """The sums that have been collected since the last call; empty if nothing has."""
+        taken = {d: s.grad for d, s in self.slots.items() if s.grad is not None and d != Terms()}
+        for slot in self.slots.values():
+            slot.grad = None
+        return taken
+
+    def turned(self, known: Mapping[str, Layer]) -> "SlottedGraph":
+        """The same graph; what it calls the matrix of a layer is the transpose where others say so."""
+        layers = dict(self.coverage.layers)
+        for name, layer in layers.items():
+            other = known.get(name)
+            if other is not None and _is_transpose(layer, other, tuple(self.params[layer.param].shape)):
+                layers[name] = replace(layer.turned(), path=other.path)
+        other_way = {name for name, layer in layers.items() if layer.path != self.coverage.layers[name].path}
+        slots = {_turned(d, other_way): slot for d, slot in self.slots.items()}
+        return SlottedGraph(replace(self.coverage, layers=layers), slots, self.params)
+
+
+def _is_transpose(layer: Layer, other: Layer, shape: tuple[int, ...]) -> bool:
+    return layer.path != other.path and simplify(layer.turned().path, shape) == other.path
+
+
+def _turned(descriptor: OutputDescriptor, layers: set[str]) -> OutputDescriptor:
+    """Of the layer's matrix becomes of its transpose, and the other way round."""
+    if not isinstance(descriptor, Factor | Rows) or layer_of(descriptor.layer) not in layers:
+        return descriptor
+    return replace(descriptor, layer=turned_name(descriptor.layer))
+
+
+@dataclass
+class LossTerms:
+    """How many terms the loss averages over; see NOTE: [Runs and passes]."""
+
+    _passes: dict[int, tuple[str | None, Tensor]] = field(default_factory=dict)
+
+    def add(self, backward: int, layer: str | None, terms: Tensor) -> None:
+        """A run was reached by a backward pass; ``layer`` is where its ``terms`` were read."""
+        nearest, known = self._passes.get(backward, (layer, terms))
+        if nearest == layer:
+            self._passes[backward] = nearest, terms.maximum(known)
+
+    def take(self) -> Tensor | None:
+        """The terms of all passes since the last call, 0-D; None if there was none."""
+        values = [terms for _, terms in self._passes.values()]
+        self._passes.clear()
+        return sum(values[1:], start=values[0]) if values else None
+
+
+@dataclass
+class Collector:
+    """Where the factors of a model arrive.
+
+    Attributes:
+        backend: what the model is compiled with.
+        wanted: whether the next forward pass in training mode is to collect factors.
+        graphs: every graph compiled so far.
+        coverage: the coverage of all graphs together; None before the first.
+        version: changes with the coverage.
+        rules: which factors to collect.
+        generation: how often those have changed.
+    """
+
+    backend: str
+    wanted: bool = True
+    graphs: list[SlottedGraph] = field(default_factory=list)
+    coverage: Coverage | None = None
+    version: int = 0
+    rules: Rules = field(default_factory=Rules)
+    generation: int = 0
+
+    _terms: LossTerms = field(default_factory=LossTerms)
+    _filled: bool = False
+    _overlapping: set[str] = field(default_factory=set)
+
+    def use(self, rules: Rules) -> None:
+        """Collect the factors that these rules ask for; what was compiled for others is forgotten."""
+        if rules != self.rules:
+            self.clear()
+            self.rules, self.graphs, self.coverage = rules, [], None
+            self._overlapping.clear()
+            self.generation += 1
+
+    def add(self, graph: SlottedGraph) -> None:
+        """Remember one more compiled graph."""
+        merged = graph.coverage
+        if self.coverage is not None:
+            graph = graph.turned(self.coverage.layers)
+            self._overlapping |= _unlike(self.coverage.layers, graph.coverage.layers)
+            merged = self.coverage.merge(graph.coverage)
+        self.graphs.append(graph)
+        self._overlapping |= _overlapping(merged, graph.params)
+        merged = _without(merged, self._overlapping)
+        self.version += merged != self.coverage
+        self.coverage = merged
+
+    def begin(self, graph: SlottedGraph) -> list[Tensor]:
+        """The slots for one run of a graph.
+
+        The slot of the terms is a new one, so that this run is heard apart from others. Gradients that
+        have been reset by hand (``model.zero_grad()``) take what was collected with them.
+        """
+        outside = current_backward() is None
+        if self._filled and outside and all(p.grad is None for g in self.graphs for p in g.params.values()):
+            self.clear()
+        self._filled |= Terms() not in graph.slots  # nobody will tell
+        return [self._listening(graph, s) if d == Terms() else s for d, s in graph.slots.items()]
+
+    def clear(self) -> None:
+        """Forget what has been collected."""
+        if self._filled:
+            self.take()
+
+    def take(self) -> tuple[dict[str, Moments], Tensor | None]:
+        """The moments by layer and the number of loss terms, since the last call."""
+        if not self._filled:
+            return {}, None
+        self._filled = False
+        sums: dict[OutputDescriptor, Tensor] = {}
+        for graph in self.graphs:
+            for descriptor, value in graph.take().items():
+                sums[descriptor] = sums[descriptor] + value if descriptor in sums else value
+        return moments_of(sums), self._terms.take()
+
+    def _listening(self, graph: SlottedGraph, slot: Tensor) -> Tensor:
+        leaf = new_leaf(slot)
+        leaf.register_hook(partial(self._arrived, graph.coverage.terms, current_backward()))
+        return leaf
+
+    def _arrived(self, layer: str | None, outer: int | None, terms: Tensor) -> None:
+        """Called in backward; ``outer`` is the pass that the run itself was part of (checkpointing)."""
+        backward = current_backward() if outer is None else outer
+        assert backward is not None, "hooks run in backward"
+        self._filled = True
+        self._terms.add(backward, layer, terms.clone())
+
+
+def _overlapping(found: Coverage, params: Mapping[str, Tensor]) -> set[str]:
+    """Parameters of which different graphs use different parts that overlap."""
+    paths = {name: [layer.path for layer in found.layers.values() if layer.param == name] for name in params}
+    return {name for name, parts in paths.items() if not disjoint(parts, tuple(params[name].shape))}
+
+
+def _unlike(known: Mapping[str, Layer], new: Mapping[str, Layer]) -> set[str]:
+    """Parameters of which different graphs would return sums of different shapes."""
+    sides = {sums.name: (sums.input, sums.output) for layer in known.values() for sums in layer.sums}
+    return {
+        layer.param
+        for layer in new.values()
+        for sums in layer.sums
+        if sides.get(sums.name, (sums.input, sums.output)) != (sums.input, sums.output)
+    }
+
+
+def _without(found: Coverage, params: set[str]) -> Coverage:
+    """The coverage with some parameters in the fallback."""
+    layers = {name: layer for name, layer in found.layers.items() if layer.param not in params}
+    reasons = dict.fromkeys(params, "its uses in several graphs are of parts that overlap or differ")
+    return replace(found, layers=layers, fallback={**found.fallback, **reasons}) if params else found
