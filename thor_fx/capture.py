@@ -14,6 +14,7 @@ Dynamo's dynamic shapes.
 import contextlib
 import copy
 import itertools
+import logging
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -81,7 +82,7 @@ class LossCapture:
 
     def __init__(self, loss_fn: LossFn, handler: Handler, dynamic: bool | None = None) -> None:
         self._handler = handler
-        self._whole_floats = whole_floats()
+        self._settings = tracing_settings()
         self._params: Mapping[str, Tensor] = {}
         self._frozen: frozenset[str] = frozenset()
         self._compiled = torch.compile(
@@ -92,7 +93,7 @@ class LossCapture:
         """Run on these arguments; capture first if no guard fits."""
         self._params = params
         try:
-            with torch.enable_grad(), self._whole_floats:
+            with torch.enable_grad(), self._settings:
                 return self._compiled(params, *batch)
         except BackendCompilerFailed as error:
             raise error.inner_exception from None
@@ -104,13 +105,22 @@ class LossCapture:
         return without_dynamo(self._handler(captured))
 
 
-def whole_floats() -> contextlib.AbstractContextManager[Any]:
-    """Keep Dynamo from making a symbol of a float that it has seen change (a scale, an epsilon).
+def tracing_settings() -> contextlib.AbstractContextManager[Any]:
+    """What Dynamo must do differently from stock compilation while it traces for us.
 
-    Stock compilation resolves such symbols after tracing; our export of the joint graph cannot.
+    It makes no symbol of a float that it has seen change (a scale, an epsilon): our export of the
+    joint graph cannot resolve those. And it leaves out what a model writes to a logger, for which it
+    would break the graph: ``transformers`` warns once about the loss of GPT-2, for one.
     """
-    patch: Any = torch._dynamo.config.patch(specialize_float=True)
+    silent = torch._dynamo.config.ignore_logging_functions | _log_methods()
+    patch: Any = torch._dynamo.config.patch(specialize_float=True, ignore_logging_functions=silent)
     return patch
+
+
+def _log_methods() -> set[Callable[..., Any]]:
+    """The methods of loggers that write a message, those that packages have added included."""
+    levels = ("debug", "info", "warn", "error", "exception", "critical", "log")
+    return {method for name, method in vars(logging.Logger).items() if name.startswith(levels)}
 
 
 def own_code(function: Any) -> Callable[..., Any]:

@@ -20,7 +20,7 @@ from .capture import (
     export_joint,
     make_slot,
     own_code,
-    whole_floats,
+    tracing_settings,
     without_dynamo,
 )
 from .factors import Moments, moments_of
@@ -128,7 +128,7 @@ class _Call:
         collects = self.collector.wanted and self._model.training and torch.is_grad_enabled()
         if not collects:
             return self._plain(*args, **kwargs)
-        with whole_floats():
+        with tracing_settings():
             return self._factor(*args, **kwargs)
 
 
