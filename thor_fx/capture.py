@@ -15,6 +15,7 @@ import contextlib
 import copy
 import functools
 import itertools
+import logging
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -95,6 +96,7 @@ class LossCapture:
 
     def __init__(self, loss_fn: LossFn, handler: Handler, dynamic: bool | None = None) -> None:
         self._handler = handler
+        self._settings = tracing_settings()
         self._params: Mapping[str, Tensor] = {}
         self._frozen: frozenset[str] = frozenset()
         self._compiled = torch.compile(
@@ -105,7 +107,7 @@ class LossCapture:
         """Run on these arguments; capture first if no guard fits."""
         self._params = params
         try:
-            with torch.enable_grad(), tracing_settings():
+            with torch.enable_grad(), self._settings:
                 return self._compiled(params, *batch)
         except BackendCompilerFailed as error:
             raise error.inner_exception from None
@@ -121,13 +123,18 @@ class LossCapture:
 
 
 def tracing_settings() -> contextlib.AbstractContextManager[Any]:
-    """Dynamo's settings while it traces for us.
+    """What Dynamo must do differently from stock compilation while it traces for us.
 
-    A float that it has seen change (a scale, an epsilon) does not become a symbol: stock compilation
-    resolves such symbols after tracing; our export of the joint graph cannot. Recurrent modules are
-    traced, where stock compilation breaks the graph. See NOTE: [Recurrent nets].
+    It makes no symbol of a float that it has seen change (a scale, an epsilon): our export of the joint
+    graph cannot resolve those. It traces recurrent modules, for which it would break the graph; see
+    NOTE: [Recurrent nets]. And it leaves out what a model writes to a logger, for which it would break
+    the graph, too: ``transformers`` warns once about the loss of GPT-2, for one.
     """
-    settings: Any = torch._dynamo.config.patch(specialize_float=True, allow_rnn=True)
+    settings: Any = torch._dynamo.config.patch(
+        specialize_float=True,
+        allow_rnn=True,
+        ignore_logging_functions=torch._dynamo.config.ignore_logging_functions | _log_methods(),
+    )
     return settings
 
 
@@ -171,6 +178,12 @@ def _layer_by_layer(
         x, final = layers(x, hidden[own], params[own], has_biases, 1, 0.0, train, bidirectional, *rest)
         final_hidden += final
     return x, final_hidden
+
+
+def _log_methods() -> set[Callable[..., Any]]:
+    """The methods of loggers that write a message, those that packages have added included."""
+    levels = ("debug", "info", "warn", "error", "exception", "critical", "log")
+    return {method for name, method in vars(logging.Logger).items() if name.startswith(levels)}
 
 
 def own_code(function: Any) -> Callable[..., Any]:

@@ -84,8 +84,9 @@ def precondition(
     ) -> tuple[Updates, PreconditionState]:
         lam = signals.hyper["damping"]
         groups = by_shape(signals.coverage, params)
+        terms = _terms(batch_size, signals.terms, state.terms)
+        state = state._replace(terms=terms)
         if signals.moments and groups:
-            terms = _terms(batch_size, signals.terms, state.terms)
             measured = partial(factor_pair, signals.moments, terms=terms, loss_scale=loss_scale)
             present = {
                 key: [any(sums.name in signals.moments for sums in layer.sums) for layer in layers]

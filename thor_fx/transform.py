@@ -200,7 +200,10 @@ def unscale(inner: Transform) -> Transform:
             updates = {name: u / signals.gradient_scale for name, u in updates.items()}
         if signals.loss_scale is not None and signals.moments is not None:
             square = signals.loss_scale**2
-            moments = {n: m._replace(cotangents=m.cotangents / square) for n, m in signals.moments.items()}
+            moments = {
+                name: m if m.cotangents is None else m._replace(cotangents=m.cotangents / square)
+                for name, m in signals.moments.items()
+            }
             signals = replace(signals, moments=moments)
         return inner.update(updates, state, params, signals)
 
