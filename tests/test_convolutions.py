@@ -1,0 +1,313 @@
+"""Factors of convolutions, against patches that are found one output pixel at a time by autograd."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.func import functional_call
+
+import oracle
+import thor_fx
+from thor_fx.passes.patches import Patches
+from training import build as build_model
+from training import by_drop_in_door, by_functional_door
+
+CONVOLUTIONS = {
+    (1, False): F.conv1d,
+    (2, False): F.conv2d,
+    (3, False): F.conv3d,
+    (1, True): F.conv_transpose1d,
+    (2, True): F.conv_transpose2d,
+    (3, True): F.conv_transpose3d,
+}
+CHANNELS, OUT, BATCH = 4, 8, 2
+
+
+def random(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def patches(convolve, weight, groups, transposed):
+    """What every output pixel sees: (groups, pixels, in) in the order of the weight, by autograd."""
+    leaf = weight.clone().requires_grad_()
+    out = convolve(leaf)  # linear in the weight: its gradient at one pixel of one channel is the patch
+    per_group = out.shape[1] // groups
+    found = []
+    for e in range(groups):
+        rows = []
+        for pixel in out[:, e * per_group].flatten():
+            (g,) = torch.autograd.grad(pixel, leaf, retain_graph=True)
+            own = (
+                g[e * CHANNELS // groups : (e + 1) * CHANNELS // groups, 0]
+                if transposed
+                else g[e * per_group]
+            )
+            rows.append(own.flatten())
+        found.append(torch.stack(rows))
+    return torch.stack(found)
+
+
+def expected(convolve, weight, groups, transposed):
+    """``A``, ``G`` and the rows for the loss ``mean(sin(output))``."""
+    a = patches(convolve, weight, groups, transposed)  # (groups, rows, in)
+    out = convolve(weight).detach().requires_grad_()
+    (g,) = torch.autograd.grad(out.sin().mean(), out)
+    g = g.flatten(2).unflatten(1, (groups, -1)).permute(1, 0, 3, 2).flatten(1, 2)  # (groups, rows, out)
+    rows = a.shape[1]
+    A = torch.stack([sum(torch.outer(r, r) for r in e) / rows for e in a])
+    G = torch.stack([rows * sum(torch.outer(r, r) for r in e) for e in g])
+    return (A, G, rows) if groups > 1 else (A[0], G[0], rows)
+
+
+def case(axes, kernel, stride, padding, dilation, groups, transposed):
+    """The input, the weight and the convolution as a function of the weight; None where it has no output."""
+    convolution = CONVOLUTIONS[axes, transposed]
+    x = random(BATCH, CHANNELS, *(5 + i for i in range(axes)))
+    sides = (CHANNELS, OUT // groups) if transposed else (OUT, CHANNELS // groups)
+    weight = random(*sides, *[kernel] * axes, seed=1)
+
+    def convolve(w, x=x):
+        return convolution(x, w, None, stride=stride, padding=padding, dilation=dilation, groups=groups)
+
+    try:
+        convolve(weight)
+    except RuntimeError:
+        return None
+    return x, weight, convolve
+
+
+GRID = [
+    setting
+    for axes, transposed in ((1, False), (2, False), (1, True), (2, True))
+    for setting in itertools.product([axes], (1, 2, 3), (1, 2), (0, 1), (1, 2), (1, 2, 4), [transposed])
+    if case(*setting) is not None
+]
+SPACE = [
+    (3, 2, 1, 1, 1, 1, False),
+    (3, 2, 2, 0, 1, 2, False),
+    (3, 2, 2, 0, 1, 2, True),
+    (3, 3, 1, 1, 1, 4, False),
+]
+
+
+def assert_factors(setting):
+    x, weight, convolve = case(*setting)
+    found = thor_fx.factors(lambda p, x: convolve(p["w"], x).sin().mean(), {"w": weight}, x)["w"]
+    A, G, rows = expected(convolve, weight, setting[5], setting[6])
+    assert (found.rows, found.n, found.groups) == (rows, rows, setting[5])
+    assert found.kind == ("transposed convolution" if setting[6] else "convolution")
+    assert found.A.shape == A.shape
+    assert found.G.shape == G.shape
+    assert oracle.relative_error(found.A, A) < 1e-10
+    assert oracle.relative_error(found.G, G) < 1e-10
+
+
+def test_every_mix_of_settings():
+    """Kernel, stride, padding, dilation, groups, transposed; in one test, since every one is tiny."""
+    assert len(GRID) > 200
+    for setting in GRID[:: max(1, len(GRID) // 60)]:
+        assert_factors(setting)
+
+
+@pytest.mark.parametrize("setting", SPACE)
+def test_three_axes(setting):
+    assert_factors(setting)
+
+
+def factors_of(module, x):
+    params = {name: p.detach() for name, p in module.named_parameters()}
+
+    def loss_fn(p, x):
+        return functional_call(module, p, (x,)).sin().mean()
+
+    return thor_fx.factors(loss_fn, params, x)
+
+
+@pytest.mark.parametrize("mode", ["zeros", "reflect", "replicate", "circular"])
+@pytest.mark.parametrize("padding", [1, "same"])
+@pytest.mark.parametrize("kernel", [2, 3])
+def test_padding_modes(mode, padding, kernel):
+    """The convolution without padding of the input that has been padded by hand."""
+    module = nn.Conv2d(CHANNELS, OUT, kernel, padding=padding, padding_mode=mode).double()
+    x = random(BATCH, CHANNELS, 4, 5)
+    before = (kernel - 1) // 2 if padding == "same" else 1
+    after = kernel - 1 - before if padding == "same" else 1
+    padded = F.pad(x, [before, after] * 2, mode="constant" if mode == "zeros" else mode)
+    weight, bias = module.weight.detach(), module.bias.detach()[:, None, None]
+    A, G, rows = expected(lambda w: F.conv2d(padded, w) + bias, weight, 1, transposed=False)
+    found = factors_of(module, x)["weight"]
+    assert found.rows == rows
+    assert oracle.relative_error(found.A, A) < 1e-10
+    assert oracle.relative_error(found.G, G) < 1e-10
+
+
+def test_output_padding():
+    x, weight = random(BATCH, CHANNELS, 3, 3), random(CHANNELS, OUT // 2, 3, 3, seed=1)
+
+    def convolve(w, x=x):
+        return F.conv_transpose2d(x, w, None, stride=2, padding=1, output_padding=1, groups=2)
+
+    found = thor_fx.factors(lambda p, x: convolve(p["w"], x).sin().mean(), {"w": weight}, x)["w"]
+    A, G, rows = expected(convolve, weight, 2, transposed=True)
+    assert found.rows == rows
+    assert oracle.relative_error(found.A, A) < 1e-10
+    assert oracle.relative_error(found.G, G) < 1e-10
+
+
+def test_channels_last():
+    module = nn.Conv2d(CHANNELS, OUT, 3, padding=1).double()
+    x = random(BATCH, CHANNELS, 5, 6)
+    plain = factors_of(module, x)["weight"]
+    module = module.to(memory_format=torch.channels_last)
+    found = factors_of(module, x.to(memory_format=torch.channels_last))["weight"]
+    assert oracle.relative_error(found.A, plain.A) < 1e-12
+    assert oracle.relative_error(found.G, plain.G) < 1e-12
+
+
+def test_depthwise_layers_have_one_pair_for_every_channel():
+    module = nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1, groups=CHANNELS).double()
+    found = factors_of(module, random(BATCH, CHANNELS, 5, 6))["weight"]
+    assert (found.A.shape, found.G.shape) == ((CHANNELS, 9, 9), (CHANNELS, 1, 1))
+
+
+def test_an_input_without_a_batch():
+    module = nn.Conv1d(CHANNELS, OUT, 3).double()
+    x = random(CHANNELS, 7)
+    alone, batched = factors_of(module, x)["weight"], factors_of(module, x[None])["weight"]
+    assert oracle.relative_error(alone.A, batched.A) < 1e-12
+    assert alone.rows == batched.rows == 5
+
+
+# --- the bias, and positions that are reduced ------------------------------------------------------
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_a_joint_bias_is_a_patch_of_ones(groups, transposed, kernel):
+    make = nn.ConvTranspose2d if transposed else nn.Conv2d
+    module = make(CHANNELS, OUT, kernel, groups=groups).double()
+    x, params = random(BATCH, CHANNELS, 4, 5), dict(module.named_parameters())
+
+    def loss_fn(p, x):
+        return functional_call(module, p, (x,)).sin().mean()
+
+    joint = thor_fx.factors(loss_fn, params, x, bias="joint")["weight"]
+    a = patches(
+        lambda w: functional_call(module, {"weight": w}, (x,)), params["weight"].detach(), groups, transposed
+    )
+    a = torch.cat([a, torch.ones_like(a[..., :1])], -1)
+    A = a.mT @ a / a.shape[1]
+    assert oracle.relative_error(joint.A, A if groups > 1 else A[0]) < 1e-10
+
+
+@pytest.mark.parametrize("kernel", [1, 3])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_reduced_positions(kernel, groups):
+    x, weight, convolve = case(2, kernel, 1, 0, 1, groups, False)
+
+    def loss_fn(p, x):
+        return convolve(p["w"], x).mean((2, 3)).sin().mean()
+
+    found = thor_fx.factors(loss_fn, {"w": weight}, x, sharing="reduce", batch_size=BATCH)["w"]
+    a = patches(convolve, weight, groups, transposed=False).unflatten(1, (BATCH, -1)).mean(2)
+    out = convolve(weight).detach().requires_grad_()
+    (g,) = torch.autograd.grad(out.mean((2, 3)).sin().mean(), out)
+    g = g.sum((2, 3)).unflatten(1, (groups, -1)).movedim(1, 0)  # (groups, batch, out)
+    A, G = a.mT @ a / BATCH, BATCH * (g.mT @ g)
+    assert found.rows == BATCH
+    assert oracle.relative_error(found.A, A if groups > 1 else A[0]) < 1e-10
+    assert oracle.relative_error(found.G, G if groups > 1 else G[0]) < 1e-10
+
+
+# --- exact where K-FAC is exact --------------------------------------------------------------------
+
+
+def one_position(groups, dilation, stride, mode):
+    """A convolution whose output is one pixel, whatever its settings."""
+    size = 2 * dilation + 1 - (2 if mode != "none" else 0)
+    padding = 1 if mode != "none" else 0
+    settings = {"groups": groups, "dilation": dilation, "stride": stride, "padding": padding}
+    kind = mode if mode != "none" else "zeros"
+    return nn.Conv2d(CHANNELS, OUT, 3, padding_mode=kind, **settings).double(), random(
+        1, CHANNELS, size, size
+    )
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize("dilation", [1, 2])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("mode", ["none", "zeros", "reflect", "circular"])
+def test_one_datum_with_one_output_position_is_exact(groups, dilation, stride, mode):
+    if mode in {"reflect", "circular"} and dilation == 1:
+        dilation = 2  # these need an input larger than the padding
+    module, x = one_position(groups, dilation, stride, mode)
+    params = {name: p.detach() for name, p in module.named_parameters()}
+
+    def loss_fn(p, x):
+        return functional_call(module, p, (x,)).sin().sum()
+
+    pair = thor_fx.factors(loss_fn, params, x)["weight"]
+    assert pair.rows == pair.n == 1
+    leaf = params["weight"].clone().requires_grad_()
+    (g,) = torch.autograd.grad(loss_fn({**params, "weight": leaf}, x), leaf)
+    rows = g.reshape(groups, -1)
+    fisher = rows[:, :, None] * rows[:, None, :]
+    A, G = (pair.A, pair.G) if groups > 1 else (pair.A[None], pair.G[None])
+    for e in range(groups):
+        assert oracle.relative_error(oracle.kronecker(G[e], A[e]), fisher[e]) < 1e-10
+
+
+# --- memory ----------------------------------------------------------------------------------------
+
+
+def test_patches_are_not_written_down_where_they_overlap(monkeypatch):
+    """Of a 3 x 3 kernel over as many channels as it makes, only slices as large as the input are made."""
+    largest = []
+    seen = Patches._seen
+
+    def spy(self, padded, taps, groups=None):
+        found = seen(self, padded, taps, groups)
+        largest.append(found.numel() / padded.numel())
+        return found
+
+    monkeypatch.setattr(Patches, "_seen", spy)
+    factors_of(nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1).double(), random(BATCH, CHANNELS, 8, 8))
+    assert len(largest) == 9
+    assert max(largest) <= 1
+
+
+# --- both doors ------------------------------------------------------------------------------------
+
+
+class SmallNet(nn.Module):
+    """Plain, grouped, depthwise and transposed convolutions with BatchNorm."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv1d(1, 4, 3, padding=1), nn.BatchNorm1d(4), nn.ReLU(),
+            nn.Conv1d(4, 4, 3, groups=2, stride=2), nn.Tanh(),
+            nn.ConvTranspose1d(4, 4, 2, groups=4), nn.Tanh(),
+        )  # fmt: skip
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.head(self.body(x[:, None]).mean(-1))
+
+
+@pytest.mark.parametrize("bias", ["raw", "joint"])
+@pytest.mark.parametrize("sharing", ["expand", "reduce"])
+def test_both_doors_take_the_same_steps(bias, sharing):
+    from training import assert_same, batches
+
+    settings = {"lr": 0.1, "damping": 0.1, "momentum": 0.9, "frequency": 2, "bias": bias, "sharing": sharing}
+    data = batches(4)
+    functional = by_functional_door(build_model(SmallNet).eval(), data, **settings)
+    model = build_model(SmallNet)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm1d):
+            module.eval()
+    assert_same(by_drop_in_door(model, data, **settings), functional, rtol=1e-9)
