@@ -18,8 +18,10 @@ from .capture import (
     describe_forward_inputs,
     describe_joint,
     export_joint,
+    has_recurrent_operator,
     make_slot,
     own_code,
+    rnns_looked_into,
     tracing_settings,
     trainable_rnns,
     without_dynamo,
@@ -109,6 +111,7 @@ class _Call:
     ) -> None:
         self.collector = Collector(backend)
         self._model = model
+        self._captures_rnn = not any(isinstance(part, nn.RNNBase) for part in model.modules())
         settings: dict[str, Any] = {"mode": mode, "options": options} if backend == "inductor" else {}
 
         def plain(*args: Any, **kw: Any) -> Any:
@@ -119,6 +122,7 @@ class _Call:
 
         def factor_backend(forward: fx.GraphModule, inputs: Sequence[Any]) -> Runner:
             params = dict(model.named_parameters())
+            self._captures_rnn |= has_recurrent_operator(forward)
             build = _FactorCompiler(self.collector, backend, mode, options)
             return build(forward, inputs, params)
 
@@ -127,10 +131,21 @@ class _Call:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         collects = self.collector.wanted and self._model.training and torch.is_grad_enabled()
+        if not collects and self._breaks_at_rnn():
+            with rnns_looked_into():
+                return self._plain(*args, **kwargs)
         if not collects:
             return self._plain(*args, **kwargs)
         with tracing_settings():
             return self._factor(*args, **kwargs)
+
+    def _breaks_at_rnn(self) -> bool:
+        """Whether factor graphs have been compiled and none contains the recurrent layers (packed sequences).
+
+        Plain steps must then break where these did: a frame that Dynamo gives up on, because of a
+        recurrent module, it never enters again, in factor steps neither.
+        """
+        return bool(self.collector.graphs) and not self._captures_rnn
 
 
 @dataclass(eq=False)
