@@ -138,6 +138,20 @@ def tracing_settings() -> contextlib.AbstractContextManager[Any]:
     return settings
 
 
+def rnns_looked_into() -> contextlib.AbstractContextManager[Any]:
+    """Let Dynamo look into recurrent modules as it does under :func:`tracing_settings`; all else is stock."""
+    settings: Any = torch._dynamo.config.patch(allow_rnn=True)
+    return settings
+
+
+def has_recurrent_operator(forward: fx.GraphModule) -> bool:
+    """Whether a recurrent layer is part of one of Dynamo's graphs."""
+    return any(getattr(node.target, "__name__", "") in RECURRENT for node in forward.graph.nodes)
+
+
+RECURRENT = {"lstm", "gru", "rnn_tanh", "rnn_relu"}
+
+
 # NOTE: [Recurrent nets] ``aten.lstm``, ``gru`` and ``rnn_*`` decompose into their time steps, by Python
 # code of torch (2.11, 2.13 and 2.15) that was written for inference. Twice it is wrong for training:
 # an LSTM on a CPU in float32 or bfloat16 becomes oneDNN's fused layer in its form for inference, which

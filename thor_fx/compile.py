@@ -20,8 +20,10 @@ from .capture import (
     describe_forward_inputs,
     describe_joint,
     export_joint,
+    has_recurrent_operator,
     make_slot,
     own_code,
+    rnns_looked_into,
     tracing_settings,
     trainable_rnns,
     without_dynamo,
@@ -116,6 +118,7 @@ class _Call:
     ) -> None:
         self.collector = Collector(backend)
         self._model = model
+        self._captures_rnn = not any(isinstance(part, nn.RNNBase) for part in model.modules())
         settings: dict[str, Any] = {"mode": mode, "options": options} if backend == "inductor" else {}
 
         def plain(*args: Any, **kw: Any) -> Any:
@@ -126,6 +129,7 @@ class _Call:
 
         def factor_backend(forward: fx.GraphModule, inputs: Sequence[Any]) -> Runner:
             params = dict(model.named_parameters())
+            self._captures_rnn |= has_recurrent_operator(forward)
             build = _FactorCompiler(self.collector, self.collector.rules, backend, mode, options, strict)
             return build(forward, inputs, params)
 
@@ -140,6 +144,9 @@ class _Call:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         collects = self.collector.wanted and self._model.training and torch.is_grad_enabled()
+        if not collects and self._breaks_at_rnn():
+            with rnns_looked_into():
+                return self._plain(*args, **kwargs)
         if not collects:
             return self._plain(*args, **kwargs)
         if self._generation != self.collector.generation:
@@ -151,6 +158,14 @@ class _Call:
                 if isinstance(error.inner_exception, CoverageError):
                     raise error.inner_exception from None
                 raise
+
+    def _breaks_at_rnn(self) -> bool:
+        """Whether factor graphs have been compiled and none contains the recurrent layers (packed sequences).
+
+        Plain steps must then break where these did: a frame that Dynamo gives up on, because of a
+        recurrent module, it never enters again, in factor steps neither.
+        """
+        return bool(self.collector.graphs) and not self._captures_rnn
 
 
 @dataclass(frozen=True)
