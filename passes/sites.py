@@ -143,12 +143,25 @@ def _swap(path: Path, sizes: tuple[int, ...]) -> Permute:
 
 
 def _nearest(gm: fx.GraphModule, sites: list[Site]) -> Site | None:
-    """The site whose cotangent is the fewest operations away from where backward starts."""
+    """The site whose cotangent is the fewest operations away from where backward of the loss starts.
+
+    A model that returns its loss may return more (the keys that it caches): the loss is the scalar.
+    """
+    starts = seeds(gm)
+    for frontier in ([node for node in starts if shape(node) == ()], starts):
+        distance = _distances(frontier)
+        reached = [site for site in sites if site.cotangent.node in distance]
+        if reached:
+            return min(reached, key=lambda site: distance[site.cotangent.node])
+    return None
+
+
+def _distances(frontier: list[fx.Node]) -> dict[fx.Node, int]:
+    """How many operations away from ``frontier`` everything is that depends on it."""
     distance: dict[fx.Node, int] = {}
-    frontier = seeds(gm)
     for step in itertools.count():
         distance |= dict.fromkeys(frontier, step)
         frontier = list(dict.fromkeys(u for node in frontier for u in node.users if u not in distance))
         if not frontier:
             break
-    return min(sites, key=lambda site: distance[site.cotangent.node], default=None)
+    return distance

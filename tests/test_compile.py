@@ -410,3 +410,26 @@ def test_batch_sizes_do_not_disturb_the_values():
     found = by_drop_in_door(build(mlp), data, **SETTINGS)
     model = compiled(dynamic=False)
     assert_same(found, train(model, thor(model), data))
+
+
+class Caching(nn.Module):
+    """Returns its loss over 4 positions, and keys of 6 positions that a decoder would keep."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.key, self.query, self.head = (nn.Linear(IN, size) for size in (IN, IN, CLASSES))
+
+    def forward(self, memory: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        key = self.key(memory)
+        mixed = (self.query(x) @ key.mT).softmax(-1) @ memory
+        return nn.functional.cross_entropy(self.head(mixed).flatten(0, 1), y.flatten()), key
+
+
+def test_terms_are_those_of_the_loss_that_a_model_returns():
+    model = thor_fx.compile(Caching(), backend="aot_eager")
+    optimizer = thor_fx.Thor(model, lr=0.1, damping=0.1, momentum=0.9)
+    loss, _ = model(torch.randn(2, 6, IN), torch.randn(2, 4, IN), torch.zeros(2, 4, dtype=torch.long))
+    loss.backward()
+    optimizer.step()
+    assert optimizer.coverage.terms == "head.weight"
+    assert optimizer.param_groups[0]["terms"] == 2 * 4

@@ -3,6 +3,7 @@
 import copy
 import functools
 import io
+import logging
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -422,6 +423,35 @@ def test_frozen_parameters_stay():
     assert not torch.equal(params["0.bias"], before["0.bias"])
 
 
+def frozen_and_compared() -> tuple[dict[str, Tensor], Callable[..., Tensor]]:
+    """A frozen shift, and a loss that asks whether it got the module's own tensors, as modules do."""
+    module = build(lambda: nn.Linear(IN, CLASSES))
+    module.bias.requires_grad_(False)
+
+    def loss_fn(p, x, y):
+        assert (p["weight"] is module.weight) in {True, False}
+        return F.cross_entropy(x @ p["weight"].T + p["bias"], y)
+
+    return dict(module.named_parameters()), loss_fn
+
+
+def test_copies_of_frozen_parameters_are_not_trained(compilations):
+    (params, loss_fn), data = frozen_and_compared(), batches(3)
+    step = make(loss_fn, donate=False, frequency=1)
+    new, _ = run(step, params, step.init(params, *data[0]), data)
+    assert compilations.count == 1  # init has seen what steps see
+    assert torch.equal(new["bias"], params["bias"])
+    assert not torch.equal(new["weight"], params["weight"])
+
+
+def test_parameters_frozen_in_init_only_are_refused():
+    (params, loss_fn), data = frozen_and_compared(), batches(1)
+    step = make(loss_fn)
+    state = step.init(params, *data[0])
+    with pytest.raises(RuntimeError, match=r"params are not those that step.init saw.*\['bias'\]"):
+        step(snapshot(params), state, *data[0])
+
+
 def test_parameters_that_the_loss_ignores_stay():
     model, data = build(mlp), batches(4)
     extra = torch.ones(3, 2, dtype=torch.float64)
@@ -648,3 +678,20 @@ def test_init_may_be_called_again():
     state = step.init(params, x)
     assert state.step == 0
     assert step(params, state, x)[2].loss == first
+
+
+def test_what_a_loss_logs_breaks_no_graph():
+    """Dynamo has no graph for loggers; ``transformers`` warns about the loss of GPT-2 through one."""
+    model, data = build(mlp), batches(2)
+    plain, logger = classifier_loss(model), logging.getLogger("a model")
+
+    def loss_fn(params, x, y):
+        logger.warning("this loss is a default")
+        return plain(params, x, y)
+
+    loud, quiet = make(loss_fn), make(plain)
+    trajectories = []
+    for step in (loud, quiet):
+        params = start(model)
+        trajectories.append(run(step, params, step.init(params, *data[0]), data)[0])
+    assert_same([trajectories[0]], [trajectories[1]])

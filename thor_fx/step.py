@@ -168,6 +168,8 @@ class CompiledStep:
         check_params(params)
         self.coverage = None
         self._hyper = HyperTensors()
+        if not self._donate:  # steps run on copies: Dynamo guards on whether a tensor is the model's own
+            params, _ = _copies(params, StepState(0, None))
         try:
             self._run(params, None, batch if buffers is None else (buffers, *batch))
         except _Traced as traced:
@@ -245,6 +247,11 @@ class CompiledStep:
                 "the layers of this call are not those that step.init saw: call step.init again "
                 f"(then: {sorted(self.coverage.layers)}, now: {sorted(found.layers)})"
             )
+        if self.coverage is not None and self.coverage.trained != found.trained:
+            raise RuntimeError(
+                "params are not those that step.init saw: call step.init again (trained in one of the two "
+                f"only: {sorted(self.coverage.trained ^ found.trained)})"
+            )
         self.coverage = found
 
     def _compile_kind(self, graph: fx.GraphModule, captured: Captured, factors: bool) -> Compiled:
@@ -257,13 +264,13 @@ class CompiledStep:
 
 
 def _copies(params: Params, state: StepState) -> tuple[Params, StepState]:
-    """Copies of all tensors; what was one tensor under two names stays one."""
+    """Copies of all tensors but frozen ones; what was one tensor under two names stays one."""
     known: dict[int, Tensor] = {}
 
     def copy(tensor: Tensor) -> Tensor:
         return known.setdefault(id(tensor), tensor.detach().clone())
 
-    copied = {name: copy(p) for name, p in params.items()}
+    copied = {name: copy(p) if trainable(p) else p for name, p in params.items()}
     inner, buffers = pytree.tree_map_only(Tensor, copy, (state.inner, state.buffers))
     return copied, state._replace(inner=inner, buffers=buffers)
 
