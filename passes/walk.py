@@ -13,8 +13,21 @@ from typing import Any
 import torch
 from torch import fx
 
-from .nodes import CASTS, PERMUTES, RESHAPES, arguments, chain, permutation, shape, source, target, use_of
+from .nodes import (
+    CASTS,
+    PERMUTES,
+    RESHAPES,
+    arguments,
+    chain,
+    permutation,
+    shape,
+    source,
+    target,
+    upstream,
+    use_of,
+)
 from .operands import Operand, Scaled
+from .outputs import KEY, Param
 from .reindex import Narrow, Path, Permute, Step, View, part_name
 
 aten = torch.ops.aten
@@ -240,6 +253,8 @@ def scaled_product(walk: Walk, node: fx.Node, path: Path) -> Iterator[Any]:
     axis = _scaled_axis(other, node)
     if axis is None:
         raise unlike(node)
+    if isinstance(other, fx.Node) and _is_made_of(other, walk.param):
+        raise unlike(node, " by a function of itself")
     divide = target(node) in DIVISIONS
     if axis == "all":
         yield from (_scaled(site, other, divide) for site in walk.visit(one, path))
@@ -252,6 +267,10 @@ def scaled_product(walk: Walk, node: fx.Node, path: Path) -> Iterator[Any]:
         operand = getattr(site, side)
         scaled = replace(site, **{side: Scaled(operand.node, operand, other, divide)})
         yield replace(scaled, path=(*path, *site.path))
+
+
+def _is_made_of(node: fx.Node, param: str) -> bool:
+    return any(n.meta.get(KEY) == Param(param) for n in upstream([node]))
 
 
 DIVISIONS = {aten.div.Tensor, aten.div.Scalar}

@@ -239,7 +239,7 @@ def factors_of(model: nn.Module, parts: list[Batch]) -> dict[str, Kronecker]:
     for x, y in parts:
         (F.cross_entropy(model(x), y) / len(parts)).backward()
     moments, terms = collector_of(model).take()
-    return kronecker(moments, terms)
+    return kronecker(moments, collector_of(model).coverage.layers, terms)
 
 
 def test_half_batches_add_up_to_the_batch():

@@ -11,8 +11,8 @@ from torch.func import functional_call
 import oracle
 import thor_fx
 from thor_fx.passes.patches import Patches
+from training import assert_same, batches, by_drop_in_door, by_functional_door
 from training import build as build_model
-from training import by_drop_in_door, by_functional_door
 
 CONVOLUTIONS = {
     (1, False): F.conv1d,
@@ -64,7 +64,7 @@ def expected(convolve, weight, groups, transposed):
 def case(axes, kernel, stride, padding, dilation, groups, transposed):
     """The input, the weight and the convolution as a function of the weight; None where it has no output."""
     convolution = CONVOLUTIONS[axes, transposed]
-    x = random(BATCH, CHANNELS, *(5 + i for i in range(axes)))
+    x = random(BATCH, CHANNELS, *((5 if axes < 3 else 3) + i % 2 for i in range(axes)))
     sides = (CHANNELS, OUT // groups) if transposed else (OUT, CHANNELS // groups)
     weight = random(*sides, *[kernel] * axes, seed=1)
 
@@ -93,6 +93,7 @@ SPACE = [
 
 
 def assert_factors(setting):
+    """(axes, kernel, stride, padding, dilation, groups, transposed)"""
     x, weight, convolve = case(*setting)
     found = thor_fx.factors(lambda p, x: convolve(p["w"], x).sin().mean(), {"w": weight}, x)["w"]
     A, G, rows = expected(convolve, weight, setting[5], setting[6])
@@ -107,7 +108,7 @@ def assert_factors(setting):
 def test_every_mix_of_settings():
     """Kernel, stride, padding, dilation, groups, transposed; in one test, since every one is tiny."""
     assert len(GRID) > 200
-    for setting in GRID[:: max(1, len(GRID) // 60)]:
+    for setting in GRID[:: len(GRID) // 24]:
         assert_factors(setting)
 
 
@@ -125,6 +126,7 @@ def factors_of(module, x):
     return thor_fx.factors(loss_fn, params, x)
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")
 @pytest.mark.parametrize("mode", ["zeros", "reflect", "replicate", "circular"])
 @pytest.mark.parametrize("padding", [1, "same"])
 @pytest.mark.parametrize("kernel", [2, 3])
@@ -301,8 +303,6 @@ class SmallNet(nn.Module):
 @pytest.mark.parametrize("bias", ["raw", "joint"])
 @pytest.mark.parametrize("sharing", ["expand", "reduce"])
 def test_both_doors_take_the_same_steps(bias, sharing):
-    from training import assert_same, batches
-
     settings = {"lr": 0.1, "damping": 0.1, "momentum": 0.9, "frequency": 2, "bias": bias, "sharing": sharing}
     data = batches(4)
     functional = by_functional_door(build_model(SmallNet).eval(), data, **settings)

@@ -133,9 +133,9 @@ def test_a_real_model_through_both_doors(llama, tokens):
     for _ in range(10):
         params, state, out = step(params, state, tokens, mask)
         losses.append(out.loss.item())
-    assert len(step.coverage.layers) == 15
+    assert len(step.coverage.layers) == 16  # 2 x 7 projections, the embedding and the head
     assert step.coverage.terms == "lm_head.weight"
-    assert sum(layer.uses for layer in step.coverage.layers.values()) == 15
+    assert sum(layer.uses for layer in step.coverage.layers.values()) == 16
     assert len(step.coverage.norms) == 5
     assert list(step.coverage.fallback) == ["model.embed_tokens.weight"]
     assert losses[-1] < 0.6 * losses[0]

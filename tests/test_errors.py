@@ -113,6 +113,14 @@ WRONG = [
     ("block_size", 128.0, TypeError),
     ("block_size", "all", TypeError),
     ("block_size", 0, ValueError),
+    ("sharing", 1, TypeError),
+    ("sharing", "both", ValueError),
+    ("bias", True, TypeError),
+    ("bias", "none", ValueError),
+    ("max_dim", 1.5, TypeError),
+    ("max_dim", 0, ValueError),
+    ("fallback", None, TypeError),
+    ("fallback", "nothing", ValueError),
 ]
 
 

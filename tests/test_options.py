@@ -22,6 +22,10 @@ WRONG_TYPES = {
     "frequency": ["100", 100.0, True, None],
     "damping_rule": [None, 1, ["factor"]],
     "block_size": ["128", 128.0, True],
+    "sharing": [1, None],
+    "bias": [True, None],
+    "max_dim": ["8192", 8192.0, True],
+    "fallback": [None, 3],
 }
 WRONG_VALUES = {
     **{name: [-0.1, NAN, INF, -INF] for name in NUMBERS},
@@ -30,6 +34,10 @@ WRONG_VALUES = {
     "frequency": [0, -1],
     "damping_rule": ["none", "", "Factor"],
     "block_size": [0, -128],
+    "sharing": ["both", ""],
+    "bias": ["none"],
+    "max_dim": [0, -1],
+    "fallback": ["nothing"],
 }
 RIGHT = {
     **{name: [0.5, 1] for name in NUMBERS},
@@ -45,6 +53,10 @@ RIGHT = {
     "frequency": [1, 2, 100],
     "damping_rule": ["factor", "sqrt", "pi"],
     "block_size": [None, 1, 128],
+    "sharing": ["expand", "reduce", lambda name: "reduce" if "conv" in name else "expand"],
+    "bias": ["raw", "joint"],
+    "max_dim": [None, 1, 8192],
+    "fallback": ["blocks", "diagonal", "identity"],
 }
 
 

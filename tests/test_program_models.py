@@ -68,7 +68,8 @@ def dropout_masks_of_factors(backend: str) -> list[Tensor]:
     masks = []
     for _ in range(4):
         model(torch.ones(1, WIDE, dtype=torch.float64)).square().sum().backward()
-        pair = kronecker(*collector_of(model).take())["fc.weight"]
+        moments, terms = collector_of(model).take()
+        pair = kronecker(moments, collector_of(model).coverage.layers, terms)["fc.weight"]
         gradient = model.fc.weight.grad
         torch.testing.assert_close(pair.A * pair.G.trace(), gradient.T @ gradient, rtol=1e-10, atol=1e-12)
         torch.testing.assert_close(pair.A.trace() * pair.G, gradient @ gradient.T, rtol=1e-10, atol=1e-12)
