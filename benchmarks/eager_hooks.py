@@ -1,7 +1,8 @@
 """K-FAC as one writes it by hand: forward and backward hooks, eager tensors, a loop over layers.
 
 It computes what :class:`thor_fx.Thor` computes with its defaults (``tests/test_benchmarks.py``), for
-models of ``nn.Linear`` and ``nn.LayerNorm``, each used once per step::
+models of ``nn.Linear``, ``nn.Embedding`` (whose ``A`` is a diagonal) and ``nn.LayerNorm``, each called at
+most once per step::
 
     A = (1/R) sum_r a_r a_r^T    G = n sum_r g_r g_r^T    by blocks of 128
     U = (G + lambda I)^-1 (dL/dW) (A + lambda I)^-1       LayerNorm: g / (g^2/n + lambda)
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 
 
 class EagerKfac:
-    """An optimizer with hooks on every ``nn.Linear`` of ``model``.
+    """An optimizer with hooks on every ``nn.Linear`` and ``nn.Embedding`` of ``model``.
 
     Args:
         terms: ``n``, how many terms the loss averages over.
@@ -44,9 +45,11 @@ class EagerKfac:
         self._params = list(model.parameters())
         self._moving = [torch.zeros_like(p) for p in self._params]
         self._linears = [m for m in model.modules() if isinstance(m, nn.Linear)]
+        self._embeddings = [m for m in model.modules() if isinstance(m, nn.Embedding)]
         self._norms = [m for m in model.modules() if isinstance(m, nn.LayerNorm)]
-        self._factors: dict[tuple[nn.Linear, str], Tensor] = {}
-        self._inverses: dict[tuple[nn.Linear, str], list[Tensor]] = {}
+        self._factors: dict[tuple[nn.Module, str], Tensor] = {}
+        self._inverses: dict[tuple[nn.Module, str], list[Tensor]] = {}
+        self._frequencies: dict[nn.Module, Tensor] = {}
         self._hooks: list[Any] = []
         self._step = 0
         self._attach()
@@ -72,6 +75,7 @@ class EagerKfac:
 
     def _attach(self) -> None:
         self._hooks = [linear.register_forward_hook(self._save_factors) for linear in self._linears]
+        self._hooks += [m.register_forward_hook(self._save_frequencies) for m in self._embeddings]
 
     def _detach(self) -> None:
         for hook in self._hooks:
@@ -85,9 +89,15 @@ class EagerKfac:
         output.register_hook(partial(self._save_output_factor, linear))
 
     @torch.no_grad()
-    def _save_output_factor(self, linear: nn.Linear, cotangent: Tensor) -> None:
+    def _save_frequencies(self, embedding: nn.Embedding, inputs: tuple[Tensor], output: Tensor) -> None:
+        counts = torch.bincount(inputs[0].flatten(), minlength=embedding.num_embeddings)
+        self._frequencies[embedding] = counts.to(output.dtype) / inputs[0].numel()
+        output.register_hook(partial(self._save_output_factor, embedding))
+
+    @torch.no_grad()
+    def _save_output_factor(self, module: nn.Module, cotangent: Tensor) -> None:
         g_RO = cotangent.flatten(0, -2)
-        self._factors[linear, "G"] = (g_RO.T @ g_RO).mul_(self._terms)
+        self._factors[module, "G"] = (g_RO.T @ g_RO).mul_(self._terms)
 
     # --- refresh ---------------------------------------------------------------------------------
 
@@ -116,12 +126,17 @@ class EagerKfac:
 
     def _updates(self) -> list[Tensor]:
         new = {linear.weight: self._precondition(linear) for linear in self._linears}
+        new |= {m.weight: self._precondition_table(m) for m in self._frequencies}
         new |= {p: self._elementwise(p.grad) for norm in self._norms for p in norm.parameters()}
         return [new.get(p, p.grad) for p in self._params]
 
     def _precondition(self, linear: nn.Linear) -> Tensor:
         left = _multiply(self._inverses[linear, "G"], linear.weight.grad)
         return _multiply(self._inverses[linear, "A"], left.T).T
+
+    def _precondition_table(self, embedding: nn.Module) -> Tensor:
+        scaled = embedding.weight.grad / (self._frequencies[embedding] + self._damping)[:, None]
+        return _multiply(self._inverses[embedding, "G"], scaled.T).T
 
     def _elementwise(self, gradient: Tensor) -> Tensor:
         return gradient / (gradient**2 / self._terms + self._damping)

@@ -137,7 +137,7 @@ def test_a_real_model_through_both_doors(llama, tokens):
     assert step.coverage.terms == "lm_head.weight"
     assert sum(layer.uses for layer in step.coverage.layers.values()) == 16
     assert len(step.coverage.norms) == 5
-    assert list(step.coverage.fallback) == ["model.embed_tokens.weight"]
+    assert not step.coverage.fallback
     assert losses[-1] < 0.6 * losses[0]
 
     model = thor_fx.compile(llama, backend="aot_eager")
