@@ -30,7 +30,7 @@ pytestmark = [
 ]
 
 REASONS = {
-    "a table that is added to every example": r"^its gradient is (\w+ <- )*sum <- ",
+    "a table that is added to every example": r"^its gradient is (view <- )?sum <- ",
     "rows that are picked by an index": r"^its gradient is index_put <- new_zeros",
     "a table that is normalised before it is used": r"^its gradient is getitem <- native_layer_norm_backward",
     "weight norm": r"^its gradient is getitem <- _weight_norm_interface_backward",
