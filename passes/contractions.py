@@ -218,9 +218,8 @@ def _routed(walk: Walk, node: fx.Node, products: fx.Node, index: fx.Node, path: 
 def _flat(operand: Routed) -> Routed:
     """Read (S, F) behind the view (S, F, 1) or (S, 1, F)."""
     node = operand.node
-    while _changes_nothing(node) or (
-        target(node) in CASTS | RESHAPES | PERMUTES and 1 in shape(node)[1:]
-    ):
+    views = CASTS | RESHAPES | PERMUTES | {aten.select_backward.default}  # s[:, :, 0] of (S, F, 1)
+    while _changes_nothing(node) or (target(node) in views and 1 in shape(node)[1:]):
         node = source(node)
     if len(shape(node)) != 2:
         raise unlike(operand.node)
@@ -248,6 +247,21 @@ def _index_put(walk: Walk, node: fx.Node, path: Path) -> Iterator[Site]:
     if not is_zero(full) or accumulate != [True] or len(indices) != 1 or indices[0] is None:
         raise unlike(node)
     yield from _added_up(walk, node, values, indices[0], path)
+
+
+def _masked_index_put(walk: Walk, node: fx.Node, path: Path) -> Iterator[Site]:
+    """The decomposition of an embedding's backward: indices in range that are not the padding."""
+    full, mask, indices, values = arguments(node)
+    if not is_zero(full) or len(indices) != 1 or not _of_embedding(node):
+        raise unlike(node)
+    g, _ = _given(values)
+    compared = [n for n in upstream([mask]) if target(n) is aten.ne.Scalar and _of_embedding(n)]
+    yield _lookup(walk, node, g, indices[0], int(arguments(compared[0])[1]) if compared else -1, path)
+
+
+def _of_embedding(node: fx.Node) -> bool:
+    # by name: deepcopy makes another object of an operator
+    return str(node.meta.get("original_aten")) == "aten.embedding_dense_backward.default"
 
 
 def _index_add(walk: Walk, node: fx.Node, path: Path) -> Iterator[Site]:
@@ -287,8 +301,7 @@ def _changes_nothing(node: fx.Node) -> bool:
 def _given(values: fx.Node) -> tuple[fx.Node, int]:
     """What the decomposition of an embedding's backward started from, and the padding that it masks."""
     padding = -1
-    decomposed = aten.embedding_dense_backward.default
-    while target(values) in CASTS or values.meta.get("original_aten") is decomposed:
+    while target(values) in CASTS or _of_embedding(values):
         for node in values.all_input_nodes:
             padding = max(padding, _compared_with(node))
         values = next(n for n in values.all_input_nodes if n.meta["val"].is_floating_point())
@@ -374,6 +387,7 @@ WEIGHTS: Mapping[Any, Rule] = {
     aten._embedding_bag_backward.default: _embedding_bag,
     aten.index_put.default: _index_put,
     aten._unsafe_index_put.default: _index_put,
+    aten._unsafe_masked_index_put_accumulate.default: _masked_index_put,
     aten.index_add.default: _index_add,
     operator.getitem: _getitem,
 }

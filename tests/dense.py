@@ -31,9 +31,8 @@ def solve(
     A: Tensor | None, G: Tensor | None, gradient: Tensor, rule: str = "factor", damping: float = 0.3
 ) -> Tensor:
     """``vec U = (G_d (x) A_d)^-1 vec gradient``; a factor that is None is left out."""
-    a, g = (None if m is None else m.trace().item() / len(m) for m in (A, G))
-    pi = math.sqrt((1.0 if a is None else a) / (1.0 if g is None else g))
-    root = math.sqrt(damping)
+    a, g = (1.0 if m is None else m.trace().item() / len(m) for m in (A, G))
+    pi, root = math.sqrt(a / g) if a > 0 < g else 1.0, math.sqrt(damping)
     damp_a, damp_g = {"factor": (damping, damping), "sqrt": (root, root), "pi": (pi * root, root / pi)}[rule]
     out, in_ = gradient.shape
     A = torch.eye(in_, dtype=torch.float64) if A is None else oracle.damped(A, damp_a)
