@@ -19,7 +19,7 @@ from .outputs import KEY as DESCRIPTOR
 from .outputs import Frozen, Param
 from .patches import Geometry, Patches, Pixels
 from .reindex import Path, Permute, View
-from .walk import SWAP, NoSite, Rule, Site, Walk, is_zero, scaled_product, unlike
+from .walk import SWAP, NoSite, Rule, Site, Walk, in_short, is_zero, scaled_product, unlike
 
 aten = torch.ops.aten
 
@@ -70,7 +70,7 @@ def _through_a_map(walk: Walk, left: fx.Node, right: fx.Node, first: bool, path:
     found = list(strict.visit(gradient, ()))
     if not found:
         raise unlike(gradient)
-    for site in found:
+    for site in (in_short(site, gradient) for site in found):
         if site.path not in {(), (SWAP,)} or site.kind != "linear":
             raise unlike(gradient)
         side = "activation" if first == (site.path == ()) else "cotangent"
@@ -218,7 +218,8 @@ def _routed(walk: Walk, node: fx.Node, products: fx.Node, index: fx.Node, path: 
 def _flat(operand: Routed) -> Routed:
     """Read (S, F) behind the view (S, F, 1) or (S, 1, F)."""
     node = operand.node
-    while target(node) in CASTS | RESHAPES | PERMUTES and 1 in shape(node)[1:]:
+    views = CASTS | RESHAPES | PERMUTES | {aten.select_backward.default}  # s[:, :, 0] of (S, F, 1)
+    while _changes_nothing(node) or (target(node) in views and 1 in shape(node)[1:]):
         node = source(node)
     if len(shape(node)) != 2:
         raise unlike(operand.node)
@@ -248,6 +249,21 @@ def _index_put(walk: Walk, node: fx.Node, path: Path) -> Iterator[Site]:
     yield from _added_up(walk, node, values, indices[0], path)
 
 
+def _masked_index_put(walk: Walk, node: fx.Node, path: Path) -> Iterator[Site]:
+    """The decomposition of an embedding's backward: indices in range that are not the padding."""
+    full, mask, indices, values = arguments(node)
+    if not is_zero(full) or len(indices) != 1 or not _of_embedding(node):
+        raise unlike(node)
+    g, _ = _given(values)
+    compared = [n for n in upstream([mask]) if target(n) is aten.ne.Scalar and _of_embedding(n)]
+    yield _lookup(walk, node, g, indices[0], int(arguments(compared[0])[1]) if compared else -1, path)
+
+
+def _of_embedding(node: fx.Node) -> bool:
+    # by name: deepcopy makes another object of an operator
+    return str(node.meta.get("original_aten")) == "aten.embedding_dense_backward.default"
+
+
 def _index_add(walk: Walk, node: fx.Node, path: Path) -> Iterator[Site]:
     full, axis, index, values = arguments(node)
     if not is_zero(full) or axis != 0:
@@ -259,17 +275,33 @@ def _added_up(walk: Walk, node: fx.Node, values: fx.Node, index: fx.Node, path: 
     if index.meta["val"].dtype == torch.bool:
         raise unlike(node, " with a mask")
     g, padding = _given(values)
-    if target(g) is aten.bmm.default and len(shape(node)) == 3:
-        yield from _routed(walk, node, g, index, path)
+    product, flipped = _as_stacked(g)
+    if target(product) is aten.bmm.default and len(shape(node)) == 3:
+        yield from _routed(walk, node, product, index, (*path, SWAP_GROUPED) if flipped else path)
     else:
         yield _lookup(walk, node, g, index, padding, path)
+
+
+def _as_stacked(node: fx.Node) -> tuple[fx.Node, bool]:
+    """The stacked matrices behind what ``einsum`` and ``@`` leave; whether they are transposed there."""
+    flipped = False
+    while _changes_nothing(node) or (target(node) in PERMUTES and permutation(node) == (0, 2, 1)):
+        flipped ^= not _changes_nothing(node)
+        node = source(node)
+    return node, flipped
+
+
+def _changes_nothing(node: fx.Node) -> bool:
+    if target(node) in PERMUTES:
+        return permutation(node) == tuple(range(len(shape(node))))
+    views = RESHAPES | {aten.expand.default}
+    return target(node) in views and shape(source(node)) == shape(node)
 
 
 def _given(values: fx.Node) -> tuple[fx.Node, int]:
     """What the decomposition of an embedding's backward started from, and the padding that it masks."""
     padding = -1
-    decomposed = aten.embedding_dense_backward.default
-    while target(values) in CASTS or values.meta.get("original_aten") is decomposed:
+    while target(values) in CASTS or _of_embedding(values):
         for node in values.all_input_nodes:
             padding = max(padding, _compared_with(node))
         values = next(n for n in values.all_input_nodes if n.meta["val"].is_floating_point())
@@ -355,6 +387,7 @@ WEIGHTS: Mapping[Any, Rule] = {
     aten._embedding_bag_backward.default: _embedding_bag,
     aten.index_put.default: _index_put,
     aten._unsafe_index_put.default: _index_put,
+    aten._unsafe_masked_index_put_accumulate.default: _masked_index_put,
     aten.index_add.default: _index_add,
     operator.getitem: _getitem,
 }

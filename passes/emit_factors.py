@@ -54,11 +54,13 @@ def emit_factors(
     new: list[tuple[OutputDescriptor, fx.Node]] = []
     for layout in arrange(report, rules).values():
         for use in layout.uses:
-            anchor = max((site.gradient for site in use.sites), key=last.__getitem__)
+            read = _nodes((*use.activations, *use.cotangents))
+            anchor = max((*(site.gradient for site in use.sites), *read), key=last.__getitem__)
             new += _moments(use, anchor, insert)
     if report.nearest is not None:
         terms = report.nearest.activation
-        new.append((Terms(), insert(report.nearest.gradient, terms_of(terms), *terms.nodes)))
+        anchor = max((report.nearest.gradient, *terms.nodes), key=last.__getitem__)
+        new.append((Terms(), insert(anchor, terms_of(terms), *terms.nodes)))
     append(gm, new)
 
 

@@ -97,7 +97,7 @@ def simplify(path: Path, shape: tuple[int, ...]) -> Path:
     part = torch.empty(take(head, torch.empty(shape, device="meta")).shape, device="meta")
     try:
         matrix = _as_view(path[len(head) :], part)
-    except RuntimeError:  # a reshape that would copy
+    except (RuntimeError, ValueError):  # a reshape that would copy
         return path
     order = _as_stored(matrix)
     stored = matrix.permute(order)

@@ -28,7 +28,7 @@ from .nodes import (
 )
 from .operands import Operand, Scaled
 from .outputs import KEY, Param
-from .reindex import Narrow, Path, Permute, Step, View, part_name
+from .reindex import Narrow, Path, Permute, Step, View, part_name, simplify
 
 aten = torch.ops.aten
 
@@ -260,6 +260,7 @@ def scaled_product(walk: Walk, node: fx.Node, path: Path) -> Iterator[Any]:
         yield from (_scaled(site, other, divide) for site in walk.visit(one, path))
         return
     for site in walk.visit(one, ()):
+        site = in_short(site, one)
         if site.path not in {(), (SWAP,)}:
             raise unlike(node)
         of_rows = (axis == "rows") == (site.path == ())
@@ -271,6 +272,11 @@ def scaled_product(walk: Walk, node: fx.Node, path: Path) -> Iterator[Any]:
 
 def _is_made_of(node: fx.Node, param: str) -> bool:
     return any(n.meta.get(KEY) == Param(param) for n in upstream([node]))
+
+
+def in_short(site: Any, gradient: fx.Node) -> Any:
+    """A site of ``gradient`` with the shortest path: transpositions that undo each other are none."""
+    return replace(site, path=simplify(site.path, tuple(int(size) for size in shape(gradient))))
 
 
 DIVISIONS = {aten.div.Tensor, aten.div.Scalar}
