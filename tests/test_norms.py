@@ -1,4 +1,4 @@
-"""Scales and shifts of normalisation layers are found however they are spelt; their likes are not taken for them."""
+"""Scales and shifts of normalisation layers are found however spelt; their likes are not taken for them."""
 
 from collections.abc import Callable
 
@@ -52,7 +52,7 @@ HAND = "by hand"
 
 
 class Normalised(nn.Module):
-    """A layer in front of the norm, so that its input is no constant; ``train`` leaves the norm's mode alone."""
+    """A layer in front of the norm, so that its input is no constant; the norm has a mode of its own."""
 
     def __init__(self, norm: nn.Module, size: tuple[int, ...]) -> None:
         super().__init__()
