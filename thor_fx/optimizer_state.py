@@ -7,7 +7,6 @@ of single parameters. :func:`views` gives the stacks' slices by parameter: the s
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
@@ -71,9 +70,9 @@ def _pair(pair: InversePair, place: slice) -> Entry:
 
 def layers_with_inverses(entries: Iterable[Mapping[str, Any]]) -> set[str]:
     """The layers that have ever had a good inverse: all of them start at zero. Waits for the device."""
-    known = {
-        layer: torch.stack([part.any() for part in pytree.tree_leaves(sides)]).all()
+    return {
+        layer
         for entry in entries
         for layer, sides in entry.get("inverses", {}).items()
+        if all(part.any() for part in pytree.tree_leaves(sides))
     }
-    return {layer for layer, usable in known.items() if usable}

@@ -115,7 +115,7 @@ def refresh(
     previous: Mapping[str, InversePair],
     damping: Callable[[Pair, Layer], tuple[Tensor | float, Tensor | float]],
     block_size: int | None,
-) -> tuple[dict[str, InversePair], Tensor]:
+) -> tuple[dict[str, InversePair], Tensor | int]:
     """Invert the factors of all layers that have some.
 
     Args:
@@ -161,7 +161,7 @@ def _stack(factors: list[Tensor | None], side: Side) -> Tensor | None:
     return torch.cat(known) if known else None
 
 
-def _invert(jobs: list[_Job]) -> tuple[list[Tensor], Tensor]:
+def _invert(jobs: list[_Job]) -> tuple[list[Tensor], Tensor | int]:
     alike: dict[tuple[int, int, torch.dtype], list[int]] = {}
     for index, job in enumerate(jobs):
         alike.setdefault((job.part.dim(), job.part.shape[-1], job.part.dtype), []).append(index)
@@ -176,7 +176,7 @@ def _invert(jobs: list[_Job]) -> tuple[list[Tensor], Tensor]:
         pieces = inverse.split([len(job.part) for job in flat])
         for i, piece in zip(members, pieces, strict=True):
             results[i] = piece.reshape(jobs[i].before.shape)
-    return results, torch.stack(failures).sum()
+    return results, torch.stack(failures).sum() if failures else 0
 
 
 def _flat(job: _Job) -> _Job:

@@ -47,12 +47,12 @@ def append_update(gm: fx.GraphModule, tx: Transform, found: Coverage, trained: S
     terms = [returned[Terms()]] if Terms() in returned else []
     after_forward = {name: mutated.get(node, node) for name, node in params.items()}
     scales = {d.text: n for d, n in returned.items() if isinstance(d, Opaque) and d.text in SCALES}
-    operands = (gradients, after_forward, state, hyper, moments_of(returned), terms, scales)
+    operands = (gradients, after_forward, state, hyper, flat_moments(moments_of(returned)), terms, scales)
     leaves, structure = pytree.tree_flatten(operands)
 
     def step(*values: Tensor) -> Any:
         grads, old_params, old, rates, moments, terms, scales = pytree.tree_unflatten(list(values), structure)
-        signals = Signals(found, rates, moments or None, *terms, **scales)
+        signals = Signals(found, rates, moments_of(moments) or None, *terms, **scales)
         updates, new = tx.update(grads, old, old_params, signals)
         return apply_updates(old_params, updates), new
 

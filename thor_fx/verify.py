@@ -19,12 +19,12 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from .arguments import check_choice, check_integer, check_sharing
 from .capture import LossFn
-from .factors import Kronecker, kronecker, moments_of, run_graph
+from .factors import Kronecker, Moments, kronecker, moments_of, run_graph
 from .layers import Layer, coverage
 from .parameters import check_params, trainable
 from .passes import Grad, canonicalize, emit_factors, find_sites, pipeline
@@ -107,7 +107,8 @@ def verify(
             tensors with a first axis of that length are cut with it.
         sharing: as in :func:`thor_fx.factors`.
         bias: as in :func:`thor_fx.factors`.
-        dtype: what floating-point arguments are converted to; None: left as they are.
+        dtype: what floating-point arguments are converted to; None: left as they are. What ``loss_fn``
+            refers to besides (the buffers of a module) must be of that dtype.
         max_size: the largest number of weights in a layer whose dense Fisher block is formed.
 
     Returns:
@@ -138,11 +139,8 @@ def verify(
     order = graphs.factors(_map(batch, count, lambda t: t.flip(0)), count)
     summed = graphs.scaled(count).factors(batch, count, loss_scale=count)
     cuts = [slice(0, count // 2), slice(count // 2, count)]
-    split = [
-        (n, graphs.factors(_map(batch, count, operator.itemgetter(cut)), n))
-        for cut in cuts
-        if (n := cut.stop - cut.start)
-    ]
+    halves = [(c.stop - c.start, graphs.moments(_map(batch, count, operator.itemgetter(c)))[0]) for c in cuts]
+    split = kronecker(_added(halves, count), layers, count)
     examples = [_map(batch, count, operator.itemgetter(slice(i, i + 1))) for i in range(count)]
     single = [_gradients(loss_fn, params, example) for example in examples]
     eager = _gradients(loss_fn, params, batch)
@@ -156,7 +154,7 @@ def verify(
             _difference(repeated[name], found[name]),
             _difference(order[name], found[name]),
             _difference(summed[name], found[name]),
-            _difference(_average([(weight, part[name]) for weight, part in split]), found[name]),
+            _difference(split[name], found[name]),
         )
     return Certificate(result)
 
@@ -172,10 +170,8 @@ class _Graphs:
     params: Mapping[str, Tensor]
     rules: Rules
 
-    def measure(
-        self, batch: Batch, terms: float, loss_scale: float = 1.0
-    ) -> tuple[dict[str, Kronecker], dict[str, Tensor], Mapping[str, Layer]]:
-        """Factors by layer, gradients by parameter, and the layers."""
+    def moments(self, batch: Batch) -> tuple[dict[str, Moments], dict[str, Tensor], Mapping[str, Layer]]:
+        """Sums by name, gradients by parameter, and the layers."""
         step = pipeline.run(trace_step(self.loss_fn, self.params, *batch), [canonicalize])
         layers = coverage(find_sites(step), self.rules).layers
         graph = pipeline.run(step, [partial(emit_factors, rules=self.rules)])
@@ -184,7 +180,14 @@ class _Graphs:
         gradients = {
             d.param: v for d, v in results.items() if isinstance(d, Grad) and isinstance(d.param, str)
         }
-        return kronecker(moments_of(results), layers, terms, loss_scale), gradients, layers
+        return moments_of(results), gradients, layers
+
+    def measure(
+        self, batch: Batch, terms: float, loss_scale: float = 1.0
+    ) -> tuple[dict[str, Kronecker], dict[str, Tensor], Mapping[str, Layer]]:
+        """Factors by layer, gradients by parameter, and the layers."""
+        moments, gradients, layers = self.moments(batch)
+        return kronecker(moments, layers, terms, loss_scale), gradients, layers
 
     def factors(self, batch: Batch, terms: float, loss_scale: float = 1.0) -> dict[str, Kronecker]:
         """Factors by layer."""
@@ -238,14 +241,20 @@ def _as_rows(layer: Layer, gradients: Mapping[str, Tensor]) -> Tensor:
     return matrices.flatten(1)
 
 
-def _average(parts: Sequence[tuple[int, Kronecker]]) -> Kronecker:
-    """Factors of micro-batches, weighted by rows (``A``) and by examples (``G``)."""
-    rows = sum(pair.rows for _, pair in parts)
-    total = sum(weight for weight, _ in parts)
-    a = torch.stack([pair.A * (pair.rows / rows) for _, pair in parts]).sum(0)
-    g = torch.stack([pair.G * (weight / total) for weight, pair in parts]).sum(0)
-    first = parts[0][1]
-    return Kronecker(a, g, rows, total, first.kind, first.groups)
+def _added(parts: Sequence[tuple[int, Mapping[str, Moments]]], count: int) -> dict[str, Moments]:
+    """The sums of a whole batch from those of its parts, whose losses average over fewer examples."""
+
+    def total(values: Sequence[Tensor | None]) -> Tensor | None:
+        known = [value for value in values if value is not None]
+        return torch.stack(known).sum(0) if known else None
+
+    added = {}
+    for name, first in parts[0][1].items():
+        every = [(size / count, part[name]) for size, part in parts]
+        rows = torch.stack([m.rows.expand_as(first.rows) for _, m in every]).sum(0)
+        cotangents = [None if m.cotangents is None else share**2 * m.cotangents for share, m in every]
+        added[name] = Moments(total([m.activations for _, m in every]), total(cotangents), rows)
+    return added
 
 
 def _difference(got: Kronecker, expected: Kronecker) -> float:
@@ -263,6 +272,8 @@ def _error(got: Tensor, expected: Tensor) -> float:
 def _converted(values: Any, dtype: torch.dtype | None) -> Any:
     def convert(tensor: Tensor) -> Tensor:
         wanted = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+        if isinstance(tensor, nn.Parameter):  # only of these is it known whether they are frozen
+            return nn.Parameter(tensor.detach().to(wanted), requires_grad=tensor.requires_grad)
         return tensor.detach().to(wanted).requires_grad_(tensor.requires_grad)
 
     return pytree.tree_map_only(Tensor, convert, values)
