@@ -176,7 +176,7 @@ def _invert(jobs: list[_Job]) -> tuple[list[Tensor], Tensor]:
         pieces = inverse.split([len(job.part) for job in flat])
         for i, piece in zip(members, pieces, strict=True):
             results[i] = piece.reshape(jobs[i].before.shape)
-    return results, torch.stack(failures).sum()
+    return results, torch.stack(failures).sum() if failures else torch.zeros((), dtype=torch.int64)
 
 
 def _flat(job: _Job) -> _Job:

@@ -51,13 +51,15 @@ def append_update(gm: fx.GraphModule, tx: Transform, found: Coverage, trained: S
     leaves, structure = pytree.tree_flatten(operands)
 
     def step(*values: Tensor) -> Any:
-        grads, old_params, old, rates, moments, terms, scales = pytree.tree_unflatten(list(values), structure)
+        given = iter(values)
+        whole = [None if leaf is None else next(given) for leaf in leaves]  # of an identity side, nothing
+        grads, old_params, old, rates, moments, terms, scales = pytree.tree_unflatten(whole, structure)
         signals = Signals(found, rates, moments or None, *terms, **scales)
         updates, new = tx.update(grads, old, old_params, signals)
         return apply_updates(old_params, updates), new
 
     out = outputs.output_node(gm.graph)
-    new_params, new_state = splice(out.prev, step, *leaves)
+    new_params, new_state = splice(out.prev, step, *(leaf for leaf in leaves if leaf is not None))
     written = mutated | {params[name]: node for name, node in new_params.items()}
     written |= dict(zip(pytree.tree_leaves(state), pytree.tree_leaves(new_state), strict=True))
     for target, value in written.items():
