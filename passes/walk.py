@@ -259,8 +259,7 @@ def scaled_product(walk: Walk, node: fx.Node, path: Path) -> Iterator[Any]:
     if axis == "all":
         yield from (_scaled(site, other, divide) for site in walk.visit(one, path))
         return
-    for site in walk.visit(one, ()):
-        site = in_short(site, one)
+    for site in [in_short(site, one) for site in walk.visit(one, ())]:
         if site.path not in {(), (SWAP,)}:
             raise unlike(node)
         of_rows = (axis == "rows") == (site.path == ())

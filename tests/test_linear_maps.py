@@ -33,7 +33,7 @@ MAPS = {
     "of both": (lambda w: -2 * (w * ROW) * COLUMN[:, None], lambda x: x * ROW, lambda s: -2 * s * COLUMN),
     "transposed": (lambda w: (w.T * COLUMN).T, lambda x: x, lambda s: s * COLUMN),
 }
-USES = {"linear": lambda x, w: nn.functional.linear(x, w), "matmul": lambda x, w: (w @ x.T).T}
+USES = {"linear": nn.functional.linear, "matmul": lambda x, w: (w @ x.T).T}
 
 
 @pytest.mark.parametrize("use", USES)

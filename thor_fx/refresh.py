@@ -84,6 +84,8 @@ def per_side(
     if rule == "sqrt":
         return strength, strength
     mean_a, mean_g = (_mean(v, side) for v, side in zip(pair, (layer.input, layer.output), strict=True))
+    if not isinstance(mean_a, Tensor) and not isinstance(mean_g, Tensor):
+        return strength, strength  # nothing is kept of either side
     balanced = torch.as_tensor(mean_a / mean_g) ** 0.5
     usable = balanced.isfinite() & (balanced > 0)  # a dead side has no trace
     pi = torch.where(usable, balanced, torch.ones_like(balanced))

@@ -1,0 +1,57 @@
+"""Sides that are too long for a whole factor, and a bias that is a column: updates by dense solves."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import models
+import oracle
+from dense import case, close, kept, solve, updates
+from models import random
+
+D = torch.float64
+PARAMS = {"w": random(1, D, 5, 7), "b": random(2, D, 5)}
+X = random(3, D, 6, 7)
+RULES = ["factor", "sqrt", "pi"]
+
+
+def loss_fn(p, x):
+    return F.linear(x, p["w"], p["b"]).sin().sum(-1).mean()
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("how", ["blocks", "diagonal", "identity"])
+@pytest.mark.parametrize("max_dim", [3, 5, 7])
+def test_a_long_side_of_a_linear_layer(how, max_dim, rule):
+    def forward(tap, p, x):
+        return (tap("w", x, x @ p["w"].T) + p["b"]).sin().sum(-1).mean()
+
+    expected = case(forward, PARAMS, X, layers=["w"], terms=6)
+    pair, gradient = oracle.factors(expected)["w"], oracle.loss_and_gradients(expected)[1]["w"]
+    A, G = (kept(m, how, 3) if len(m) > max_dim else kept(m, "blocks", 3) for m in (pair.A, pair.G))
+    U = updates(loss_fn, PARAMS, X, max_dim=max_dim, fallback=how, block_size=3, damping_rule=rule)["w"]
+    close(U, solve(A, G, gradient, rule))
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_joint_bias_is_one_more_column(rule):
+    def forward(tap, p, x):
+        ones = torch.cat([x, torch.ones(len(x), 1, dtype=D)], 1)
+        return tap("w", ones, ones @ torch.cat([p["w"], p["b"][:, None]], 1).T).sin().sum(-1).mean()
+
+    expected = case(forward, PARAMS, X, layers=["w"], terms=6)
+    pair, gradients = oracle.factors(expected)["w"], oracle.loss_and_gradients(expected)[1]
+    found = updates(loss_fn, PARAMS, X, bias="joint", damping_rule=rule)
+    U = solve(pair.A, pair.G, torch.cat([gradients["w"], gradients["b"][:, None]], 1), rule)
+    close(found["w"], U[:, :-1])
+    close(found["b"], U[:, -1])
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("how", ["blocks", "diagonal"])
+def test_a_vocabulary_that_is_tied_to_its_embedding(how, rule):
+    tied = models.tied_embedding()
+    pair, gradient = oracle.factors(tied)["w"], oracle.loss_and_gradients(tied)[1]["w"]
+    settings = {"max_dim": 4, "fallback": how, "block_size": 4, "damping_rule": rule}
+    U = updates(tied.loss_fn, tied.params, *tied.batch, **settings)["w"]
+    close(U, solve(pair.A, kept(pair.G, how, 4), gradient, rule))
