@@ -151,7 +151,7 @@ def explain(
         parameter  shape  bytes    MFLOP  treatment
         weight       2x3   52 B  0.000165  preconditioned: linear, A 3x3, G 2x2, rows 5
         100.0% of 6 parameters preconditioned; loss terms n = 5 (rows of weight)
-        a factor step adds 52 B of factors and 0.000165 MFLOP (+275%); inverses keep 52 B, ...
+        a factor step adds 52 B of factors and 0.000165 MFLOP (+138%); inverses keep 52 B, ...
     """
     if isinstance(target, nn.Module):
         params: Any = dict(target.named_parameters())
