@@ -85,7 +85,7 @@ def precondition(
         lam = signals.hyper["damping"]
         groups = by_shape(signals.coverage, params)
         terms = _terms(batch_size, signals.terms, state.terms)
-        state = state._replace(terms=terms)
+        state = state if terms is state.terms else state._replace(terms=terms)
         if signals.moments and groups:
             measured = partial(factor_pair, signals.moments, terms=terms, loss_scale=loss_scale)
             present = {
