@@ -161,7 +161,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(json.dumps(measure(options.one, bool(options.factors), options.backend, options.steps)))
         return
     head = [
-        f"torch {torch.__version__}, {options.threads} thread(s), backend {options.backend}, batch as in the script.",
+        f"torch {torch.__version__}, {options.threads} thread(s), backend {options.backend}.",
         "",
         "| kind | plain ms | factor ms | ratio | plain MB | factor MB | ratio |",
         "| --- | --- | --- | --- | --- | --- | --- |",
