@@ -194,7 +194,9 @@ def _batch_axis(sites: tuple[Site, ...], report: SiteReport) -> int | None:
     axes = [axis for axis in operands[0].batch_axes if all(axis in o.batch_axes for o in operands)]
     sizes = {axis: {_size(operand, axis) for operand in operands} for axis in axes}
     axes = [axis for axis in axes if len(sizes[axis]) == 1]
-    terms = None if report.nearest is None else str(report.nearest.activation.rows)
+    head = None if report.nearest is None else report.nearest.activation
+    pooled = head is not None and len(head.batch_axes) == 1  # each of its rows is a datum, then
+    terms = str(head.rows) if head is not None and pooled else None
     matching = [axis for axis in axes if sizes[axis] == {terms}]
     return next(iter([*matching, *_leading(axes)]), None)
 
