@@ -44,6 +44,11 @@ class Geometry:
         return math.prod(self.kernel)
 
     @property
+    def window_stride(self) -> tuple[int, ...]:
+        """By how much the kernel moves over the (stuffed) input."""
+        return (1,) * len(self.kernel) if self.transposed else self.stride
+
+    @property
     def pointwise(self) -> bool:
         """Whether every patch is one pixel and every pixel one patch."""
         still = all(s == 1 for s in self.stride) and not any((*self.padding, *self.output_padding))
@@ -121,7 +126,7 @@ class Patches(Operand):
         """(C K, C K) or (E, C K, C K), see the note at the top of this module."""
         if self._at_once(values[0]) >= self.geometry.taps:
             return super().gram(*values)
-        found = self._correlate(values[0], self.groups)
+        found = self._correlated(values[0], self.groups)
         return found if self.groups > 1 else found.squeeze(0)
 
     def squares(self, *values: Tensor) -> Tensor:
@@ -135,7 +140,7 @@ class Patches(Operand):
         x = values[0].unflatten(1, (self.groups, -1))
         pad = -x.shape[2] % channels
         x = F.pad(x, (0, 0) * (x.dim() - 3) + (0, pad)).flatten(1, 2)
-        found = self._correlate(x, x.shape[1] // channels)
+        found = self._correlated(x, x.shape[1] // channels)
         return found.unflatten(0, (self.groups, -1)) if self.groups > 1 else found
 
     def total(self, *values: Tensor) -> Tensor:
@@ -174,41 +179,13 @@ class Patches(Operand):
         return rows if self.groups > 1 else rows.squeeze(0)
 
     def _padded(self, x: Tensor) -> Tensor:
-        """The input on which the convolution is one without padding (and, if transposed, stride)."""
-        g, x = self.geometry, widened(x)
-        if not g.transposed:
-            return F.pad(x, [p for p in reversed(g.padding) for _ in (0, 1)])
-        for axis, stride in enumerate(g.stride, start=2):
-            if stride > 1:  # zeros between the pixels
-                size = x.shape[axis]
-                x = F.pad(x.unsqueeze(axis + 1), [0, 0] * (x.dim() - axis - 1) + [0, stride - 1])
-                x = x.flatten(axis, axis + 1).narrow(axis, 0, (size - 1) * stride + 1)
-        margins = []
-        for k, p, d, o in zip(g.kernel, g.padding, g.dilation, g.output_padding, strict=True):
-            margins.append((d * (k - 1) - p, d * (k - 1) - p + o))
-        return F.pad(x, [m for pair in reversed(margins) for m in pair])
-
-    def _stride(self) -> tuple[int, ...]:
-        return (1,) * len(self.geometry.kernel) if self.geometry.transposed else self.geometry.stride
+        return padded_input(widened(x), self.geometry)
 
     def _positions(self, padded: Tensor) -> list[int]:
-        g = self.geometry
-        axes = zip(padded.shape[2:], g.kernel, g.dilation, self._stride(), strict=True)
-        return [(size - d * (k - 1) - 1) // s + 1 for size, k, d, s in axes]
+        return positions_of(padded, self.geometry)
 
-    def _seen(self, padded: Tensor, taps: Any, groups: int | None = None) -> Tensor:
-        """The input as some taps see it: (N, E, C, J, Q)."""
-        offsets = list(itertools.product(*map(range, self.geometry.kernel)))
-        offsets = offsets[::-1] if self.geometry.transposed else offsets
-        x = padded.unflatten(1, (groups or self.groups, -1))
-        return torch.stack([self._slice(x, padded, offsets[k]).flatten(3) for k in taps], 3)
-
-    def _slice(self, x: Tensor, padded: Tensor, offset: tuple[int, ...]) -> Tensor:
-        g = self.geometry
-        axes = zip(offset, g.dilation, self._stride(), self._positions(padded), strict=True)
-        for axis, (k, d, s, q) in enumerate(axes, start=3):
-            x = x[(slice(None),) * axis + (slice(k * d, k * d + s * (q - 1) + 1, s),)]
-        return x
+    def _seen(self, padded: Tensor, taps: Any) -> Tensor:
+        return seen_by(padded, self.geometry, taps, self.groups)
 
     # --- correlation -------------------------------------------------------------------------------
 
@@ -217,27 +194,120 @@ class Patches(Operand):
         channels, spots = shape(self.node)[1], math.prod(self.positions)
         return max(1, max(math.prod(x.shape[1:]), self.outputs * spots) // (channels * spots))
 
-    def _correlate(self, x: Tensor, groups: int) -> Tensor:
+    def _correlated(self, x: Tensor, groups: int) -> Tensor:
         """``sum_nq patch patch^T`` of every group: (groups, C K, C K)."""
-        padded = self._padded(x)
-        bands = []
-        for taps in _chunks(self._taps(), self._at_once(x)):
-            cotangent = self._seen(padded, taps, groups)  # (N, E, C, J, Q)
-            bands.append(self._weight_gradient(padded, cotangent, groups))  # (E, C, J, C K)
-        return torch.cat(bands, 2).flatten(1, 2)
+        g = self.geometry
+        sizes = [list(g.kernel), list(g.stride), list(g.padding), list(g.dilation), list(g.output_padding)]
+        found: Tensor = torch.ops.thor_fx.patch_gram(
+            widened(x), groups, *sizes, g.transposed, self._at_once(x)
+        )
+        return found
 
-    def _weight_gradient(self, padded: Tensor, seen: Tensor, groups: int) -> Tensor:
-        g, (n, _, c, j, _) = self.geometry, seen.shape
-        axes = len(g.kernel)
-        cotangent = seen.reshape(n, groups * c * j, *self._positions(padded))
-        weight = padded.new_empty(groups * c * j, c, *g.kernel)
-        _, found, _ = torch.ops.aten.convolution_backward(
-            cotangent, padded, weight, None, self._stride(), (0,) * axes, g.dilation,
-            False, (0,) * axes, groups, [False, True, False],
-        )  # fmt: skip
-        found = found.flatten(2)
-        found = found.flip(2) if g.transposed else found
-        return found.reshape(groups, c, j, -1)
+
+# NOTE: [One operator] The loop below is an operator of its own. As nodes of the graph its slices would be
+# fused into one kernel that writes them all at once, which is all patches; and there would be many nodes.
+
+
+@torch.library.custom_op("thor_fx::patch_gram", mutates_args=())
+def patch_gram(
+    x: Tensor,
+    groups: int,
+    kernel: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    output_padding: list[int],
+    transposed: bool,
+    at_once: int,
+) -> Tensor:
+    """``sum_nq patch patch^T`` of every group, by correlation.
+
+    Args:
+        x: (N, E C, *space).
+        groups: E.
+        kernel: its size, and so the next four, along every spatial axis.
+        stride: of the convolution.
+        padding: on both sides.
+        dilation: of the kernel.
+        output_padding: of a transposed convolution.
+        transposed: whether it is one.
+        at_once: how many taps are taken together.
+
+    Returns:
+        (E, C K, C K), in the dtype of ``x``.
+    """
+    sizes = (kernel, stride, padding, dilation, output_padding)
+    geometry = Geometry(*(tuple(size) for size in sizes), transposed)  # type: ignore[arg-type,call-arg]
+    side = x.shape[1] // groups * geometry.taps
+    found = x.new_zeros(groups, side, side)
+    for part in x.split(max(1, -(-x.shape[0] // PARTS))):
+        padded = padded_input(part, geometry)
+        bands = []
+        for taps in _chunks(range(geometry.taps), at_once):
+            seen = seen_by(padded, geometry, taps, groups)  # (N, E, C, J, Q)
+            bands.append(_weight_gradient(padded, geometry, seen))  # (E, C, J, C K)
+        found += torch.cat(bands, 2).flatten(1, 2)
+    return found
+
+
+@patch_gram.register_fake
+def _(x: Tensor, groups: int, kernel: list[int], *_settings: Any) -> Tensor:
+    side = x.shape[1] // groups * math.prod(kernel)
+    return x.new_empty(groups, side, side)
+
+
+PARTS = 8  # of the batch, one after the other
+
+
+def _weight_gradient(padded: Tensor, g: Geometry, seen: Tensor) -> Tensor:
+    n, groups, c, j, _ = seen.shape
+    axes = len(g.kernel)
+    cotangent = seen.reshape(n, groups * c * j, *positions_of(padded, g))
+    weight = padded.new_empty(groups * c * j, c, *g.kernel)
+    _, found, _ = torch.ops.aten.convolution_backward(
+        cotangent, padded, weight, None, g.window_stride, (0,) * axes, g.dilation,
+        False, (0,) * axes, groups, [False, True, False],
+    )  # fmt: skip
+    found = found.flatten(2)
+    found = found.flip(2) if g.transposed else found
+    return found.reshape(groups, c, j, -1)
+
+
+def padded_input(x: Tensor, g: Geometry) -> Tensor:
+    """The input on which the convolution is one without padding (and, if transposed, stride)."""
+    if not g.transposed:
+        return F.pad(x, [p for p in reversed(g.padding) for _ in (0, 1)])
+    for axis, stride in enumerate(g.stride, start=2):
+        if stride > 1:  # zeros between the pixels
+            size = x.shape[axis]
+            x = F.pad(x.unsqueeze(axis + 1), [0, 0] * (x.dim() - axis - 1) + [0, stride - 1])
+            x = x.flatten(axis, axis + 1).narrow(axis, 0, (size - 1) * stride + 1)
+    margins = []
+    for k, p, d, o in zip(g.kernel, g.padding, g.dilation, g.output_padding, strict=True):
+        margins.append((d * (k - 1) - p, d * (k - 1) - p + o))
+    return F.pad(x, [m for pair in reversed(margins) for m in pair])
+
+
+def positions_of(padded: Tensor, g: Geometry) -> list[int]:
+    """How many places a kernel has along every axis."""
+    axes = zip(padded.shape[2:], g.kernel, g.dilation, g.window_stride, strict=True)
+    return [(size - d * (k - 1) - 1) // s + 1 for size, k, d, s in axes]
+
+
+def seen_by(padded: Tensor, g: Geometry, taps: Any, groups: int) -> Tensor:
+    """The input as some taps see it: (N, E, C, J, Q)."""
+    offsets = list(itertools.product(*map(range, g.kernel)))
+    offsets = offsets[::-1] if g.transposed else offsets
+    x, positions = padded.unflatten(1, (groups, -1)), positions_of(padded, g)
+    seen = [_slice(x, g, positions, offsets[k]).flatten(3) for k in taps]
+    return torch.stack(seen, 3) if len(seen) > 1 else seen[0].unsqueeze(3)  # one is not copied again
+
+
+def _slice(x: Tensor, g: Geometry, positions: list[int], offset: tuple[int, ...]) -> Tensor:
+    axes = zip(offset, g.dilation, g.window_stride, positions, strict=True)
+    for axis, (k, d, s, q) in enumerate(axes, start=3):
+        x = x[(slice(None),) * axis + (slice(k * d, k * d + s * (q - 1) + 1, s),)]
+    return x
 
 
 def _chunks(taps: range, size: int) -> Iterator[range]:

@@ -10,7 +10,7 @@ from torch.func import functional_call
 
 import oracle
 import thor_fx
-from thor_fx.passes.patches import Patches
+from thor_fx.passes import patches as patches_module
 from training import assert_same, batches, by_drop_in_door, by_functional_door
 from training import build as build_model
 
@@ -268,16 +268,16 @@ def test_one_datum_with_one_output_position_is_exact(groups, dilation, stride, m
 def test_patches_are_not_written_down_where_they_overlap(monkeypatch):
     """Of a 3 x 3 kernel over as many channels as it makes, only slices as large as the input are made."""
     largest = []
-    seen = Patches._seen
+    seen_by = patches_module.seen_by
 
-    def spy(self, padded, taps, groups=None):
-        found = seen(self, padded, taps, groups)
+    def spy(padded, geometry, taps, groups):
+        found = seen_by(padded, geometry, taps, groups)
         largest.append(found.numel() / padded.numel())
         return found
 
-    monkeypatch.setattr(Patches, "_seen", spy)
+    monkeypatch.setattr(patches_module, "seen_by", spy)
     factors_of(nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1).double(), random(BATCH, CHANNELS, 8, 8))
-    assert len(largest) == 9
+    assert len(largest) == 9 * BATCH  # one example at a time
     assert max(largest) <= 1
 
 
