@@ -150,9 +150,8 @@ class Patches(Operand):
 
     def count(self, *values: Tensor) -> Tensor:
         """N Q."""
-        x = widened(values[0])
-        padded = self._padded(values[0])
-        rows = x.shape[0] * math.prod(self._positions(padded))
+        x = self._padded(values[0])
+        rows = x.shape[0] * math.prod(self._positions(x))
         return torch.full((), rows, dtype=x.dtype, device=x.device)
 
     @property

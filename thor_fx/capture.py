@@ -98,7 +98,6 @@ class LossCapture:
         self._handler = handler
         self._settings = tracing_settings()
         self._params: Mapping[str, Tensor] = {}
-        self._frozen: frozenset[str] = frozenset()
         self._compiled = torch.compile(
             own_code(_loss_and_detached_aux(loss_fn)), backend=self._backend, fullgraph=True, dynamic=dynamic
         )

@@ -19,7 +19,7 @@ from .inductor import Compiled, check_backend, compile_graph
 from .layers import Coverage
 from .metrics import metrics
 from .optimizer_state import layers_with_inverses, parts, restore, views
-from .options import MAX_DIM, Options, number_schedule, value_schedule
+from .options import MAX_DIM, Options, number_schedule
 from .passes.layout import BiasRule, Fallback, Sharing, layer_of
 from .refresh import DampingRule
 from .scaling import Scaler, scales_of
@@ -382,7 +382,7 @@ class Thor(torch.optim.Optimizer):
 
 
 def _schedule(name: str, value: Any) -> Schedule:
-    return value_schedule(name, value) if name in {"lr", "damping"} else number_schedule(name, value)
+    return Schedule(name, value) if name in {"lr", "damping"} else number_schedule(name, value)
 
 
 def _complete(found: Coverage, params: Mapping[str, Tensor]) -> Coverage:

@@ -7,7 +7,7 @@ from typing import Any
 from .arguments import check_choice, check_integer, check_number, check_sharing, check_type, shown
 from .passes.layout import BiasRule, Fallback, Rules, Sharing
 from .refresh import DampingRule
-from .schedule import Schedule, Value
+from .schedule import Schedule
 
 MAX_DIM = 8192  # the longest side with a whole factor: 256 MB in float32
 
@@ -69,11 +69,6 @@ def number_schedule(name: str, value: Any) -> Schedule:
         ValueError: ``value`` is negative or not finite.
     """
     check_number(name, value)
-    return Schedule(name, value)
-
-
-def value_schedule(name: str, value: Value) -> Schedule:
-    """A schedule of ``lr`` or ``damping``: see :class:`~thor_fx.schedule.Schedule`."""
     return Schedule(name, value)
 
 

@@ -14,7 +14,7 @@ and none of it where a gradient is not finite.
 
 from collections.abc import Callable, Sequence
 
-from .options import MAX_DIM, Options, number_schedule, value_schedule
+from .options import MAX_DIM, Options, number_schedule
 from .passes.layout import BiasRule, Fallback, Sharing
 from .precondition import precondition
 from .refresh import DampingRule
@@ -110,8 +110,8 @@ def thor(
     return skip_nonfinite(
         thor_chain(
             options,
-            lr=value_schedule("lr", lr),
-            damping=value_schedule("damping", damping),
+            lr=Schedule("lr", lr),
+            damping=Schedule("damping", damping),
             momentum=number_schedule("momentum", momentum),
             weight_decay=number_schedule("weight_decay", weight_decay),
         )
