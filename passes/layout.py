@@ -20,7 +20,7 @@ from .walk import Site
 SharingName = Literal["expand", "reduce"]
 Sharing = SharingName | Callable[[str], SharingName]
 BiasRule = Literal["raw", "joint"]
-Fallback = Literal["blocks", "diagonal", "identity"]
+LongSide = Literal["blocks", "diagonal", "identity"]
 
 
 @dataclass(frozen=True)
@@ -32,14 +32,14 @@ class Rules:
             row; or a function of the layer's name that says which.
         bias: ``"joint"``: a bias is one more column of its weight; ``"raw"``: it is on its own.
         max_dim: the longest side with a whole factor; None: no limit.
-        fallback: what a longer side keeps: diagonal ``"blocks"``, its ``"diagonal"``, or nothing.
+        long_side: what a longer side keeps: diagonal ``"blocks"``, its ``"diagonal"``, or nothing.
         block_size: of those blocks; None: ``max_dim``.
     """
 
     sharing: Sharing = "expand"
     bias: BiasRule = "raw"
     max_dim: int | None = None
-    fallback: Fallback = "blocks"
+    long_side: LongSide = "blocks"
     block_size: int | None = 128
 
 
@@ -177,7 +177,7 @@ def _side(which: str, operands: tuple[Operand, ...], rules: Rules, notes: list[s
     whole = [operand.geometry.taps for operand in operands if isinstance(operand, Patches)]
     block = max(1, block // max(whole)) * max(whole) if whole else block
     block = min(block, dim)
-    kind: Kind = rules.fallback
+    kind: Kind = rules.long_side
     side = Side(dim, kind, block if kind == "blocks" else 0, groups)
     notes.append(f"the {which} side is longer than max_dim={rules.max_dim}: {side}")
     return side

@@ -62,8 +62,8 @@ RULES: dict[str, dict[str, Any]] = {
     "dense": {},
     "cut": {"block_size": 3},
     "blocks": {"max_dim": 4, "block_size": 3},
-    "diagonal": {"max_dim": 4, "fallback": "diagonal"},
-    "identity": {"max_dim": 4, "fallback": "identity"},
+    "diagonal": {"max_dim": 4, "long_side": "diagonal"},
+    "identity": {"max_dim": 4, "long_side": "identity"},
     "joint": {"bias": "joint"},
     "joint, cut": {"bias": "joint", "block_size": 3},
 }
@@ -197,7 +197,7 @@ def test_attention_is_among_the_plain_operations():
 
 @pytest.mark.parametrize("max_dim", [3, 5])
 def test_both_doors_train_where_nothing_is_kept_of_some_sides(max_dim):
-    settings = {**SETTINGS, "max_dim": max_dim, "fallback": "identity", "frequency": 2}
+    settings = {**SETTINGS, "max_dim": max_dim, "long_side": "identity", "frequency": 2}
     model, x = nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 4)).double(), torch.randn(9, 8).double()
     params = {name: p.detach().clone() for name, p in model.named_parameters()}
     step = thor_fx.compile_step(loss_of(model), thor_fx.thor(**settings), backend="eager")

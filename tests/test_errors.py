@@ -119,8 +119,8 @@ WRONG = [
     ("bias", "none", ValueError),
     ("max_dim", 1.5, TypeError),
     ("max_dim", 0, ValueError),
-    ("fallback", None, TypeError),
-    ("fallback", "nothing", ValueError),
+    ("long_side", None, TypeError),
+    ("long_side", "nothing", ValueError),
 ]
 
 

@@ -130,11 +130,11 @@ def test_joint_biases_are_the_last_column_of_their_weights():
 
 
 @pytest.mark.parametrize(
-    ("fallback", "side"),
+    ("long_side", "side"),
     [("blocks", "50 in blocks of 16"), ("diagonal", "diagonal of 50"), ("identity", "none of 50")],
 )
-def test_a_step_down_has_a_note(fallback, side):
-    found = report(max_dim=30, fallback=fallback, block_size=16)
+def test_a_step_down_has_a_note(long_side, side):
+    found = report(max_dim=30, long_side=long_side, block_size=16)
     first, note, used = found.why("head.weight").split("\n")
     assert first == f"preconditioned: linear, A 12x12, G {side}, rows 24"
     assert note == f"  the output side is longer than max_dim=30: {side}"
@@ -144,7 +144,7 @@ def test_a_step_down_has_a_note(fallback, side):
 
 
 def test_a_bias_beside_a_long_input_side_is_on_its_own():
-    found = report(bias="joint", max_dim=10, fallback="diagonal")
+    found = report(bias="joint", max_dim=10, long_side="diagonal")
     assert "the bias is on its own" in found.why("head.weight")
     assert found.why("head.bias").startswith("first-order rule: a vector")
 
@@ -225,7 +225,7 @@ def test_a_module_and_its_loss_function_have_the_same_report():
 
 def test_the_report_is_that_of_the_optimizer():
     model, x = Returns("tensor"), torch.randn(7, 3)
-    settings = {**SETTINGS, "bias": "joint", "max_dim": 4, "fallback": "diagonal"}
+    settings = {**SETTINGS, "bias": "joint", "max_dim": 4, "long_side": "diagonal"}
     found = thor_fx.explain(model, x, tx=thor_fx.thor(**settings)).coverage
     model = thor_fx.compile(model, backend="aot_eager")
     optimizer = thor_fx.Thor(model, **settings)

@@ -29,7 +29,7 @@ def test_a_long_side_of_a_linear_layer(how, max_dim, rule):
     expected = case(forward, PARAMS, X, layers=["w"], terms=6)
     pair, gradient = oracle.factors(expected)["w"], oracle.loss_and_gradients(expected)[1]["w"]
     A, G = (kept(m, how, 3) if len(m) > max_dim else kept(m, "blocks", 3) for m in (pair.A, pair.G))
-    U = updates(loss_fn, PARAMS, X, max_dim=max_dim, fallback=how, block_size=3, damping_rule=rule)["w"]
+    U = updates(loss_fn, PARAMS, X, max_dim=max_dim, long_side=how, block_size=3, damping_rule=rule)["w"]
     close(U, solve(A, G, gradient, rule))
 
 
@@ -52,6 +52,6 @@ def test_a_joint_bias_is_one_more_column(rule):
 def test_a_vocabulary_that_is_tied_to_its_embedding(how, rule):
     tied = models.tied_embedding()
     pair, gradient = oracle.factors(tied)["w"], oracle.loss_and_gradients(tied)[1]["w"]
-    settings = {"max_dim": 4, "fallback": how, "block_size": 4, "damping_rule": rule}
+    settings = {"max_dim": 4, "long_side": how, "block_size": 4, "damping_rule": rule}
     U = updates(tied.loss_fn, tied.params, *tied.batch, **settings)["w"]
     close(U, solve(pair.A, kept(pair.G, how, 4), gradient, rule))

@@ -25,7 +25,7 @@ WRONG_TYPES = {
     "sharing": [1, None],
     "bias": [True, None],
     "max_dim": ["8192", 8192.0, True],
-    "fallback": [None, 3],
+    "long_side": [None, 3],
 }
 WRONG_VALUES = {
     **{name: [-0.1, NAN, INF, -INF] for name in NUMBERS},
@@ -37,7 +37,7 @@ WRONG_VALUES = {
     "sharing": ["both", ""],
     "bias": ["none"],
     "max_dim": [0, -1],
-    "fallback": ["nothing"],
+    "long_side": ["nothing"],
 }
 RIGHT = {
     **{name: [0.5, 1] for name in NUMBERS},
@@ -56,7 +56,7 @@ RIGHT = {
     "sharing": ["expand", "reduce", lambda name: "reduce" if "conv" in name else "expand"],
     "bias": ["raw", "joint"],
     "max_dim": [None, 1, 8192],
-    "fallback": ["blocks", "diagonal", "identity"],
+    "long_side": ["blocks", "diagonal", "identity"],
 }
 
 

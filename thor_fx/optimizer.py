@@ -20,7 +20,7 @@ from .layers import Coverage
 from .metrics import metrics
 from .optimizer_state import layers_with_inverses, parts, restore, views
 from .options import MAX_DIM, Options, number_schedule
-from .passes.layout import BiasRule, Fallback, Sharing, layer_of
+from .passes.layout import BiasRule, LongSide, Sharing, layer_of
 from .refresh import DampingRule
 from .scaling import Scaler, scales_of
 from .schedule import Schedule, Value
@@ -63,7 +63,7 @@ class Thor(torch.optim.Optimizer):
         sharing: ``"expand"`` or ``"reduce"``: see :func:`thor_fx.thor`, as the next three.
         bias: ``"raw"`` or ``"joint"``.
         max_dim: the longest side of a layer with a whole factor.
-        fallback: what a longer side keeps: ``"blocks"``, ``"diagonal"`` or ``"identity"``.
+        long_side: what a longer side keeps: ``"blocks"``, ``"diagonal"`` or ``"identity"``.
         backend: compiles the update: ``"inductor"``, or ``"eager"`` to interpret it; None: as the model.
 
     Raises:
@@ -94,7 +94,7 @@ class Thor(torch.optim.Optimizer):
         sharing: Sharing = "expand",
         bias: BiasRule = "raw",
         max_dim: int | None = MAX_DIM,
-        fallback: Fallback = "blocks",
+        long_side: LongSide = "blocks",
         backend: str | None = None,
     ) -> None:
         self._model = model
@@ -102,9 +102,20 @@ class Thor(torch.optim.Optimizer):
         self._scaler = loss_scale if isinstance(loss_scale, Scaler) else None
         constant = 1.0 if isinstance(loss_scale, Scaler) else loss_scale
         self._options = Options(
-            constant, batch_size, use_nesterov, decay_filter, split_indices, enable_clip_grad,
-            frequency, damping_rule, block_size, sharing, bias, max_dim, fallback,
-        )  # fmt: skip
+            loss_scale=constant,
+            batch_size=batch_size,
+            use_nesterov=use_nesterov,
+            decay_filter=decay_filter,
+            split_indices=split_indices,
+            enable_clip_grad=enable_clip_grad,
+            frequency=frequency,
+            damping_rule=damping_rule,
+            block_size=block_size,
+            sharing=sharing,
+            bias=bias,
+            max_dim=max_dim,
+            long_side=long_side,
+        )
         self._backend = self._collector.backend if backend is None else backend
         check_backend(self._backend)
         self._schedules: list[dict[str, Schedule]] = []

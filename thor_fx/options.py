@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .arguments import check_choice, check_integer, check_number, check_sharing, check_type, shown
-from .passes.layout import BiasRule, Fallback, Rules, Sharing
+from .passes.layout import BiasRule, LongSide, Rules, Sharing
 from .refresh import DampingRule
 from .schedule import Schedule
 
@@ -33,7 +33,7 @@ class Options:
     sharing: Sharing = "expand"
     bias: BiasRule = "raw"
     max_dim: int | None = MAX_DIM
-    fallback: Fallback = "blocks"
+    long_side: LongSide = "blocks"
 
     def __post_init__(self) -> None:
         check_number("loss_scale", self.loss_scale, positive=True)
@@ -48,13 +48,13 @@ class Options:
         check_sharing("sharing", self.sharing)
         check_choice("bias", self.bias, BiasRule)
         check_integer("max_dim", self.max_dim, optional=True)
-        check_choice("fallback", self.fallback, Fallback)
+        check_choice("long_side", self.long_side, LongSide)
         _check_split_indices(self.split_indices)
 
     @property
     def rules(self) -> Rules:
         """What is measured of every layer."""
-        return Rules(self.sharing, self.bias, self.max_dim, self.fallback, self.block_size)
+        return Rules(self.sharing, self.bias, self.max_dim, self.long_side, self.block_size)
 
     def decays(self, name: str) -> bool:
         """Whether weight decay applies to the parameter called ``name``."""

@@ -15,7 +15,7 @@ and none of it where a gradient is not finite.
 from collections.abc import Callable, Sequence
 
 from .options import MAX_DIM, Options, number_schedule
-from .passes.layout import BiasRule, Fallback, Sharing
+from .passes.layout import BiasRule, LongSide, Sharing
 from .precondition import precondition
 from .refresh import DampingRule
 from .schedule import Schedule, Value
@@ -51,7 +51,7 @@ def thor(
     sharing: Sharing = "expand",
     bias: BiasRule = "raw",
     max_dim: int | None = MAX_DIM,
-    fallback: Fallback = "blocks",
+    long_side: LongSide = "blocks",
 ) -> Transform:
     """THOR as a pure transform, for :func:`thor_fx.compile_step`.
 
@@ -75,7 +75,7 @@ def thor(
             averaged (``A``) and summed (``G``) first; or ``name of layer -> "expand" | "reduce"``.
         bias: ``"raw"``: a bias takes the first-order rule; ``"joint"``: it is one more column of its weight.
         max_dim: the longest side of a layer with a whole factor; None: no limit.
-        fallback: what a longer side keeps: ``"blocks"`` of ``block_size``, its ``"diagonal"``, or
+        long_side: what a longer side keeps: ``"blocks"`` of ``block_size``, its ``"diagonal"``, or
             nothing (``"identity"``: the gradient is preconditioned from the other side only).
 
     Returns:
@@ -93,19 +93,19 @@ def thor(
         [0, 10, 20]
     """
     options = Options(
-        loss_scale,
-        batch_size,
-        use_nesterov,
-        decay_filter,
-        split_indices,
-        enable_clip_grad,
-        frequency,
-        damping_rule,
-        block_size,
-        sharing,
-        bias,
-        max_dim,
-        fallback,
+        loss_scale=loss_scale,
+        batch_size=batch_size,
+        use_nesterov=use_nesterov,
+        decay_filter=decay_filter,
+        split_indices=split_indices,
+        enable_clip_grad=enable_clip_grad,
+        frequency=frequency,
+        damping_rule=damping_rule,
+        block_size=block_size,
+        sharing=sharing,
+        bias=bias,
+        max_dim=max_dim,
+        long_side=long_side,
     )
     return skip_nonfinite(
         thor_chain(
