@@ -1,8 +1,9 @@
 """Ways to train one model, each with the same loop around it."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
@@ -55,14 +56,21 @@ class Loop:
 class Functional:
     """The functional door: one graph, so one mark."""
 
-    label = "thor_fx, functional"
     second_order = True
 
-    def __init__(self, model: nn.Module, batch: tuple[Tensor, Tensor], backend: str) -> None:
+    def __init__(
+        self,
+        label: str,
+        model: nn.Module,
+        batch: tuple[Tensor, Tensor],
+        backend: str,
+        settings: Mapping[str, Any] = MappingProxyType({}),
+    ) -> None:
         def loss_fn(params: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
             return F.cross_entropy(torch.func.functional_call(model, params, (x,)), y)
 
-        tx = thor_fx.thor(LR, DAMPING, MOMENTUM, frequency=FREQUENCY)
+        self.label = label
+        tx = thor_fx.thor(LR, DAMPING, MOMENTUM, frequency=FREQUENCY, **settings)
         self._step = thor_fx.compile_step(loss_fn, tx, backend=backend)
         self._params: Any = dict(model.named_parameters())
         self._state = self._step.init(self._params, *batch)
@@ -80,8 +88,30 @@ def contenders(workload: Workload, batch: tuple[Tensor, Tensor], backend: str) -
         sgd(copy.deepcopy(model), backend),
         eager_hooks(copy.deepcopy(model), workload.terms),
         drop_in(copy.deepcopy(model), backend),
-        Functional(copy.deepcopy(model), batch, backend),
+        Functional("thor_fx, functional", copy.deepcopy(model), batch, backend),
     ]
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "the defaults": {},
+    'damping_rule="pi"': {"damping_rule": "pi"},
+    "block_size=None": {"block_size": None},
+    'bias="joint"': {"bias": "joint"},
+    'sharing="reduce"': {"sharing": "reduce"},
+    "enable_clip_grad=True": {"enable_clip_grad": True},
+    "use_nesterov=True": {"use_nesterov": True},
+}
+"""Settings of :func:`thor_fx.thor`, each changed alone."""
+
+
+def option_contenders(workload: Workload, batch: tuple[Tensor, Tensor], backend: str) -> list[Contender]:
+    """AdamW, then the functional door with one option changed at a time, on copies of the same model."""
+    model = workload.build().to(batch[0].device)
+    ours = [
+        Functional(label, copy.deepcopy(model), batch, backend, settings)
+        for label, settings in OPTIONS.items()
+    ]
+    return [adamw(copy.deepcopy(model), backend), *ours]
 
 
 def adamw(model: nn.Module, backend: str) -> Loop:

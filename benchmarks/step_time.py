@@ -18,7 +18,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
-from contenders import FREQUENCY, Contender, contenders
+from contenders import FREQUENCY, Contender, contenders, option_contenders
 from tables import Report, Timing, as_json, markdown, save, summarise
 from torch import Tensor
 from workloads import WORKLOADS
@@ -52,15 +52,16 @@ class Watch:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    options = parse(arguments)
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    names = options.model or ["mlp", "transformer"]
-    reports = {name: report(name, options) for name in names}
+    settings = parse(arguments)
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    names = settings.model or ["mlp", "transformer"]
+    ending = "-options" if settings.options else ""
+    reports = {f"{name}{ending}": report(name, settings) for name in names}
     for each in reports.values():
         print(markdown(each))
-    if options.json:
-        options.json.write_text(as_json(reports))
+    if settings.json:
+        settings.json.write_text(as_json(reports))
     else:
         save(reports, HERE / "results", HERE / "README.md")
 
@@ -75,24 +76,26 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=30, help="of ten steps per contender")
     parser.add_argument("--quick", action="store_true", help="three rounds: to see that it works")
     parser.add_argument("--backend", default="inductor", choices=BACKENDS, help="for all that is compiled")
+    parser.add_argument("--options", action="store_true", help="what every option of thor_fx.thor costs")
     parser.add_argument("--json", type=Path, help="write the numbers there, and nothing under results/")
-    options = parser.parse_args(arguments)
-    if options.quick:
-        options.rounds = 3
-    return options
+    settings = parser.parse_args(arguments)
+    if settings.quick:
+        settings.rounds = 3
+    return settings
 
 
-def report(name: str, options: argparse.Namespace) -> Report:
+def report(name: str, settings: argparse.Namespace) -> Report:
     """Time all contenders on one workload."""
     torch.manual_seed(0)
     workload = WORKLOADS[name]
     before = os.getloadavg()[0]
-    x, y = (part.to(options.device) for part in workload.batch())
-    rows = summarise(measure(contenders(workload, (x, y), options.backend), (x, y), options.rounds))
+    x, y = (part.to(settings.device) for part in workload.batch())
+    enter = option_contenders if settings.options else contenders
+    rows = summarise(measure(enter(workload, (x, y), settings.backend), (x, y), settings.rounds))
     return {
         "title": f"{name}: {workload.title}",
-        "machine": machine(torch.device(options.device), before),
-        "settings": {"device": options.device, "backend": options.backend, "rounds": options.rounds},
+        "machine": machine(torch.device(settings.device), before),
+        "settings": {"device": settings.device, "backend": settings.backend, "rounds": settings.rounds},
         "rows": rows,
     }
 

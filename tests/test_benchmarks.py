@@ -27,17 +27,31 @@ def on_path(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.syspath_prepend(BENCHMARKS)
 
 
-def test_step_time_reports_every_contender(tmp_path: Path):
-    file = tmp_path / "out.json"
+def step_time(folder: Path, *further: str):
+    """The tables that it prints, and its reports."""
+    file = folder / "out.json"
     command = [sys.executable, BENCHMARKS / "step_time.py", "--model", "tiny", "--threads", "1", "--quick"]
-    command += ["--backend", "eager", "--json", file]
-    ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    command += ["--backend", "eager", "--json", file, *further]
+    ran = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr
-    report = json.loads(file.read_text())["tiny"]
+    return ran.stdout, json.loads(file.read_text())
+
+
+def test_step_time_reports_every_option(tmp_path: Path, on_path: None):
+    from contenders import OPTIONS
+
+    shown, reports = step_time(tmp_path, "--options")
+    assert list(reports["tiny-options"]["rows"]) == ["torch.compile + fused AdamW", *OPTIONS]
+    assert all(f"| {label} |" in shown for label in OPTIONS)
+
+
+def test_step_time_reports_every_contender(tmp_path: Path):
+    shown, reports = step_time(tmp_path)
+    report = reports["tiny"]
     assert report["machine"]["torch"] == torch.__version__
     assert list(report["rows"]) == list(ROWS)
     for label, row in report["rows"].items():
-        assert f"| {label} |" in ran.stdout
+        assert f"| {label} |" in shown
         assert all(ms > 0 for ms in row["amortised"].values())
         measured = {name for name in ("plain_step", "factor_step", *PHASES) if row[name]}
         assert measured == ROWS[label]
