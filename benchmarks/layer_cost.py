@@ -173,7 +173,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(text)
     if not options.print:
         readme = HERE / "README.md"
-        readme.write_text(replace_section(readme.read_text(), "layer-cost", text))
+        readme.write_text(replace_section(readme.read_text(), "layer-cost", f"{text}\n"))
 
 
 if __name__ == "__main__":

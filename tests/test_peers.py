@@ -17,7 +17,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def curvlinops():
-    return pytest.importorskip("curvlinops", reason="curvlinops is not installed")
+    return pytest.importorskip("curvlinops", reason="curvlinops is not installed: pip install \".[dev,peers]\" torch==<yours>")
 
 
 def mlp():
