@@ -13,6 +13,7 @@ Dynamo's dynamic shapes.
 
 import contextlib
 import copy
+import functools
 import itertools
 import logging
 import types
@@ -83,7 +84,7 @@ class LossCapture:
 
     def __init__(self, loss_fn: LossFn, handler: Handler, dynamic: bool | None = None) -> None:
         self._handler = handler
-        self._settings = tracing_settings()
+        self._settings = tracing_settings()()
         self._params: Mapping[str, Tensor] = {}
         self._compiled = torch.compile(
             own_code(_loss_and_detached_aux(loss_fn)), backend=self._backend, fullgraph=True, dynamic=dynamic
@@ -108,20 +109,21 @@ class LossCapture:
         return without_dynamo(self._handler(captured))
 
 
-def tracing_settings() -> contextlib.AbstractContextManager[Any]:
-    """What Dynamo must do differently from stock compilation while it traces for us.
+def tracing_settings() -> Callable[[], contextlib.AbstractContextManager[Any]]:
+    """A maker of contexts in which Dynamo does what it must do otherwise than in stock compilation.
 
     It makes no symbol of a float that it has seen change (a scale, an epsilon): our export of the joint
     graph cannot resolve those. It traces recurrent modules, for which it would break the graph; see
     NOTE: [Recurrent nets] in recurrent.py. And it leaves out what a model writes to a logger, for which
-    it would break the graph, too: ``transformers`` warns once about the loss of GPT-2, for one.
+    it would break the graph, too: ``transformers`` warns once about the loss of GPT-2, for one. The set of
+    these methods is built here, once for a door.
     """
-    settings: Any = torch._dynamo.config.patch(
+    return functools.partial(
+        torch._dynamo.config.patch,
         specialize_float=True,
         allow_rnn=True,
         ignore_logging_functions=torch._dynamo.config.ignore_logging_functions | _log_methods(),
     )
-    return settings
 
 
 def rnns_looked_into() -> contextlib.AbstractContextManager[Any]:

@@ -117,6 +117,7 @@ class _Call:
     ) -> None:
         self.collector = Collector(backend)
         self._model = model
+        self._tracing_settings = tracing_settings()
         self._captures_rnn = not any(isinstance(part, nn.RNNBase) for part in model.modules())
         settings: dict[str, Any] = {"mode": mode, "options": options} if backend == "inductor" else {}
 
@@ -150,7 +151,7 @@ class _Call:
             return self._plain(*args, **kwargs)
         if self._generation != self.collector.generation:
             self._factor, self._generation = self._compile_factor(), self.collector.generation
-        with tracing_settings():
+        with self._tracing_settings():
             try:
                 return self._factor(*args, **kwargs)
             except CompilationFailed as error:
