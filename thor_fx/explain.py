@@ -9,6 +9,7 @@ import networkx as nx
 import torch
 from torch import Tensor, fx, nn
 from torch.func import functional_call
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import flop_registry
 
@@ -186,7 +187,10 @@ def _flops_of(node: fx.Node) -> int:
     if formula is None:
         return 0
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-    return int(formula(*args, **kwargs, out_val=node.meta["val"]))
+    try:
+        return int(formula(*args, **kwargs, out_val=node.meta["val"]))
+    except GuardOnDataDependentSymNode:  # nobody knows the size before the data are there
+        return 0
 
 
 def to_networkx(gm: fx.GraphModule) -> nx.DiGraph:
