@@ -117,9 +117,25 @@ def test_every_expert_has_a_slice_of_the_input(how):
     assert found.A.shape == (E, WIDTH, WIDTH)
     close(found.A, A)
     close(found.G * (terms / found.n), G)
+    given = thor_fx.factors(loss_fn, {"w": w}, *batch, batch_size=terms)["w"]
+    assert given.n == terms
+    close(given.A, A)
+    close(given.G, G)
     gradient = oracle.loss_and_gradients(case(by_slices(matrix), {"w": w}, *batch, terms=1))[1]["w"]
     U = updates(loss_fn, {"w": w}, *batch, batch_size=terms, damping_rule="pi")["w"]
     close(U, torch.stack([matrix(solve(A[e], G[e], matrix(gradient[e]), "pi")) for e in range(E)]))
+
+
+@pytest.mark.parametrize("how", ROUTED)
+def test_terms_that_are_given_scale_the_cotangents_of_every_expert(how):
+    w, matrix, multiply = ROUTED[how]
+    A, G = pairs(by_routes(matrix), w, X, ROUTES, terms=50)
+    found = thor_fx.factors(
+        lambda p, x, r: loss_of(multiply(p["w"], x, r)), {"w": w}, X, ROUTES, batch_size=50
+    )["w"]
+    assert found.n == 50
+    close(found.A, A)
+    close(found.G, G)
 
 
 @pytest.mark.parametrize("how", ROUTED)
