@@ -180,11 +180,24 @@ def test_matrices_that_are_stacked_first_say_why_they_have_no_factors():
     assert {name: "select <- bmm" in reason for name, reason in fallback.items()} == {"a": True, "b": True}
 
 
+BEFORE_2_15 = tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 15)
+DTYPES = [
+    pytest.param(torch.bfloat16, 0.01, id="bfloat16"),  # rounding is that of eight bits
+    pytest.param(
+        torch.float32,
+        1e-5,
+        id="float32",
+        marks=pytest.mark.skipif(BEFORE_2_15, reason="fake tensors know _grouped_mm for bfloat16 only"),
+    ),
+]
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), DTYPES)
 @pytest.mark.parametrize("turn", [False, True])
-def test_grouped_products_of_sorted_rows(turn):
-    """Fake tensors know this operator for bfloat16 only; rounding is that of its eight bits."""
+def test_grouped_products_of_sorted_rows(turn, dtype, tolerance):
+    """Torch 2.11 and 2.13 cannot trace this operator in float32, although it runs."""
     sizes, offsets = [2, 0, 4], torch.tensor([2, 2, 6], dtype=torch.int32)
-    x, w = random(5, torch.bfloat16, ROWS, 8), random(6, torch.bfloat16, E, 8, 16)
+    x, w = random(5, dtype, ROWS, 8), random(6, dtype, E, 8, 16)
     w = w.mT.contiguous() if turn else w
 
     def loss_fn(p, x, offsets):
@@ -195,10 +208,10 @@ def test_grouped_products_of_sorted_rows(turn):
     assert (found.A.shape, found.G.shape, found.n) == ((E, 8, 8), (E, 16, 16), ROWS)
     m = (w.mT if turn else w).to(D)
     for e, rows in enumerate(x.to(D).split(sizes)):
-        s = (rows @ m[e]).to(torch.bfloat16).to(D)
+        s = (rows @ m[e]).to(dtype).to(D)
         g = s.cos() / ROWS
-        assert oracle.relative_error(found.A[e].to(D), rows.T @ rows / max(1, len(rows))) < 0.01
-        assert oracle.relative_error(found.G[e].to(D), ROWS * g.T @ g) < 0.02
+        assert oracle.relative_error(found.A[e].to(D), rows.T @ rows / max(1, len(rows))) < tolerance
+        assert oracle.relative_error(found.G[e].to(D), ROWS * g.T @ g) < 2 * tolerance
 
 
 class Experts(nn.Module):
