@@ -109,15 +109,24 @@ def measure(kind: str, factors: bool, backend: str, steps: int) -> dict[str, flo
     step = compile_graph(graph, fakes, backend=backend)
     with torch.no_grad():
         step(*params.values(), x)
-        ctypes.CDLL("libc.so.6").malloc_trim(0)  # give back what the first step has freed
-        start = resident("VmRSS")
-        Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
-        times = []
-        for _ in range(steps):
-            before = time.perf_counter()
-            step(*params.values(), x)
-            times.append(1e3 * (time.perf_counter() - before))
-    return {"ms": statistics.median(times), "mb": max(0.0, resident("VmHWM") - start)}
+        times = [milliseconds(step, *params.values(), x) for _ in range(steps)]
+        peaks = [peak_megabytes(step, *params.values(), x) for _ in range(steps)]
+    return {"ms": statistics.median(times), "mb": statistics.median(peaks)}
+
+
+def milliseconds(function: Callable[..., object], *args: Tensor) -> float:
+    before = time.perf_counter()
+    function(*args)
+    return 1e3 * (time.perf_counter() - before)
+
+
+def peak_megabytes(function: Callable[..., object], *args: Tensor) -> float:
+    """What the process holds at most during a call, beyond what it held before."""
+    ctypes.CDLL("libc.so.6").malloc_trim(0)  # give back what earlier calls have freed
+    start = resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    function(*args)
+    return max(0.0, resident("VmHWM") - start)
 
 
 def resident(field: str) -> float:
@@ -126,20 +135,18 @@ def resident(field: str) -> float:
     return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 1024
 
 
-def row(kind: str, options: argparse.Namespace) -> str:
+def measure_apart(kind: str, backend: str, steps: int, threads: int) -> list[dict[str, float]]:
+    """The plain step and the factor step, each in a process of its own."""
+    settings = ["--backend", backend, "--steps", str(steps), "--threads", str(threads)]
     results = []
     for factors in ("0", "1"):
-        command = [sys.executable, __file__, "--one", kind, "--factors", factors]
-        command += [
-            "--backend",
-            options.backend,
-            "--steps",
-            str(options.steps),
-            "--threads",
-            str(options.threads),
-        ]
+        command = [sys.executable, __file__, "--one", kind, "--factors", factors, *settings]
         results.append(json.loads(subprocess.run(command, capture_output=True, check=True, text=True).stdout))
-    plain, factor = results
+    return results
+
+
+def row(kind: str, options: argparse.Namespace) -> str:
+    plain, factor = measure_apart(kind, options.backend, options.steps, options.threads)
     ratio = factor["ms"] / plain["ms"]
     more = factor["mb"] / max(1.0, plain["mb"])
     return (

@@ -135,46 +135,15 @@ class Matrix(Operand):
 
 
 @dataclass(frozen=True)
-class Mapped(Operand):
-    """The rows of ``inner`` times a matrix: ``x_r P``, or ``x_r P^T`` where ``transposed``."""
-
-    inner: Operand
-    matrix: fx.Node
-    transposed: bool
-
-    @property
-    def nodes(self) -> tuple[fx.Node, ...]:
-        """Those of ``inner``, then the matrix."""
-        return (*self.inner.nodes, self.matrix)
-
-    @property
-    def features(self) -> int:
-        """F."""
-        return int(shape(self.matrix)[0 if self.transposed else 1])
-
-    @property
-    def rows(self) -> Any:
-        """R."""
-        return self.inner.rows
-
-    def read(self, *values: Tensor) -> Tensor:
-        """(R, F)."""
-        x = self.inner.read(*values[:-1])
-        p = values[-1].to(x.dtype)
-        return x @ (p.mT if self.transposed else p)
-
-
-@dataclass(frozen=True)
-class Scaled(Operand):
-    """The rows of ``inner`` times a number, or feature by feature times a vector; or divided by it."""
+class Multiplied(Operand):
+    """The rows of ``inner`` times ``by``, a number or a node."""
 
     inner: Operand
     by: Any
-    divide: bool = False
 
     @property
     def nodes(self) -> tuple[fx.Node, ...]:
-        """Those of ``inner``, then the factor, where it is a node."""
+        """Those of ``inner``, then ``by``, where it is a node."""
         return (*self.inner.nodes, self.by) if isinstance(self.by, fx.Node) else self.inner.nodes
 
     @property
@@ -192,11 +161,41 @@ class Scaled(Operand):
         """R."""
         return self.inner.rows
 
+    def _factors(self, values: tuple[Tensor, ...]) -> tuple[Tensor, Any]:
+        """The rows and what they are multiplied by."""
+        if not isinstance(self.by, fx.Node):
+            return self.inner.read(*values), self.by
+        x = self.inner.read(*values[:-1])
+        return x, values[-1].to(x.dtype)
+
+
+@dataclass(frozen=True)
+class Mapped(Multiplied):
+    """By a matrix: ``x_r P``, or ``x_r P^T`` where ``transposed``."""
+
+    transposed: bool
+
+    @property
+    def features(self) -> int:
+        """F."""
+        return int(shape(self.by)[0 if self.transposed else 1])
+
+    def read(self, *values: Tensor) -> Tensor:
+        """(R, F)."""
+        x, p = self._factors(values)
+        return x @ (p.mT if self.transposed else p)
+
+
+@dataclass(frozen=True)
+class Scaled(Multiplied):
+    """By a number, or feature by feature by a vector; or divided by it."""
+
+    divide: bool = False
+
     def read(self, *values: Tensor) -> Tensor:
         """(R, F) or (E, R, F)."""
-        given = isinstance(self.by, fx.Node)
-        x = self.inner.read(*values[:-1] if given else values)
-        by = values[-1].to(x.dtype).flatten() if given else self.by
+        x, by = self._factors(values)
+        by = by.flatten() if isinstance(by, Tensor) else by
         return x / by if self.divide else x * by
 
 

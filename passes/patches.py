@@ -78,6 +78,14 @@ class Pixels(Operand):
             return x.mT.flatten(0, 1)
         return x.unflatten(1, (self.groups, -1)).permute(1, 0, 3, 2).flatten(1, 2)
 
+    def gram(self, *values: Tensor) -> Tensor:
+        """(C, C) or (E, C, C). Image by image, which needs no copy of the rows, where that is smaller."""
+        x = widened(values[0]).flatten(2).unflatten(1, (self.groups, -1))  # (N, E, C, Q)
+        if not (isinstance(x.shape[3], int) and self.features <= x.shape[3]):
+            return super().gram(*values)
+        found = (x @ x.mT).sum(0)
+        return found if self.groups > 1 else found.squeeze(0)
+
     @property
     def batch_axes(self) -> tuple[int, ...]:
         """The first axis."""

@@ -66,9 +66,14 @@ def _check_outputs(gm: fx.GraphModule) -> None:
 
 def _check_values(gm: fx.GraphModule) -> None:
     for node in gm.graph.nodes:
-        absent = node.target is operator.getitem  # an output that the operator was told not to compute
-        if node.op == "call_function" and "val" not in node.meta and not absent:
+        if node.op == "call_function" and "val" not in node.meta and not _has_no_value(node):
             raise SpecError(f"node {node.name!r} ({node.target}) has no value in meta['val']")
+
+
+def _has_no_value(node: fx.Node) -> bool:
+    """Whether it is an output that the operator was told not to compute, or a check of a size."""
+    schema = getattr(node.target, "_schema", None)
+    return node.target is operator.getitem or (schema is not None and not schema.returns)
 
 
 def _check_shapes(gm: fx.GraphModule) -> None:

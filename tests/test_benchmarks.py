@@ -58,6 +58,17 @@ def test_step_time_reports_every_contender(tmp_path: Path):
         assert all(0 < row[name]["min"] <= row[name]["median"] for name in measured)
 
 
+@pytest.mark.inductor
+def test_factors_of_a_convolution_take_half_as_much_memory_again_at_most(on_path: None):
+    """3 x 3, 64 channels, 256 images: written down, the patches would take nine times the input."""
+    from layer_cost import measure_apart
+
+    plain, factor = measure_apart("convolution 3x3, 64 channels", "inductor", steps=3, threads=1)
+    image = 256 * 64 * 16 * 16 * 4 / 2**20
+    assert plain["mb"] > image  # the output at least: something has been measured
+    assert factor["mb"] <= 1.5 * plain["mb"]
+
+
 def test_eager_hooks_take_the_same_steps_as_thor(on_path: None):
     from eager_hooks import EagerKfac
     from workloads import Transformer, text

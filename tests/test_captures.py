@@ -20,7 +20,7 @@ from models import Case, dense, labels, params_of, random
 from thor_fx.passes.outputs import Grad, Mutation, output_nodes
 from thor_fx.schedule import Schedule
 from thor_fx.transform import add_decayed_weights, heavy_ball, scale_by_learning_rate
-from training import assert_moved, assert_same, by_drop_in_door, by_functional_door, snapshot
+from training import assert_moved, assert_same, by_both_doors, by_drop_in_door, by_functional_door, snapshot
 
 ROWS, IN, HIDDEN, CLASSES, WORDS, STEPS = 7, 5, 6, 3, 9, 5
 SETTINGS: dict[str, Any] = {"lr": 0.05, "damping": 0.1, "momentum": 0.9, "frequency": 2}
@@ -61,10 +61,8 @@ def assert_gradients_are_those_of_eager(make: Callable[[], nn.Module], x: Tensor
 
 
 def train_by_both_doors(make: Callable[[], nn.Module], data: list[tuple[Tensor, Tensor]]) -> None:
-    functional = by_functional_door(build(make), data, **SETTINGS)
-    drop_in = by_drop_in_door(build(make), data, **SETTINGS)
-    assert_moved(functional, snapshot(dict(build(make).named_parameters())))
-    assert_same(drop_in, functional, rtol=1e-9)
+    trajectory = by_both_doors(lambda: build(make), data, 1e-9, **SETTINGS)
+    assert_moved(trajectory, snapshot(dict(build(make).named_parameters())))
 
 
 def reasons_of(make: Callable[[], nn.Module], x: Tensor, y: Tensor) -> dict[str, str]:
@@ -422,11 +420,9 @@ def test_gradients_of_parametrised_weights(name):
 
 @EVERY_PARAMETRIZATION
 def test_parametrised_weights_train(name):
-    functional = by_functional_door(build(under_a_head(name)), numbers(), **SETTINGS)
-    drop_in = by_drop_in_door(build(under_a_head(name)), numbers(), **SETTINGS)
-    assert_same(drop_in, functional, rtol=1e-9)
+    trajectory = by_both_doors(lambda: build(under_a_head(name)), numbers(), 1e-9, **SETTINGS)
     start = snapshot(dict(build(under_a_head(name)).named_parameters()))
-    for before, after in itertools.pairwise([start, *functional]):
+    for before, after in itertools.pairwise([start, *trajectory]):
         assert all(value.isfinite().all() for value in after.values())
         assert not torch.equal(before["2.weight"], after["2.weight"])
 

@@ -27,6 +27,7 @@ from training import (
     batches,
     build,
     by_drop_in_door,
+    compiled,
     identical,
     mlp,
     snapshot,
@@ -34,10 +35,6 @@ from training import (
 )
 
 SETTINGS: dict[str, Any] = {"lr": 0.05, "damping": 0.1, "momentum": 0.9, "frequency": 3}
-
-
-def compiled(make: Callable[[], nn.Module] = mlp, **kwargs: Any) -> nn.Module:
-    return thor_fx.compile(build(make), backend="aot_eager", **kwargs)
 
 
 def thor(model: nn.Module, **settings: Any) -> thor_fx.Thor:

@@ -14,11 +14,11 @@ from training import (
     MODELS,
     Parameters,
     assert_moved,
-    assert_same,
     batches,
     build,
-    by_drop_in_door,
+    by_both_doors,
     by_functional_door,
+    mlp,
     snapshot,
 )
 
@@ -61,28 +61,24 @@ SETTINGS = {
 @pytest.mark.parametrize("make", MODELS.values(), ids=MODELS.keys())
 def test_every_model(make):
     data = batches(STEPS)
-    functional = by_functional_door(build(make), data, **PLAIN)
-    drop_in = by_drop_in_door(build(make), data, **PLAIN)
-    assert_moved(functional, snapshot(dict(build(make).named_parameters())))
-    assert_same(drop_in, functional)
+    trajectory = by_both_doors(lambda: build(make), data, **PLAIN)
+    assert_moved(trajectory, snapshot(dict(build(make).named_parameters())))
 
 
 @functools.cache
 def plain_trajectory() -> list[Parameters]:
-    return by_functional_door(build(MODELS["mlp"]), batches(STEPS), **PLAIN)
+    return by_functional_door(build(mlp), batches(STEPS), **PLAIN)
 
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_every_setting(name):
     data, settings = batches(STEPS), {**PLAIN, **SETTINGS[name]}
-    functional = by_functional_door(build(MODELS["mlp"]), data, **settings)
-    drop_in = by_drop_in_door(build(MODELS["mlp"]), data, **settings)
-    assert_moved(functional, snapshot(dict(build(MODELS["mlp"]).named_parameters())))
-    assert_same(drop_in, functional)
+    trajectory = by_both_doors(lambda: build(mlp), data, **settings)
+    assert_moved(trajectory, snapshot(dict(build(mlp).named_parameters())))
     # a setting that both doors ignore would pass until here
     cancels = name in {"loss_scale", "whole_factors"}  # all sides are far below the 128 of a block
     plain = plain_trajectory()[-1]
-    errors = [float((plain[n] - p).norm() / p.norm()) for n, p in functional[-1].items()]
+    errors = [float((plain[n] - p).norm() / p.norm()) for n, p in trajectory[-1].items()]
     assert (max(errors) < 1e-12) == cancels
 
 

@@ -23,6 +23,7 @@ from training import (
     by_drop_in_door,
     by_functional_door,
     classifier_loss,
+    compiled,
     identical,
     mlp,
     snapshot,
@@ -31,10 +32,6 @@ from training import (
 
 SETTINGS: dict[str, Any] = {"lr": 0.05, "damping": 0.1, "momentum": 0.9, "frequency": 3}
 PLAIN = thor_fx.thor(**SETTINGS)
-
-
-def compiled(make: Callable[[], nn.Module] = mlp) -> nn.Module:
-    return thor_fx.compile(build(make), backend="aot_eager")
 
 
 def weights(**shapes: tuple[int, ...]) -> dict[str, Tensor]:
@@ -500,15 +497,7 @@ def batches_of_all_sizes() -> list[Any]:
 
 @functools.cache
 def every_size_traced_alone() -> list[Any]:
-    model, data = build(mlp), batches_of_all_sizes()
-    tx, params = thor_fx.thor(**SETTINGS), snapshot(dict(model.named_parameters()))
-    step = thor_fx.compile_step(classifier_loss(model), tx, backend="eager", dynamic=False)
-    state = step.init(params, *data[0])
-    trajectory = []
-    for batch in data:
-        params, state, _ = step(params, state, *batch)
-        trajectory.append(snapshot(params))
-    return trajectory
+    return by_functional_door(build(mlp), batches_of_all_sizes(), dynamic=False, **SETTINGS)
 
 
 BAD = [math.nan, math.inf, -math.inf]

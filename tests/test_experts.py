@@ -8,16 +8,7 @@ import oracle
 import thor_fx
 from dense import case, close, solve, updates
 from models import random
-from training import (
-    IN,
-    assert_moved,
-    assert_same,
-    batches,
-    build,
-    by_drop_in_door,
-    by_functional_door,
-    snapshot,
-)
+from training import IN, assert_moved, batches, build, by_both_doors, snapshot
 
 D = torch.float64
 E, ROWS, WIDTH, OUT = 3, 6, 4, 5
@@ -126,9 +117,25 @@ def test_every_expert_has_a_slice_of_the_input(how):
     assert found.A.shape == (E, WIDTH, WIDTH)
     close(found.A, A)
     close(found.G * (terms / found.n), G)
+    given = thor_fx.factors(loss_fn, {"w": w}, *batch, batch_size=terms)["w"]
+    assert given.n == terms
+    close(given.A, A)
+    close(given.G, G)
     gradient = oracle.loss_and_gradients(case(by_slices(matrix), {"w": w}, *batch, terms=1))[1]["w"]
     U = updates(loss_fn, {"w": w}, *batch, batch_size=terms, damping_rule="pi")["w"]
     close(U, torch.stack([matrix(solve(A[e], G[e], matrix(gradient[e]), "pi")) for e in range(E)]))
+
+
+@pytest.mark.parametrize("how", ROUTED)
+def test_terms_that_are_given_scale_the_cotangents_of_every_expert(how):
+    w, matrix, multiply = ROUTED[how]
+    A, G = pairs(by_routes(matrix), w, X, ROUTES, terms=50)
+    found = thor_fx.factors(
+        lambda p, x, r: loss_of(multiply(p["w"], x, r)), {"w": w}, X, ROUTES, batch_size=50
+    )["w"]
+    assert found.n == 50
+    close(found.A, A)
+    close(found.G, G)
 
 
 @pytest.mark.parametrize("how", ROUTED)
@@ -173,11 +180,24 @@ def test_matrices_that_are_stacked_first_say_why_they_have_no_factors():
     assert {name: "select <- bmm" in reason for name, reason in fallback.items()} == {"a": True, "b": True}
 
 
+BEFORE_2_15 = tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 15)
+DTYPES = [
+    pytest.param(torch.bfloat16, 0.01, id="bfloat16"),  # rounding is that of eight bits
+    pytest.param(
+        torch.float32,
+        1e-5,
+        id="float32",
+        marks=pytest.mark.skipif(BEFORE_2_15, reason="fake tensors know _grouped_mm for bfloat16 only"),
+    ),
+]
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), DTYPES)
 @pytest.mark.parametrize("turn", [False, True])
-def test_grouped_products_of_sorted_rows(turn):
-    """Fake tensors know this operator for bfloat16 only; rounding is that of its eight bits."""
+def test_grouped_products_of_sorted_rows(turn, dtype, tolerance):
+    """Torch 2.11 and 2.13 cannot trace this operator in float32, although it runs."""
     sizes, offsets = [2, 0, 4], torch.tensor([2, 2, 6], dtype=torch.int32)
-    x, w = random(5, torch.bfloat16, ROWS, 8), random(6, torch.bfloat16, E, 8, 16)
+    x, w = random(5, dtype, ROWS, 8), random(6, dtype, E, 8, 16)
     w = w.mT.contiguous() if turn else w
 
     def loss_fn(p, x, offsets):
@@ -188,10 +208,10 @@ def test_grouped_products_of_sorted_rows(turn):
     assert (found.A.shape, found.G.shape, found.n) == ((E, 8, 8), (E, 16, 16), ROWS)
     m = (w.mT if turn else w).to(D)
     for e, rows in enumerate(x.to(D).split(sizes)):
-        s = (rows @ m[e]).to(torch.bfloat16).to(D)
+        s = (rows @ m[e]).to(dtype).to(D)
         g = s.cos() / ROWS
-        assert oracle.relative_error(found.A[e].to(D), rows.T @ rows / max(1, len(rows))) < 0.01
-        assert oracle.relative_error(found.G[e].to(D), ROWS * g.T @ g) < 0.02
+        assert oracle.relative_error(found.A[e].to(D), rows.T @ rows / max(1, len(rows))) < tolerance
+        assert oracle.relative_error(found.G[e].to(D), ROWS * g.T @ g) < 2 * tolerance
 
 
 class Experts(nn.Module):
@@ -213,6 +233,5 @@ class Experts(nn.Module):
 def test_both_doors_take_the_same_steps(rule):
     settings = {"lr": 0.1, "damping": 0.1, "momentum": 0.9, "frequency": 2, "damping_rule": rule}
     data = batches(4)
-    functional = by_functional_door(build(Experts), data, **settings)
-    assert_moved(functional, snapshot(dict(build(Experts).named_parameters())))
-    assert_same(by_drop_in_door(build(Experts), data, **settings), functional, rtol=1e-10)
+    trajectory = by_both_doors(lambda: build(Experts), data, 1e-10, **settings)
+    assert_moved(trajectory, snapshot(dict(build(Experts).named_parameters())))

@@ -10,7 +10,12 @@ import pytest
 ROOT = Path(__file__).parents[1]
 RANK = {"passes": 0, "thor_fx": 1, "examples": 2, "benchmarks": 2, "tests": 3}
 PACKAGE = {"passes": "thor_fx.passes", "thor_fx": "thor_fx"}
-ADAPTERS = {"thor_fx/capture.py", "thor_fx/inductor.py"}
+ADAPTERS = {
+    "thor_fx/capture.py",  # Dynamo, and the export of joint graphs
+    "thor_fx/inductor.py",
+    "thor_fx/joint_graphs.py",  # AOTAutograd's descriptors
+    "thor_fx/recurrent.py",  # decompositions of recurrent layers
+}
 # Not meant: operators, _foreach_* functions, and _pytree, which torch's own examples import.
 PRIVATE = re.compile(r"torch\.(?!ops\.|_foreach_|utils\._pytree\b)(\w+\.)*_(?!_)")
 SOURCES = [path for folder in RANK for path in sorted((ROOT / folder).rglob("*.py"))]

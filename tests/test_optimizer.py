@@ -24,6 +24,7 @@ from training import (
     by_drop_in_door,
     by_functional_door,
     classifier_loss,
+    compiled,
     identical,
     mlp,
     snapshot,
@@ -32,10 +33,6 @@ from training import (
 
 SETTINGS: dict[str, Any] = {"lr": 0.05, "damping": 0.1, "momentum": 0.9, "frequency": 3}
 FIRST, SECOND = ("0.weight", "0.bias"), ("2.weight", "2.bias")
-
-
-def compiled(make: Callable[[], nn.Module] = mlp) -> nn.Module:
-    return thor_fx.compile(build(make), backend="aot_eager")
 
 
 def thor(model: nn.Module, **settings: Any) -> thor_fx.Thor:

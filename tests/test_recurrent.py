@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 import oracle
 import thor_fx
 from models import Case, Params, Tap, dense, labels, no_tap, params_of, random
-from training import assert_moved, assert_same, by_drop_in_door, by_functional_door, snapshot
+from training import assert_moved, by_both_doors, by_drop_in_door, by_functional_door, snapshot
 
 BATCH, TIME, IN, HIDDEN, PROJ, CLASSES = 3, 4, 5, 6, 2, 7
 SETTINGS: dict[str, Any] = {"lr": 0.05, "damping": 0.1, "momentum": 0.9, "frequency": 3}
@@ -199,10 +199,8 @@ def batches(net: Net, dtype: torch.dtype = torch.float64) -> list[tuple[Tensor, 
 @pytest.mark.parametrize("name", [name for name in NETS if "dropout" not in name])
 def test_both_doors_take_the_same_steps(name):
     net = NETS[name]
-    functional = by_functional_door(net.module(), batches(net), **SETTINGS)
-    drop_in = by_drop_in_door(net.module(), batches(net), **SETTINGS)
-    assert_moved(functional, snapshot(dict(net.module().named_parameters())))
-    assert_same(drop_in, functional, rtol=1e-10)
+    trajectory = by_both_doors(net.module, batches(net), 1e-10, **SETTINGS)
+    assert_moved(trajectory, snapshot(dict(net.module().named_parameters())))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -293,9 +291,8 @@ def test_cells_train(kind):
             return Cells(kind, True).double()
 
     data = batches(NETS["rnn"])
-    functional = by_functional_door(make(), data, **SETTINGS)
-    assert_moved(functional, snapshot(dict(make().named_parameters())))
-    assert_same(by_drop_in_door(make(), data, **SETTINGS), functional, rtol=1e-10)
+    trajectory = by_both_doors(make, data, 1e-10, **SETTINGS)
+    assert_moved(trajectory, snapshot(dict(make().named_parameters())))
 
 
 def test_a_long_sequence():

@@ -336,17 +336,8 @@ def every_size_traced_alone() -> list[dict[str, Tensor]]:
 
 
 def trajectory_over_sizes(dynamic: bool | None) -> list[dict[str, Tensor]]:
-    model = build(mlp)
-    tx = thor_fx.thor(**SETTINGS)
-    step = thor_fx.compile_step(classifier_loss(model), tx, backend="eager", dynamic=dynamic)
     data = [batch for rows in (7, 9, 12, 7) for batch in batches(4, rows)]
-    params = start(model)
-    state = step.init(params, *data[0])
-    trajectory = []
-    for batch in data:
-        params, state, _ = step(params, state, *batch)
-        trajectory.append(snapshot(params))
-    return trajectory
+    return by_functional_door(build(mlp), data, dynamic=dynamic, **SETTINGS)
 
 
 @pytest.mark.parametrize("kind", ["table", "callable", "tensor callable"])

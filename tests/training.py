@@ -112,12 +112,21 @@ def classifier_loss(model: nn.Module, scale: float = 1.0) -> Callable[..., Tenso
     return loss_fn if scale == 1.0 else scaled
 
 
+def compiled(make: Callable[[], nn.Module] = mlp, **kwargs: Any) -> nn.Module:
+    """A model behind the drop-in door."""
+    return thor_fx.compile(build(make), backend="aot_eager", **kwargs)
+
+
 def by_functional_door(
-    model: nn.Module, data: Sequence[Batch], backend: str = "eager", **settings: Any
+    model: nn.Module,
+    data: Sequence[Batch],
+    backend: str = "eager",
+    dynamic: bool | None = None,
+    **settings: Any,
 ) -> list[Parameters]:
     """The parameters after every step."""
     loss_fn = classifier_loss(model, settings.get("loss_scale", 1.0))
-    step = thor_fx.compile_step(loss_fn, thor_fx.thor(**settings), backend=backend)
+    step = thor_fx.compile_step(loss_fn, thor_fx.thor(**settings), backend=backend, dynamic=dynamic)
     params: Mapping[str, Tensor] = snapshot(dict(model.named_parameters()))
     state = step.init(params, *data[0])
     trajectory = []
@@ -147,6 +156,18 @@ def train(
         optimizer.zero_grad()
         trajectory.append(snapshot(dict(model.named_parameters())))
     return trajectory
+
+
+def by_both_doors(
+    make: Callable[[], nn.Module], data: Sequence[Batch], rtol: float = 1e-12, **settings: Any
+) -> list[Parameters]:
+    """The parameters after every step, which are the same through either door.
+
+    ``make`` returns a new model, the same one in every call.
+    """
+    functional = by_functional_door(make(), data, **settings)
+    assert_same(by_drop_in_door(make(), data, **settings), functional, rtol)
+    return functional
 
 
 def assert_same(first: Sequence[Parameters], second: Sequence[Parameters], rtol: float = 1e-12) -> None:

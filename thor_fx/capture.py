@@ -1,7 +1,7 @@
 """Adapter to Dynamo and AOTAutograd: Python functions become step graphs.
 
-The only module that knows ``torch._dynamo`` and the joint export of AOTAutograd. Written for
-torch 2.11, 2.13 and 2.15.
+The only module that knows how Dynamo traces and how AOTAutograd exports a joint graph; what that graph
+means is in joint_graphs.py. Written for torch 2.11, 2.13 and 2.15.
 
 NOTE: [Dynamo guards the loss, we run the step] A loss function is handed to ``torch.compile`` with a
 backend of our own. Dynamo traces the *forward* computation only, guards on everything it read
@@ -17,39 +17,27 @@ import functools
 import itertools
 import logging
 import types
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
-from unittest.mock import patch
 
 import torch
 import torch._dynamo
 from torch import Tensor, fx
-from torch._decomp import decompositions
 from torch._dynamo.exc import BackendCompilerFailed, Unsupported
 from torch._dynamo.source import LocalSource
-from torch._functorch._aot_autograd import descriptors as aot
 from torch._functorch.aot_autograd import aot_export_joint_with_descriptors
 from torch._guards import TracingContext, tracing
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from .joint_graphs import describe_joint, step_graph
 from .parameters import trainable
 from .passes import outputs
 from .passes.nodes import upstream
-from .passes.outputs import (
-    Frozen,
-    Grad,
-    Input,
-    InputDescriptor,
-    Loss,
-    Mutation,
-    Output,
-    OutputDescriptor,
-    Param,
-    Tangent,
-)
+from .passes.outputs import Frozen, Input, InputDescriptor, Param, Tangent
+from .recurrent import trainable_rnns
 
 CompilationFailed = BackendCompilerFailed
 LossFn = Callable[..., Any]
@@ -96,7 +84,7 @@ class LossCapture:
 
     def __init__(self, loss_fn: LossFn, handler: Handler, dynamic: bool | None = None) -> None:
         self._handler = handler
-        self._settings = tracing_settings()
+        self._settings = tracing_settings()()
         self._params: Mapping[str, Tensor] = {}
         self._compiled = torch.compile(
             own_code(_loss_and_detached_aux(loss_fn)), backend=self._backend, fullgraph=True, dynamic=dynamic
@@ -121,76 +109,27 @@ class LossCapture:
         return without_dynamo(self._handler(captured))
 
 
-def tracing_settings() -> contextlib.AbstractContextManager[Any]:
-    """What Dynamo must do differently from stock compilation while it traces for us.
+def tracing_settings() -> Callable[[], contextlib.AbstractContextManager[Any]]:
+    """A maker of contexts in which Dynamo does what it must do otherwise than in stock compilation.
 
     It makes no symbol of a float that it has seen change (a scale, an epsilon): our export of the joint
     graph cannot resolve those. It traces recurrent modules, for which it would break the graph; see
-    NOTE: [Recurrent nets]. And it leaves out what a model writes to a logger, for which it would break
-    the graph, too: ``transformers`` warns once about the loss of GPT-2, for one.
+    NOTE: [Recurrent nets] in recurrent.py. And it leaves out what a model writes to a logger, for which
+    it would break the graph, too: ``transformers`` warns once about the loss of GPT-2, for one. The set of
+    these methods is built here, once for a door.
     """
-    settings: Any = torch._dynamo.config.patch(
+    return functools.partial(
+        torch._dynamo.config.patch,
         specialize_float=True,
         allow_rnn=True,
         ignore_logging_functions=torch._dynamo.config.ignore_logging_functions | _log_methods(),
     )
-    return settings
 
 
 def rnns_looked_into() -> contextlib.AbstractContextManager[Any]:
     """Let Dynamo look into recurrent modules as it does under :func:`tracing_settings`; all else is stock."""
     settings: Any = torch._dynamo.config.patch(allow_rnn=True)
     return settings
-
-
-def has_recurrent_operator(forward: fx.GraphModule) -> bool:
-    """Whether a recurrent layer is part of one of Dynamo's graphs."""
-    return any(getattr(node.target, "__name__", "") in RECURRENT for node in forward.graph.nodes)
-
-
-RECURRENT = {"lstm", "gru", "rnn_tanh", "rnn_relu"}
-
-
-# NOTE: [Recurrent nets] ``aten.lstm``, ``gru`` and ``rnn_*`` decompose into their time steps, by Python
-# code of torch (2.11, 2.13 and 2.15) that was written for inference. Twice it is wrong for training:
-# an LSTM on a CPU in float32 or bfloat16 becomes oneDNN's fused layer in its form for inference, which
-# keeps nothing for backward (AOTAutograd would save a None); and dropout between layers never happens.
-
-
-@contextlib.contextmanager
-def trainable_rnns() -> Iterator[None]:
-    """Decompose recurrent layers as training needs it. See NOTE: [Recurrent nets]."""
-    layers = decompositions._rnn_helper
-    ours: dict[str, Any] = {
-        "mkldnn_one_layer_lstm": decompositions.one_layer_lstm,
-        "_rnn_helper": functools.partial(_layer_by_layer, layers),
-    }
-    with patch.multiple(decompositions, **ours):
-        yield
-
-
-def _layer_by_layer(
-    layers: Callable[..., tuple[Tensor, list[Any]]],
-    x: Tensor,
-    hidden: Sequence[Any],
-    params: Sequence[Any],
-    has_biases: bool,
-    num_layers: int,
-    dropout: float,
-    train: bool,
-    bidirectional: bool,
-    *rest: Any,
-) -> tuple[Tensor, list[Any]]:
-    """What ``layers`` does, with dropout before all layers but the first."""
-    directions = 2 if bidirectional else 1
-    final_hidden: list[Any] = []
-    for i in range(num_layers):
-        if i > 0 and train and dropout > 0:
-            x = torch.dropout(x, dropout, train)
-        own = slice(i * directions, (i + 1) * directions)
-        x, final = layers(x, hidden[own], params[own], has_biases, 1, 0.0, train, bidirectional, *rest)
-        final_hidden += final
-    return x, final_hidden
 
 
 def _log_methods() -> set[Callable[..., Any]]:
@@ -236,7 +175,7 @@ def _capture(forward: fx.GraphModule, params: Mapping[str, Tensor]) -> Captured:
     inputs = describe_forward_inputs(forward, params)
     _refuse_sparse_gradients(forward, inputs)
     _refuse_subclasses(forward)
-    return Captured(_step_graph(_joint_of_loss(forward, inputs)), forward, inputs)
+    return Captured(step_graph(_joint_of_loss(forward, inputs)), forward, inputs)
 
 
 EMBEDDINGS: dict[Any, int] = {torch.nn.functional.embedding: 6, torch.nn.functional.embedding_bag: 7}
@@ -340,139 +279,6 @@ def _leaf(node: fx.Node, descriptor: InputDescriptor) -> Any:
         return value
     differentiable = isinstance(descriptor, Param) or value.requires_grad
     return value.detach().requires_grad_(differentiable)
-
-
-def describe_joint(joint: fx.GraphModule, inputs: Sequence[InputDescriptor]) -> None:
-    """Translate AOTAutograd's descriptors of a joint graph into ours.
-
-    Args:
-        joint: as AOTAutograd hands it to compilers.
-        inputs: what the inputs of the forward graph are, in order.
-    """
-    placeholders = joint.graph.find_nodes(op="placeholder")
-    results = outputs.output_node(joint.graph)
-    described_inputs = [_describe_joint_input(i, node, inputs) for i, node in enumerate(placeholders)]
-    described_outputs = [
-        _describe_output(position, desc, inputs) for position, desc in enumerate(results.meta["desc"])
-    ]
-    outputs.describe(joint, described_inputs, described_outputs)
-    for node in placeholders:
-        if _is_zero_tangent(node):
-            _leave_out_of_sums(node)
-
-
-# NOTE: [Parameters that forward changes] ``nn.Embedding(max_norm=...)`` shrinks rows of its weight in
-# forward, without gradient. AOTAutograd makes the changed weight an output with a tangent of its own,
-# added to the gradient. Nobody can differentiate through what became of a leaf: that tangent is zero.
-# The update then starts from the changed weight, as an optimizer does that runs after forward.
-
-
-def _is_zero_tangent(node: fx.Node) -> bool:
-    match node.meta["desc"]:
-        case aot.TangentAOTInput(output=aot.InputMutationAOTOutput()):
-            return True
-    return False
-
-
-def _leave_out_of_sums(zero: fx.Node) -> None:
-    for total in list(zero.users):
-        if total.target is torch.ops.aten.add.Tensor and not total.kwargs:
-            (other,) = [node for node in total.all_input_nodes if node is not zero] or [zero]
-            if other.meta["val"].shape == total.meta["val"].shape:
-                total.replace_all_uses_with(other)
-                total.graph.erase_node(total)
-
-
-def _describe_joint_input(position: int, node: fx.Node, inputs: Sequence[InputDescriptor]) -> InputDescriptor:
-    match node.meta["desc"]:
-        case aot.PlainAOTInput(idx=index):
-            return inputs[index]
-        case aot.TangentAOTInput(output=aot.PlainAOTOutput(idx=index)):
-            return Tangent(index)
-    return Input(-1 - position)  # a random seed, a tangent of an aliased output, ...
-
-
-def _describe_output(position: int, desc: Any, inputs: Sequence[InputDescriptor]) -> OutputDescriptor:
-    match desc:
-        case aot.PlainAOTOutput(idx=index):
-            return Output(index)
-        case aot.InputMutationAOTOutput(mutated_input=aot.PlainAOTInput(idx=index)):
-            return Mutation(index)
-        case aot.GradAOTOutput(grad_of=aot.PlainAOTInput(idx=index)):
-            source = inputs[index]
-            return Grad(source.name if isinstance(source, Param) else index)
-    return outputs.Opaque(f"output {position}")
-
-
-def _step_graph(joint: fx.GraphModule) -> fx.GraphModule:
-    """Start the backward of a joint graph from the constant 1 instead of a tangent."""
-    _unlift_tokens(joint)
-    tangents = {d.index: n for d, n in outputs.input_nodes(joint).items() if isinstance(d, Tangent)}
-    trained = [d for d in outputs.output_nodes(joint) if isinstance(d, Grad) and isinstance(d.param, str)]
-    if not tangents or not trained:
-        raise ValueError(
-            "the loss does not depend on any of params: call the model with them, not with its own"
-        )
-    ((index, tangent),) = tangents.items()  # only the loss is differentiable
-    described = [
-        (Loss() if descriptor == Output(index) else descriptor, node)
-        for descriptor, node in outputs.output_nodes(joint).items()
-        if node is not None  # no gradient
-    ]
-    results = outputs.output_node(joint.graph)
-    results.args = (tuple(node for _, node in described),)
-    results.meta[outputs.KEY] = tuple(descriptor for descriptor, _ in described)
-    value = outputs.output_nodes(joint)[Loss()].meta["val"]  # type: ignore[union-attr]
-    if value.dim() != 0:
-        raise ValueError(f"loss_fn must return a scalar loss, got shape {tuple(value.shape)}: take its mean")
-    for node in joint.graph.find_nodes(op="placeholder"):
-        if _is_zero_tangent(node):
-            _fold(node, 0.0)
-    _fold(tangent, 1.0).meta[outputs.KEY] = Tangent(0)
-    joint.recompile()
-    return joint
-
-
-def _fold(tangent: fx.Node, number: float) -> fx.Node:
-    """Replace an input by a constant."""
-    value = tangent.meta["val"]
-    graph = tangent.graph
-    last = graph.find_nodes(op="placeholder")[-1]
-    with graph.inserting_after(last):
-        constant = graph.call_function(
-            torch.ops.aten.full.default,
-            (list(value.shape), number),
-            {"dtype": value.dtype, "device": value.device, "pin_memory": False},
-        )
-    constant.meta = {"val": value}
-    tangent.replace_all_uses_with(constant)
-    graph.erase_node(tangent)
-    return constant
-
-
-def _unlift_tokens(joint: fx.GraphModule) -> None:
-    """Make the tokens that order effects (checks of ``linalg``, prints) inside, not arguments and results."""
-    graph, out = joint.graph, outputs.output_node(joint.graph)
-    placeholders = graph.find_nodes(op="placeholder")
-    for node in placeholders:
-        if isinstance(node.meta["desc"], TOKENS):
-            with graph.inserting_after(placeholders[-1]):
-                token = graph.call_function(torch.ops.prims._make_token.default)
-            token.meta["val"] = node.meta["val"]
-            node.replace_all_uses_with(token)
-            graph.erase_node(node)
-    described = zip(out.meta["desc"], out.meta[outputs.KEY], outputs.results(joint), strict=True)
-    kept = [(key, node) for desc, key, node in described if not isinstance(desc, TOKENS)]
-    out.args = (tuple(node for _, node in kept),)
-    out.meta[outputs.KEY] = tuple(key for key, _ in kept)
-
-
-TOKENS = (
-    aot.ForwardTokenAOTInput,
-    aot.BackwardTokenAOTInput,
-    aot.ForwardTokenAOTOutput,
-    aot.BackwardTokenAOTOutput,
-)
 
 
 # --- slots -----------------------------------------------------------------------------------------

@@ -18,24 +18,23 @@ from .capture import (
     Runner,
     add_slots,
     describe_forward_inputs,
-    describe_joint,
     export_joint,
-    has_recurrent_operator,
     make_slot,
     own_code,
     rnns_looked_into,
     tracing_settings,
-    trainable_rnns,
     without_dynamo,
 )
 from .collector import Collector, SlottedGraph
 from .inductor import JointPass, check_backend, compile_differentiable
+from .joint_graphs import describe_joint
 from .layers import Coverage, CoverageError, coverage
 from .parameters import check_params
 from .passes import emit_factors, find_sites, outputs
 from .passes.layout import Rules
 from .passes.outputs import Factor, Input, InputDescriptor, Param, Rows, Terms
 from .passes.splice import Decompositions
+from .recurrent import has_recurrent_operator, trainable_rnns
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -118,6 +117,7 @@ class _Call:
     ) -> None:
         self.collector = Collector(backend)
         self._model = model
+        self._tracing_settings = tracing_settings()
         self._captures_rnn = not any(isinstance(part, nn.RNNBase) for part in model.modules())
         settings: dict[str, Any] = {"mode": mode, "options": options} if backend == "inductor" else {}
 
@@ -151,7 +151,7 @@ class _Call:
             return self._plain(*args, **kwargs)
         if self._generation != self.collector.generation:
             self._factor, self._generation = self._compile_factor(), self.collector.generation
-        with tracing_settings():
+        with self._tracing_settings():
             try:
                 return self._factor(*args, **kwargs)
             except CompilationFailed as error:

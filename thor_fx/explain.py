@@ -10,13 +10,12 @@ import torch
 from torch import Tensor, fx, nn
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
-from torch.utils.flop_counter import flop_registry
 
 from .costs import Cost, cost
+from .flops import count_flops
 from .layers import Coverage, Layer, coverage
 from .parameters import trainable
 from .passes import Site, canonicalize, find_sites, pipeline
-from .passes.nodes import target as operator_of
 from .thor import DEFAULT_RULES
 from .trace import trace_step
 from .transform import Transform
@@ -174,19 +173,6 @@ def explain(
     terms = None if sites.nearest is None else int(sites.nearest.activation.rows)
     shapes = {name: tuple(p.shape) for name, p in params.items()}
     return Report(found, sites.sites, terms, step, shapes, sites.lines, costs, count_flops(step))
-
-
-def count_flops(gm: fx.GraphModule) -> int:
-    """The floating-point operations of a graph's products, convolutions and attentions."""
-    return sum(_flops_of(node) for node in gm.graph.nodes if hasattr(node.target, "overloadpacket"))
-
-
-def _flops_of(node: fx.Node) -> int:
-    formula = flop_registry.get(operator_of(node).overloadpacket)
-    if formula is None:
-        return 0
-    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-    return int(formula(*args, **kwargs, out_val=node.meta["val"]))
 
 
 def to_networkx(gm: fx.GraphModule) -> nx.DiGraph:

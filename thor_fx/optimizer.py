@@ -239,8 +239,10 @@ class Thor(torch.optim.Optimizer):
         found = self._collector.coverage
         if found is None:
             return None
-        others = self._params.keys() - found.trained - {*found.unused, *found.frozen}
-        return replace(found, fallback={**found.fallback, **dict.fromkeys(others, NO_GRAPH)})
+        # what no graph uses may be used between graphs: the loss can depend on it all the same
+        others = self._params.keys() - found.trained - {*found.frozen}
+        fallback = {**found.fallback, **dict.fromkeys(others, NO_GRAPH)}
+        return replace(found, fallback=fallback, unused=tuple(n for n in found.unused if n not in others))
 
     def metrics(self) -> dict[str, int]:
         """What went wrong so far, and was caught: :func:`thor_fx.metrics`."""

@@ -1,0 +1,49 @@
+"""How many floating-point operations a graph's products, convolutions and attentions take.
+
+Torch's formulas, and one of our own: its formula for the backward pass of a convolution (torch 2.11,
+2.13 and 2.15) counts the gradient of a grouped weight as if there were no groups, E times too much.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+from torch.utils.flop_counter import flop_registry
+
+from .passes.nodes import target
+
+aten = torch.ops.aten
+
+
+def count_flops(gm: fx.GraphModule) -> int:
+    """The floating-point operations of a graph's products, convolutions and attentions."""
+    return sum(_flops_of(node) for node in gm.graph.nodes if hasattr(node.target, "overloadpacket"))
+
+
+def _flops_of(node: fx.Node) -> int:
+    packet = target(node).overloadpacket
+    formula = _OURS.get(packet) or flop_registry.get(packet)
+    if formula is None:
+        return 0
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+    try:
+        return int(formula(*args, **kwargs, out_val=node.meta["val"]))
+    except GuardOnDataDependentSymNode:  # nobody knows the size before the data are there
+        return 0
+
+
+def _convolution_backward(g: Tensor, x: Tensor, weight: Tensor, *settings: Any, **_: Any) -> int:
+    """Either gradient takes as much as forward: every entry of the weight once for every place of the kernel.
+
+    The kernel of a transposed convolution has a place for every pixel of the input, not of the output.
+    """
+    *_, transposed, _, _, wanted = settings
+    places = math.prod((x if transposed else g).shape[2:])
+    forward = 2 * int(x.shape[0]) * places * weight.numel()
+    return forward * sum(wanted[:2])
+
+
+_OURS: dict[Any, Callable[..., int]] = {aten.convolution_backward: _convolution_backward}
