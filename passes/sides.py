@@ -10,6 +10,7 @@ A side of length ``d`` has a factor of one of four kinds, from the whole to noth
 A layer with E groups has one factor per group: (E, d, d), (E, F, b, b), (E, d).
 """
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
@@ -44,6 +45,11 @@ class Side:
         d, b = self.dim, self.block
         one = {"dense": (d, d), "blocks": (-(-d // max(1, b)), b, b), "diagonal": (d,), "identity": ()}
         return (self.groups, *one[self.kind]) if self.groups > 1 else one[self.kind]
+
+    @property
+    def numel(self) -> int:
+        """How many numbers the factor has, in all groups."""
+        return 0 if self.kind == "identity" else math.prod(self.shape)
 
     def __str__(self) -> str:
         times = f"{self.groups} x " if self.groups > 1 else ""

@@ -10,9 +10,10 @@ from typing import Any
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from .inverses import State
 from .layers import Coverage
 from .precondition import PreconditionState
-from .refresh import InversePair, by_shape, spans
+from .refresh import by_shape, spans
 from .transform import SkipState
 
 Entry = dict[str, Any]
@@ -28,7 +29,7 @@ def views(state: SkipState, found: Coverage, params: Mapping[str, Tensor]) -> di
         for key, layers in by_shape(mine, params).items():
             for layer, place in zip(layers, spans(layers), strict=True):
                 inverses = entries[layer.param].setdefault("inverses", {})
-                inverses[layer.name] = _pair(preconditioning.inverses[key], place)
+                inverses[layer.name] = _part(preconditioning.inverses[key], place)
     return entries
 
 
@@ -64,8 +65,8 @@ def restore(target: Any, saved: Any, name: str) -> None:
         restore(inner, saved[key], f"{name}.{key}")
 
 
-def _pair(pair: InversePair, place: slice) -> Entry:
-    return {"input": [part[place] for part in pair.input], "output": [part[place] for part in pair.output]}
+def _part(state: State, place: slice) -> Entry:
+    return {name: [part[place] for part in field] for name, field in state._asdict().items()}
 
 
 def layers_with_inverses(entries: Iterable[Mapping[str, Any]]) -> set[str]:
