@@ -1,8 +1,8 @@
 """What second-order training adds to a step, layer by layer: memory and arithmetic.
 
 With R rows, sides ``d`` and blocks of ``b``: a dense factor takes ``2 R d^2`` floating-point operations,
-one in F blocks ``2 R F b^2``, a diagonal ``2 R d``. What becomes of the factors, and what that takes, is
-up to the method of inversion (:mod:`thor_fx.inverses`). E groups take E times as much.
+one in F blocks ``2 R F b^2``, a diagonal ``2 R d``, a mean ``R d``. What becomes of the factors, and what
+that takes, is up to the method of inversion (:mod:`thor_fx.inverses`). E groups take E times as much.
 """
 
 from dataclasses import dataclass
@@ -56,4 +56,5 @@ def cost(layer: Layer, block_size: int | None, itemsize: int = 4, inverse: Inver
 
 
 def _product_flops(sums: Sums) -> int:
-    return sum(2 * sums.count * side.numel for side in (sums.input, sums.output))
+    sides = sums.input, sums.output
+    return sum((1 if side.kind == "mean" else 2) * sums.count * side.numel for side in sides)

@@ -4,11 +4,10 @@ The update works on stacks: the inverses of all layers of one shape are one tens
 of single parameters. :func:`views` gives the stacks' slices by parameter: the same memory.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from .inverses import State
 from .layers import Coverage
@@ -48,7 +47,7 @@ def restore(target: Any, saved: Any, name: str) -> None:
     """Copy what was saved of one parameter into its views; what was not saved stays as it is.
 
     Raises:
-        ValueError: a saved tensor has another shape.
+        ValueError: a saved tensor has another shape, or the state is that of another kind of inverse.
     """
     if isinstance(target, Tensor):
         if target.shape != saved.shape:
@@ -58,6 +57,11 @@ def restore(target: Any, saved: Any, name: str) -> None:
             )
         target.copy_(saved)
         return
+    if isinstance(target, dict) and target.keys() >= {"input", "output"} and target.keys() != saved.keys():
+        raise ValueError(
+            f"the saved state of {name!r} holds {sorted(saved)}, this optimizer needs {sorted(target)}: use "
+            "the inverse= that it was saved with"
+        )
     pairs = target.items() if isinstance(target, dict) else enumerate(target)
     for key, inner in pairs:
         if isinstance(saved, dict) and key not in saved:
@@ -69,11 +73,11 @@ def _part(state: State, place: slice) -> Entry:
     return {name: [part[place] for part in field] for name, field in state._asdict().items()}
 
 
-def layers_with_inverses(entries: Iterable[Mapping[str, Any]]) -> set[str]:
-    """The layers that have ever had a good inverse: all of them start at zero. Waits for the device."""
+def layers_with_inverses(entries: Iterable[Mapping[str, Any]], marks: Sequence[str]) -> set[str]:
+    """The layers that have had a good inverse: the fields ``marks`` are not zero. Waits for the device."""
     return {
         layer
         for entry in entries
-        for layer, sides in entry.get("inverses", {}).items()
-        if all(part.any() for part in pytree.tree_leaves(sides))
+        for layer, fields in entry.get("inverses", {}).items()
+        if all(part.any() for mark in marks for part in fields[mark])
     }

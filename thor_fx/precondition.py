@@ -1,6 +1,8 @@
 """The natural-gradient step of THOR: ``U = G_d^-1 (dL/dW) A_d^-1``.
 
-Damping ``lambda`` enters in one of three ways (``damping_rule``, :mod:`thor_fx.refresh`):
+That is what the methods with an inverse for either side do (``inverse``, :mod:`thor_fx.inverses`); the others
+say there what they do. Damping ``lambda`` enters in one of three ways (``damping_rule``,
+:mod:`thor_fx.refresh`):
 
 * ``"factor"``: ``(A + lambda I)^-1`` and ``(G + lambda I)^-1``, THOR as it is documented;
 * ``"sqrt"``: ``sqrt(lambda)`` on each, THOR as it is implemented in MindSpore;
@@ -68,7 +70,7 @@ def precondition(
         rules: which factors; None: the whole ones of all layers.
         inverse: the method of inversion.
     """
-    rules = rules or Rules(block_size=block_size)
+    rules = rules or Rules(block_size=block_size, means=inverse == "eva")
     method = METHODS[inverse]
 
     def init(params: Params, coverage: Coverage) -> PreconditionState:
@@ -108,7 +110,7 @@ def precondition(
             state = state._replace(inverses=applied)
         return new, state
 
-    return Transform(init, update, {"damping": damping}, frequency, rules)
+    return Transform(init, update, {"damping": damping}, frequency, rules, inverse)
 
 
 def _accumulator(tensor: Tensor) -> Tensor:

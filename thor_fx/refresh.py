@@ -31,7 +31,8 @@ def by_shape(coverage: Coverage, params: Params) -> dict[str, list[Layer]]:
 
 
 def _key(side: Side) -> str:
-    how = {"dense": "", "blocks": f" in {side.block}", "diagonal": " diagonal ", "identity": " identity "}
+    how = {"dense": "", "blocks": f" in {side.block}", "diagonal": " diagonal ", "mean": " mean "}
+    how["identity"] = " identity "
     return f"{side.dim}{how[side.kind]}"
 
 
