@@ -7,6 +7,7 @@ With the rows ``a_r`` and ``g_r`` of a layer (``r`` over all uses and positions,
     Rows(layer)        = R
     Terms()            = n, the rows of the site nearest the loss
 
+Where a side keeps its mean only, the sum is ``sum_r a_r`` or ``sum_r g_r``, without the outer product.
 A layer with E groups (a grouped convolution, experts) has one pair for every group: (E, in, in) and
 (E, out, out). How much of a factor is kept, where that is not the whole, is said in
 :mod:`thor_fx.passes.sides` and decided in :mod:`thor_fx.passes.layout`.
@@ -97,14 +98,19 @@ def moment(operands: tuple[Operand, ...], side: Side) -> Callable[..., Tensor]:
             found = sum(parts[1:], start=parts[0])
         if not side.joint:
             return found
+        count = row_count(operands)(*values)
+        if side.kind == "mean":
+            return _extended(found, count)
         totals = [operand.total(*own) for operand, own in zip(operands, given, strict=True)]
-        return _bordered(found, sum(totals[1:], start=totals[0]), row_count(operands)(*values))
+        return _bordered(found, sum(totals[1:], start=totals[0]), count)
 
     return second
 
 
 def _part(operand: Operand, side: Side, values: list[Tensor]) -> Tensor:
     """What one use adds to the factor."""
+    if side.kind == "mean":
+        return operand.total(*values)
     if one_hot(operand):
         return widen(operand.squares(*values), Side(operand.features, "diagonal"), side)
     if side.kind == "dense":
@@ -122,9 +128,13 @@ def _whole_rows(operands: tuple[Operand, ...], given: list[list[Tensor]]) -> Ten
 
 def _bordered(gram: Tensor, total: Tensor, count: Tensor) -> Tensor:
     """The moment of rows with a 1 behind their features: (..., F + 1, F + 1)."""
-    corner = count.expand(total.shape[:-1]).unsqueeze(-1)
-    right = torch.cat([total, corner], -1).unsqueeze(-2)
+    right = _extended(total, count).unsqueeze(-2)
     return torch.cat([torch.cat([gram, total.unsqueeze(-1)], -1), right], -2)
+
+
+def _extended(total: Tensor, count: Tensor) -> Tensor:
+    """The sum of rows with a 1 behind their features: (..., F + 1)."""
+    return torch.cat([total, count.expand(total.shape[:-1]).unsqueeze(-1)], -1)
 
 
 def row_count(operands: tuple[Operand, ...]) -> Callable[..., Tensor]:

@@ -34,6 +34,7 @@ class Rules:
         max_dim: the longest side with a whole factor; None: no limit.
         long_side: what a longer side keeps: diagonal ``"blocks"``, its ``"diagonal"``, or nothing.
         block_size: of those blocks; None: ``max_dim``.
+        means: every side keeps the mean of its rows, and no side is too long.
     """
 
     sharing: Sharing = "expand"
@@ -41,6 +42,7 @@ class Rules:
     max_dim: int | None = None
     long_side: LongSide = "blocks"
     block_size: int | None = 128
+    means: bool = False
 
 
 @dataclass(frozen=True)
@@ -160,8 +162,8 @@ def _use(
         activations = (Pooled(activations[0].node, activations, "mean", axis),)
         cotangents = (Pooled(cotangents[0].node, cotangents, "sum", axis),)
     sides = _side("input", activations, rules, notes), _side("output", cotangents, rules, notes)
-    if joint and sides[0].kind == "dense":
-        one_more = Side(sides[0].dim + 1, "dense", groups=sides[0].groups, joint=True)
+    if joint and sides[0].kind in {"dense", "mean"} and not any(map(one_hot, activations)):
+        one_more = Side(sides[0].dim + 1, sides[0].kind, groups=sides[0].groups, joint=True)
         return Use(name, sites, activations, cotangents, one_more, sides[1])
     return Use(name, sites, activations, cotangents, *sides)
 
@@ -169,6 +171,8 @@ def _use(
 def _side(which: str, operands: tuple[Operand, ...], rules: Rules, notes: list[str]) -> Side:
     first = operands[0]
     dim, groups = first.features, first.groups
+    if rules.means:
+        return Side(dim, "mean", groups=groups)
     if all(one_hot(operand) for operand in operands):
         return Side(dim, "diagonal", groups=groups)
     if rules.max_dim is None or dim <= rules.max_dim:

@@ -52,6 +52,10 @@ class OneHot(Operand):
         weights = self._weights(*values)
         return weights.new_zeros(self.size).index_add(0, _positive(values[0], self.size).flatten(), weights)
 
+    def total(self, *values: Tensor) -> Tensor:
+        """(V,): a row and its square are the same."""
+        return self.squares(*values)
+
     def count(self, *values: Tensor) -> Tensor:
         """R, without lookups of the padding."""
         return self._weights(*values).sum()
@@ -144,6 +148,11 @@ class Bag(Operand):
         first, last = (torch.searchsorted(place, place, right=right) for right in (False, True))
         here = sums[last] - sums[first]  # of the same entry in the same bag, for every lookup
         return weights.new_zeros(self.size).index_add(0, values[0][order], weights[order] * here)
+
+    def total(self, *values: Tensor) -> Tensor:
+        """(V,)."""
+        _, weights = self._lookups(*values)
+        return weights.new_zeros(self.size).index_add(0, values[0], weights)
 
     def count(self, *values: Tensor) -> Tensor:
         """B."""

@@ -26,6 +26,7 @@ WRONG_TYPES = {
     "bias": [True, None],
     "max_dim": ["8192", 8192.0, True],
     "long_side": [None, 3],
+    "inverse": [None, True, ["eigen"]],
 }
 WRONG_VALUES = {
     **{name: [-0.1, NAN, INF, -INF] for name in NUMBERS},
@@ -38,6 +39,7 @@ WRONG_VALUES = {
     "bias": ["none"],
     "max_dim": [0, -1],
     "long_side": ["nothing"],
+    "inverse": ["", "Cholesky", "newton-schulz"],
 }
 RIGHT = {
     **{name: [0.5, 1] for name in NUMBERS},
@@ -57,6 +59,7 @@ RIGHT = {
     "bias": ["raw", "joint"],
     "max_dim": [None, 1, 8192],
     "long_side": ["blocks", "diagonal", "identity"],
+    "inverse": ["cholesky", "eigen", "ekfac", "newton_schulz", "eva"],
 }
 
 
@@ -109,6 +112,7 @@ def test_defaults_are_the_documented_ones():
     options = Options()
     assert (options.loss_scale, options.batch_size, options.use_nesterov) == (1.0, None, False)
     assert (options.enable_clip_grad, options.frequency, options.block_size) == (False, 100, 128)
+    assert options.inverse == "cholesky"
     assert (options.damping_rule, options.split_indices, options.decay_filter) == ("factor", None, None)
 
 

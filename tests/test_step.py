@@ -15,7 +15,8 @@ from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
 import thor_fx
-from thor_fx.precondition import InversePair, PreconditionState
+from thor_fx.inverses.pair import InversePair
+from thor_fx.precondition import PreconditionState
 from thor_fx.schedule import Schedule
 from thor_fx.transform import (
     SkipState,

@@ -34,6 +34,23 @@ def sizes(side: Side, block_size: int | None) -> list[tuple[int, int]]:
     return split(side.dim, side.block if side.kind == "blocks" else block_size)
 
 
+def counts(side: Side, block_size: int | None) -> list[tuple[int, int]]:
+    """The ``(count, b)`` of the blocks that are inverted, in all groups."""
+    if side.kind not in {"dense", "blocks"}:
+        return []
+    return [(side.groups * count, b) for count, b in sizes(side, block_size)]
+
+
+def numel(side: Side, block_size: int | None) -> int:
+    """How many numbers the blocks of a side hold, in all groups."""
+    return sum(count * b**2 for count, b in counts(side, block_size)) or side.numel
+
+
+def multiply_flops(side: Side, block_size: int | None, columns: int) -> int:
+    """What :func:`multiply` takes for matrices of so many columns, in all groups. No diagonals."""
+    return sum(2 * count * b**2 * columns for count, b in counts(side, block_size))
+
+
 def zeros(layers: int, side: Side, block_size: int | None, like: Tensor) -> Blocks:
     """Zeros in the place of the inverses of ``layers`` factors of one side."""
     if side.kind == "identity":

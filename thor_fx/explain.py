@@ -16,7 +16,7 @@ from .flops import count_flops
 from .layers import Coverage, Layer, coverage
 from .parameters import trainable
 from .passes import Site, canonicalize, find_sites, pipeline
-from .thor import DEFAULT_RULES
+from .thor import DEFAULTS
 from .trace import trace_step
 from .transform import Transform
 
@@ -161,13 +161,13 @@ def explain(
         loss_fn, params, batch = target, example[0], example[1:]
     else:
         raise TypeError(f"explain takes a module or a loss function, got {type(target).__name__}")
-    rules = DEFAULT_RULES if tx is None else tx.rules
+    rules, inverse = (DEFAULTS.rules, DEFAULTS.inverse) if tx is None else (tx.rules, tx.inverse)
     step = pipeline.run(trace_step(loss_fn, params, *batch), [canonicalize])
     sites = find_sites(step)
     frozen = tuple(name for name, p in params.items() if not trainable(p))
     found = coverage(sites, rules, frozen)
     costs = {
-        name: cost(layer, rules.block_size, 8 if params[layer.param].dtype == torch.float64 else 4)
+        name: cost(layer, rules.block_size, 8 if params[layer.param].dtype == torch.float64 else 4, inverse)
         for name, layer in found.layers.items()
     }
     terms = None if sites.nearest is None else int(sites.nearest.activation.rows)

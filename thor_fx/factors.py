@@ -17,6 +17,15 @@ approximated by one, as factored damping does (Martens & Grosse 2015, section 6.
     (A + G'/pi) (x) (G + pi A')     with     pi^2 = (tr G tr G') / (tr A tr A')
 
 where ``pi`` is what makes the superfluous cross terms smallest in trace norm.
+
+Where sides keep the mean of their rows (Eva), the pair is two vectors::
+
+    a = (1/R) sum_r a_r                  g = sqrt(n/R) (1/s) sum_r g_r
+
+For a plain Linear ``R = n``, and ``g`` is the mean of the gradients ``n g_r`` of single terms (Zhang et al.
+2023, section 3). For other weights the root keeps ``g`` in the units of ``G``: by Jensen's inequality
+``a a^T <= A`` and ``g g^T <= G``, whatever ``R``. Vectors of both uses of a tied weight are added in the same
+way, ``(a + g'/sqrt(pi)) / sqrt(2)`` and ``(g + sqrt(pi) a') / sqrt(2)``, which keeps the inequality.
 """
 
 from collections.abc import Mapping
@@ -42,8 +51,9 @@ class Moments(NamedTuple):
     """What one factor step measures of one layer.
 
     Attributes:
-        activations: ``sum_r a_r a_r^T``, of the shape of the layer's input side; None where nothing is kept.
-        cotangents: ``sum_r g_r g_r^T``, of the shape of the output side; None where nothing is kept.
+        activations: ``sum_r a_r a_r^T``, of the shape of the layer's input side; None where nothing is kept;
+            ``sum_r a_r`` where that side keeps a mean.
+        cotangents: ``sum_r g_r g_r^T``, of the shape of the output side, and so on.
         rows: ``R``, 0-D; or (E,) where every group has its own.
     """
 
@@ -85,7 +95,7 @@ def factor_pair(
     for sums in measured:
         m = moments[sums.name]
         a = None if m.activations is None else m.activations / _like(m.rows.clamp(min=1), m.activations)
-        g = None if m.cotangents is None else m.cotangents * (terms / loss_scale**2)
+        g = None if m.cotangents is None else _cotangents(m, sums.output, m.cotangents, terms, loss_scale)
         a = without_bias(a, sums.input) if a is not None and layer.bias is None else a
         sides = (g, sums.output), (a, sums.input)
         pairs.append(sides if sums.flipped else sides[::-1])
@@ -96,6 +106,13 @@ def factor_pair(
         for (value, have), want in zip(total, wanted, strict=True)
     )
     return a, g
+
+
+def _cotangents(m: Moments, side: Side, value: Tensor, terms: Tensor | float, loss_scale: float) -> Tensor:
+    """``G``, or the vector ``g``."""
+    if side.kind == "mean":
+        return value * _like((terms / m.rows.clamp(min=1)) ** 0.5, value) / loss_scale
+    return value * (terms / loss_scale**2)
 
 
 _Measured = tuple[Tensor | None, Side]
@@ -116,6 +133,8 @@ def _add(one: _Measured, other: _Measured, weight: Tensor) -> _Measured:
     (x, have), (y, other_have) = one, other
     if x is None or y is None:  # what is not kept of one is not kept of the sum
         return None, have if x is None else other_have
+    if have.kind == "mean":
+        return (x + _like(weight, x) ** 0.5 * y) / 2**0.5, have
     want = have if other_have.kind == "diagonal" else other_have
     return widen(x, have, want) + _like(weight, x) * widen(y, other_have, want), want
 

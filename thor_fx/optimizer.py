@@ -16,6 +16,7 @@ from .compile import collector_of
 from .factors import Moments, flat_moments
 from .hyper import HyperTensors
 from .inductor import Compiled, check_backend, compile_graph
+from .inverses import METHODS, Inverse
 from .layers import Coverage
 from .metrics import metrics
 from .optimizer_state import layers_with_inverses, parts, restore, views
@@ -64,6 +65,7 @@ class Thor(torch.optim.Optimizer):
         bias: ``"raw"`` or ``"joint"``.
         max_dim: the longest side of a layer with a whole factor.
         long_side: what a longer side keeps: ``"blocks"``, ``"diagonal"`` or ``"identity"``.
+        inverse: what is made of the factors: see :func:`thor_fx.thor`.
         backend: compiles the update: ``"inductor"``, or ``"eager"`` to interpret it; None: as the model.
 
     Raises:
@@ -95,6 +97,7 @@ class Thor(torch.optim.Optimizer):
         bias: BiasRule = "raw",
         max_dim: int | None = MAX_DIM,
         long_side: LongSide = "blocks",
+        inverse: Inverse = "cholesky",
         backend: str | None = None,
     ) -> None:
         self._model = model
@@ -115,6 +118,7 @@ class Thor(torch.optim.Optimizer):
             bias=bias,
             max_dim=max_dim,
             long_side=long_side,
+            inverse=inverse,
         )
         self._backend = self._collector.backend if backend is None else backend
         check_backend(self._backend)
@@ -382,7 +386,7 @@ class Thor(torch.optim.Optimizer):
             parameter = self._params[name]
             restore(entry, self.state.get(parameter, {}), name)
             self.state[parameter] = entry
-        self._ready = layers_with_inverses(self.state.values())
+        self._ready = layers_with_inverses(self.state.values(), METHODS[self._options.inverse].marks)
         for label, (preconditioning, _) in parts(self._inner).items():
             group = self.param_groups[int(label)]
             counters = {

@@ -4,15 +4,15 @@ The update works on stacks: the inverses of all layers of one shape are one tens
 of single parameters. :func:`views` gives the stacks' slices by parameter: the same memory.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
+from .inverses import State
 from .layers import Coverage
 from .precondition import PreconditionState
-from .refresh import InversePair, by_shape, spans
+from .refresh import by_shape, spans
 from .transform import SkipState
 
 Entry = dict[str, Any]
@@ -28,7 +28,7 @@ def views(state: SkipState, found: Coverage, params: Mapping[str, Tensor]) -> di
         for key, layers in by_shape(mine, params).items():
             for layer, place in zip(layers, spans(layers), strict=True):
                 inverses = entries[layer.param].setdefault("inverses", {})
-                inverses[layer.name] = _pair(preconditioning.inverses[key], place)
+                inverses[layer.name] = _part(preconditioning.inverses[key], place)
     return entries
 
 
@@ -47,7 +47,7 @@ def restore(target: Any, saved: Any, name: str) -> None:
     """Copy what was saved of one parameter into its views; what was not saved stays as it is.
 
     Raises:
-        ValueError: a saved tensor has another shape.
+        ValueError: a saved tensor has another shape, or the state is that of another kind of inverse.
     """
     if isinstance(target, Tensor):
         if target.shape != saved.shape:
@@ -57,6 +57,11 @@ def restore(target: Any, saved: Any, name: str) -> None:
             )
         target.copy_(saved)
         return
+    if isinstance(target, dict) and target.keys() >= {"input", "output"} and target.keys() != saved.keys():
+        raise ValueError(
+            f"the saved state of {name!r} holds {sorted(saved)}, this optimizer needs {sorted(target)}: use "
+            "the inverse= that it was saved with"
+        )
     pairs = target.items() if isinstance(target, dict) else enumerate(target)
     for key, inner in pairs:
         if isinstance(saved, dict) and key not in saved:
@@ -64,15 +69,15 @@ def restore(target: Any, saved: Any, name: str) -> None:
         restore(inner, saved[key], f"{name}.{key}")
 
 
-def _pair(pair: InversePair, place: slice) -> Entry:
-    return {"input": [part[place] for part in pair.input], "output": [part[place] for part in pair.output]}
+def _part(state: State, place: slice) -> Entry:
+    return {name: [part[place] for part in field] for name, field in state._asdict().items()}
 
 
-def layers_with_inverses(entries: Iterable[Mapping[str, Any]]) -> set[str]:
-    """The layers that have ever had a good inverse: all of them start at zero. Waits for the device."""
+def layers_with_inverses(entries: Iterable[Mapping[str, Any]], marks: Sequence[str]) -> set[str]:
+    """The layers that have had a good inverse: the fields ``marks`` are not zero. Waits for the device."""
     return {
         layer
         for entry in entries
-        for layer, sides in entry.get("inverses", {}).items()
-        if all(part.any() for part in pytree.tree_leaves(sides))
+        for layer, fields in entry.get("inverses", {}).items()
+        if all(part.any() for mark in marks for part in fields[mark])
     }

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .arguments import check_choice, check_integer, check_number, check_sharing, check_type, shown
+from .inverses import Inverse
 from .passes.layout import BiasRule, LongSide, Rules, Sharing
 from .refresh import DampingRule
 from .schedule import Schedule
@@ -34,6 +35,7 @@ class Options:
     bias: BiasRule = "raw"
     max_dim: int | None = MAX_DIM
     long_side: LongSide = "blocks"
+    inverse: Inverse = "cholesky"
 
     def __post_init__(self) -> None:
         check_number("loss_scale", self.loss_scale, positive=True)
@@ -49,12 +51,14 @@ class Options:
         check_choice("bias", self.bias, BiasRule)
         check_integer("max_dim", self.max_dim, optional=True)
         check_choice("long_side", self.long_side, LongSide)
+        check_choice("inverse", self.inverse, Inverse)
         _check_split_indices(self.split_indices)
 
     @property
     def rules(self) -> Rules:
         """What is measured of every layer."""
-        return Rules(self.sharing, self.bias, self.max_dim, self.long_side, self.block_size)
+        means = self.inverse == "eva"
+        return Rules(self.sharing, self.bias, self.max_dim, self.long_side, self.block_size, means=means)
 
     def decays(self, name: str) -> bool:
         """Whether weight decay applies to the parameter called ``name``."""

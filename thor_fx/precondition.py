@@ -1,6 +1,8 @@
 """The natural-gradient step of THOR: ``U = G_d^-1 (dL/dW) A_d^-1``.
 
-Damping ``lambda`` enters in one of three ways (``damping_rule``, :mod:`thor_fx.refresh`):
+That is what the methods with an inverse for either side do (``inverse``, :mod:`thor_fx.inverses`); the others
+say there what they do. Damping ``lambda`` enters in one of three ways (``damping_rule``,
+:mod:`thor_fx.refresh`):
 
 * ``"factor"``: ``(A + lambda I)^-1`` and ``(G + lambda I)^-1``, THOR as it is documented;
 * ``"sqrt"``: ``sqrt(lambda)`` on each, THOR as it is implemented in MindSpore;
@@ -21,12 +23,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import blocks
 from .factors import factor_pair
+from .inverses import METHODS, Inverse, Method, State, replace, select
 from .layers import Coverage, Layer
 from .passes.layout import Rules
 from .passes.reindex import put, take
-from .refresh import DampingRule, InversePair, by_shape, per_side, refresh, root, spans
+from .refresh import DampingRule, by_shape, per_side, refresh, root, spans
 from .schedule import Schedule
 from .transform import Params, Signals, Transform, Updates
 
@@ -35,12 +37,12 @@ class PreconditionState(NamedTuple):
     """What is kept between steps.
 
     Attributes:
-        inverses: by shape of layer.
+        inverses: by shape of layer; what they are is up to the method (:mod:`thor_fx.inverses`).
         terms: ``n`` of the last factor step, 0-D.
         failures: blocks whose inverse failed and was kept, since the start, 0-D int64.
     """
 
-    inverses: dict[str, InversePair]
+    inverses: dict[str, State]
     terms: Tensor
     failures: Tensor
 
@@ -54,6 +56,7 @@ def precondition(
     batch_size: int | None = None,
     frequency: int = 100,
     rules: Rules | None = None,
+    inverse: Inverse = "cholesky",
 ) -> Transform:
     """Multiply the gradient of every layer by its damped inverse factors.
 
@@ -65,16 +68,17 @@ def precondition(
         batch_size: terms ``n`` that the loss averages over; None: as read off the graph.
         frequency: the inverses are recomputed in step 0 and every ``frequency`` steps.
         rules: which factors; None: the whole ones of all layers.
+        inverse: the method of inversion.
     """
-    rules = rules or Rules(block_size=block_size)
+    rules = rules or Rules(block_size=block_size, means=inverse == "eva")
+    method = METHODS[inverse]
 
     def init(params: Params, coverage: Coverage) -> PreconditionState:
         inverses = {}
         for key, layers in by_shape(coverage, params).items():
             like = _accumulator(params[layers[0].param])
             count, sides = sum(layer.groups for layer in layers), (layers[0].input, layers[0].output)
-            # NOTE: zeros and not identities: a layer that never had a good inverse does not move
-            inverses[key] = InversePair(*(blocks.zeros(count, side, block_size, like) for side in sides))
+            inverses[key] = method.init(count, sides, block_size, like)
         any_param = _accumulator(next(iter(params.values())))
         terms = torch.full_like(any_param, batch_size or 1)
         return PreconditionState(inverses, terms, torch.zeros_like(terms, dtype=torch.int64))
@@ -93,16 +97,20 @@ def precondition(
                 for key, layers in groups.items()
             }
             damping = partial(per_side, damping_rule, lam)
-            inverses, failed = refresh(groups, present, measured, state.inverses, damping, block_size)
+            inverses, failed = refresh(method, groups, present, measured, state.inverses, damping, block_size)
             state = PreconditionState(inverses, terms, state.failures + failed)
         new = {name: u / loss_scale for name, u in updates.items()}
         for name in set(signals.coverage.norms) & set(updates):
             new[name] = _elementwise(new[name], state.terms, root(damping_rule, lam))
+        applied = {}
         for key, layers in groups.items():
-            new |= _apply(layers, state.inverses[key], new)
+            changed, applied[key] = _apply(method, layers, state.inverses[key], new, state.terms, lam)
+            new |= changed
+        if any(applied[key] is not kept for key, kept in state.inverses.items()):
+            state = state._replace(inverses=applied)
         return new, state
 
-    return Transform(init, update, {"damping": damping}, frequency, rules)
+    return Transform(init, update, {"damping": damping}, frequency, rules, inverse)
 
 
 def _accumulator(tensor: Tensor) -> Tensor:
@@ -117,23 +125,28 @@ def _terms(batch_size: int | None, measured: Tensor | None, previous: Tensor) ->
     return measured.to(previous.dtype)
 
 
-def _apply(layers: list[Layer], inverses: InversePair, gradients: Updates) -> dict[str, Tensor]:
+def _apply(
+    method: Method, layers: list[Layer], state: State, gradients: Updates, terms: Tensor, lam: Tensor
+) -> tuple[dict[str, Tensor], State]:
+    """The updates of the layers of one shape, and what the method keeps of them."""
     present = [layer.param in gradients for layer in layers]
     if not any(present):
-        return {}
-    inverses = inverses.select(spans(layers), present)
+        return {}, state
+    used = select(state, spans(layers), present)
     shown = [layer for layer, here in zip(layers, present, strict=True) if here]
     matrices = torch.cat([_matrices(layer, gradients) for layer in shown])  # (L, out, in)
-    working = matrices.to(_dtype(inverses, matrices))
-    preconditioned = blocks.precondition(inverses.output, working, inverses.input).to(matrices.dtype)
+    working = matrices.to(_dtype(used, matrices))
+    preconditioned, after = method.apply(used, working, terms, lam)
+    preconditioned = preconditioned.to(matrices.dtype)
     new = dict(gradients)
     for layer, place in zip(shown, spans(shown), strict=True):
         _put_back(layer, preconditioned[place], new)
-    return {name: new[name] for layer in shown for name in layer.params if name in new}
+    kept = state if after is used else replace(state, spans(layers), present, after)
+    return {name: new[name] for layer in shown for name in layer.params if name in new}, kept
 
 
-def _dtype(inverses: InversePair, matrices: Tensor) -> torch.dtype:
-    return next((part.dtype for side in inverses for part in side), matrices.dtype)
+def _dtype(state: State, matrices: Tensor) -> torch.dtype:
+    return next((part.dtype for field in state for part in field), matrices.dtype)
 
 
 def _matrices(layer: Layer, gradients: Updates) -> Tensor:

@@ -14,6 +14,7 @@ and none of it where a gradient is not finite.
 
 from collections.abc import Callable, Sequence
 
+from .inverses import Inverse
 from .options import MAX_DIM, Options, number_schedule
 from .passes.layout import BiasRule, LongSide, Sharing
 from .precondition import precondition
@@ -30,7 +31,7 @@ from .transform import (
 )
 
 CLIP_NORM = 1.0  # the reference's constant
-DEFAULT_RULES = Options().rules
+DEFAULTS = Options()
 
 
 def thor(
@@ -52,6 +53,7 @@ def thor(
     bias: BiasRule = "raw",
     max_dim: int | None = MAX_DIM,
     long_side: LongSide = "blocks",
+    inverse: Inverse = "cholesky",
 ) -> Transform:
     """THOR as a pure transform, for :func:`thor_fx.compile_step`.
 
@@ -77,6 +79,9 @@ def thor(
         max_dim: the longest side of a layer with a whole factor; None: no limit.
         long_side: what a longer side keeps: ``"blocks"`` of ``block_size``, its ``"diagonal"``, or
             nothing (``"identity"``: the gradient is preconditioned from the other side only).
+        inverse: what is made of the factors: damped inverses by ``"cholesky"``, ``"eigen"`` or
+            ``"newton_schulz"``; ``"ekfac"``: their eigenbasis; ``"eva"``: vectors in place of factors.
+            One module each in :mod:`thor_fx.inverses`.
 
     Returns:
         A transform whose updates are added to the parameters.
@@ -106,6 +111,7 @@ def thor(
         bias=bias,
         max_dim=max_dim,
         long_side=long_side,
+        inverse=inverse,
     )
     return skip_nonfinite(
         thor_chain(
@@ -131,6 +137,7 @@ def thor_chain(
             batch_size=options.batch_size,
             frequency=options.frequency,
             rules=options.rules,
+            inverse=options.inverse,
         ),
         add_decayed_weights(weight_decay, options.decays),
     ]

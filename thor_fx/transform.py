@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from .factors import Moments
+from .inverses import Inverse
 from .layers import Coverage
 from .passes.layout import Rules, layer_of
 from .schedule import Schedule
@@ -55,6 +56,7 @@ class Transform(NamedTuple):
         schedules: the hyper-parameters that it reads from ``signals.hyper``, by name.
         frequency: it wants factors in step 0 and every ``frequency`` steps; None: never.
         rules: which factors it wants.
+        inverse: what it makes of them (:mod:`thor_fx.inverses`).
     """
 
     init: Callable[[Params, Coverage], State]
@@ -62,6 +64,7 @@ class Transform(NamedTuple):
     schedules: Mapping[str, Schedule] = {}
     frequency: int | None = None
     rules: Rules = Rules()
+    inverse: Inverse = "cholesky"
 
     def hyper(self, step: int) -> dict[str, float]:
         """The value of every schedule in step ``step``."""
@@ -78,6 +81,11 @@ def _rules(transforms: Iterable[Transform]) -> Rules:
     if len(wanted) > 1:
         raise ValueError(f"transforms in one chain want different factors: {wanted}")
     return next(iter(wanted), Rules())
+
+
+def _inverse(transforms: Iterable[Transform]) -> Inverse:
+    """The method of the transforms that want factors."""
+    return next((t.inverse for t in transforms if t.frequency is not None), "cholesky")
 
 
 def chain(*transforms: Transform) -> Transform:
@@ -112,7 +120,8 @@ def chain(*transforms: Transform) -> Transform:
             new_state.append(new_inner)
         return updates, tuple(new_state)
 
-    return Transform(init, update, schedules, next(iter(frequencies), None), _rules(transforms))
+    frequency = next(iter(frequencies), None)
+    return Transform(init, update, schedules, frequency, _rules(transforms), _inverse(transforms))
 
 
 def stateless(
@@ -191,23 +200,30 @@ def unscale(inner: Transform) -> Transform:
     """Take the scales of ``torch.amp.GradScaler`` off before ``inner`` sees a step.
 
     Gradients are divided by ``signals.gradient_scale``; sums of squares of cotangents, and with them
-    ``G``, by the square of ``signals.loss_scale``. The two differ where somebody has divided the
-    gradients already, to clip them.
+    ``G``, by the square of ``signals.loss_scale``; plain sums of cotangents by it. The two differ where
+    somebody has divided the gradients already, to clip them.
     """
 
     def update(updates: Updates, state: State, params: Params, signals: Signals) -> tuple[Updates, State]:
         if signals.gradient_scale is not None:
             updates = {name: u / signals.gradient_scale for name, u in updates.items()}
         if signals.loss_scale is not None and signals.moments is not None:
-            square = signals.loss_scale**2
+            scale, plain = signals.loss_scale, plain_sums(signals.coverage)
+            powers = {name: scale if name in plain else scale**2 for name in signals.moments}
             moments = {
-                name: m if m.cotangents is None else m._replace(cotangents=m.cotangents / square)
+                name: m if m.cotangents is None else m._replace(cotangents=m.cotangents / powers[name])
                 for name, m in signals.moments.items()
             }
             signals = replace(signals, moments=moments)
         return inner.update(updates, state, params, signals)
 
     return inner._replace(update=update)
+
+
+def plain_sums(coverage: Coverage) -> set[str]:
+    """The names of sums of cotangents, and not of their squares."""
+    every = (sums for layer in coverage.layers.values() for sums in layer.sums)
+    return {sums.name for sums in every if sums.output.kind == "mean"}
 
 
 class SkipState(NamedTuple):
@@ -240,7 +256,7 @@ def skip_nonfinite(inner: Transform) -> Transform:
         kept = pytree.tree_map(lambda n, old: torch.where(finite, n, old), new_inner, state.inner)
         return new, SkipState(kept, state.skipped + ~finite)
 
-    return Transform(init, update, inner.schedules, inner.frequency, inner.rules)
+    return Transform(init, update, inner.schedules, inner.frequency, inner.rules, inner.inverse)
 
 
 def partition(transforms: Mapping[str, Transform], groups: Mapping[str, str]) -> Transform:
@@ -285,7 +301,8 @@ def partition(transforms: Mapping[str, Transform], groups: Mapping[str, str]) ->
         return new, new_state
 
     frequencies = {transform.frequency for transform in transforms.values()} - {None}
-    return Transform(init, update, schedules, next(iter(frequencies), None), _rules(transforms.values()))
+    every, frequency = transforms.values(), next(iter(frequencies), None)
+    return Transform(init, update, schedules, frequency, _rules(every), _inverse(every))
 
 
 def apply_updates(params: Params, updates: Updates) -> dict[str, Tensor]:

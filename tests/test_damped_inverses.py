@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from thor_fx.linalg import damped_inverse, damped_reciprocal
+from thor_fx.inverses.cholesky import damped_inverse
+from thor_fx.inverses.pair import damped_reciprocal
 
 
 def matrices(*shape: int, dtype=torch.float64) -> torch.Tensor:

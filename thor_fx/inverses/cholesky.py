@@ -1,7 +1,9 @@
-"""Damped inverses that cannot fail silently."""
+"""By Cholesky factorisation of every damped block, which cannot fail silently."""
 
 import torch
 from torch import Tensor
+
+from .pair import pair_method
 
 
 def damped_inverse(matrices: Tensor, damping: Tensor, previous: Tensor) -> tuple[Tensor, Tensor]:
@@ -28,19 +30,4 @@ def damped_inverse(matrices: Tensor, damping: Tensor, previous: Tensor) -> tuple
     return torch.where(good[:, None, None], inverse, previous), (~good).sum()
 
 
-def damped_reciprocal(diagonals: Tensor, damping: Tensor, previous: Tensor) -> tuple[Tensor, Tensor]:
-    """``1 / (d + damping)`` of the diagonals of many diagonal matrices.
-
-    A matrix that has no finite inverse keeps its previous one.
-
-    Args:
-        diagonals: shape (N, d).
-        damping: broadcastable to (N, 1).
-        previous: the last good inverses, shape (N, d).
-
-    Returns:
-        The inverses, shape (N, d), and how many matrices failed, an int64 0-D tensor.
-    """
-    inverse = 1 / (diagonals + damping)
-    good = (inverse.isfinite() & (inverse > 0)).all(-1)
-    return torch.where(good[:, None], inverse, previous), (~good).sum()
+CHOLESKY = pair_method(damped_inverse, flops=lambda b: b**3)  # b^3/3, and 2 b^3/3 for the inverse from it

@@ -1,0 +1,23 @@
+"""Methods of inversion: what is made of the factors, and what that makes of a gradient. One file each."""
+
+from collections.abc import Mapping
+from typing import Literal
+
+from .cholesky import CHOLESKY
+from .eigen import EIGEN
+from .ekfac import EKFAC
+from .eva import EVA
+from .method import Damping, Method, Pair, Stack, State, replace, select
+from .newton_schulz import NEWTON_SCHULZ
+
+__all__ = ["METHODS", "Damping", "Inverse", "Method", "Pair", "Stack", "State", "replace", "select"]
+
+Inverse = Literal["cholesky", "eigen", "ekfac", "newton_schulz", "eva"]
+
+METHODS: Mapping[Inverse, Method] = {
+    "cholesky": CHOLESKY,
+    "eigen": EIGEN,
+    "ekfac": EKFAC,
+    "newton_schulz": NEWTON_SCHULZ,
+    "eva": EVA,
+}

@@ -1,0 +1,37 @@
+"""All matrices of one size in one call, whatever layer and side they belong to."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+Job = tuple[Tensor, ...]
+"""Tensors with N matrices in front; the first tells the size."""
+
+
+def in_batches(
+    jobs: Sequence[Job], function: Callable[..., tuple[Job, Tensor]]
+) -> tuple[list[Job], Tensor | int]:
+    """Call a function once for every size.
+
+    Args:
+        jobs: whose tensors are joined along the first axis where their sizes are equal.
+        function: of the joined tensors; returns tensors with the same first axis, and how many
+            matrices failed, 0-D.
+
+    Returns:
+        What the function returned, cut up by job; and how many failed altogether.
+    """
+    alike: dict[tuple[int, int, torch.dtype], list[int]] = {}
+    for index, (first, *_) in enumerate(jobs):
+        alike.setdefault((first.dim(), first.shape[-1], first.dtype), []).append(index)
+    results: dict[int, Job] = {}
+    failures = []
+    for members in alike.values():
+        given = zip(*(jobs[i] for i in members), strict=True)
+        found, failed = function(*(torch.cat(tensors) for tensors in given))
+        failures.append(failed)
+        lengths = [len(jobs[i][0]) for i in members]
+        pieces = zip(*(tensor.split(lengths) for tensor in found), strict=True)
+        results |= dict(zip(members, pieces, strict=True))
+    return [results[i] for i in range(len(jobs))], torch.stack(failures).sum() if failures else 0

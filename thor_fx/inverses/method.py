@@ -1,0 +1,97 @@
+"""What a method of inversion is: pure functions of the state of L matrices of one shape.
+
+A *state* is a NamedTuple whose fields are tuples of tensors, each with L in front. What it holds is
+the method's business; that layers may be absent in a step is handled here, for all methods.
+
+Legend: L matrices of one shape, of one layer or of several.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..layers import Layer
+from ..passes.sides import Side
+
+State = Any
+Pair = tuple[Tensor | None, Tensor | None]
+"""Factors ``A`` and ``G`` of L matrices, (L, *shape of one group); None where nothing is kept."""
+
+Damping = Callable[[Pair, Layer], tuple[Tensor | float, Tensor | float]]
+"""The damping of ``A`` and of ``G``, 0-D or (L,), by the rule that the user chose."""
+
+
+class Stack(NamedTuple):
+    """The matrices of one shape that are refreshed together.
+
+    Attributes:
+        layer: one of their layers, for its sides.
+        factors: the undamped ``A`` and ``G``.
+        before: the state there is.
+    """
+
+    layer: Layer
+    factors: Pair
+    before: State
+
+
+class Work(NamedTuple):
+    """What a method takes for one layer.
+
+    Attributes:
+        numbers: kept between steps.
+        refresh_flops: of a refresh.
+        step_flops: of preconditioning, on every step.
+    """
+
+    numbers: int
+    refresh_flops: int
+    step_flops: int
+
+
+class Method(NamedTuple):
+    """A method of inversion.
+
+    Attributes:
+        init: ``init(L, (input, output), block_size, like) -> state``, in the dtype and on the device of
+            ``like``. A matrix that was never refreshed makes every update zero.
+        refresh: ``refresh(stacks, damping, block_size) -> (states, failed)``: the states of all stacks, and
+            how many inverses failed: those are as they were before.
+        apply: ``apply(state, gradients, terms, lam) -> (updates, state)``: of gradients (L, out, in), of the
+            ``n`` that the loss averages over, and of the ``lambda`` of this step.
+        work: ``work(layer, block_size)``.
+        marks: the fields of a state that are zero until the first refresh that succeeds.
+    """
+
+    init: Callable[[int, tuple[Side, Side], int | None, Tensor], State]
+    refresh: Callable[[list[Stack], Damping, int | None], tuple[list[State], Tensor | int]]
+    apply: Callable[[State, Tensor, Tensor, Tensor], tuple[Tensor, State]]
+    work: Callable[[Layer, int | None], Work]
+    marks: tuple[str, ...] = ("input", "output")
+
+
+def select(state: State, places: list[slice], present: list[bool]) -> State:
+    """The state of some layers only: not all have a gradient, or factors, in every step."""
+    if all(present):
+        return state
+    wanted = [place for place, here in zip(places, present, strict=True) if here]
+    return type(state)(*(tuple(torch.cat([part[p] for p in wanted]) for part in field) for field in state))
+
+
+def replace(state: State, places: list[slice], present: list[bool], new: State) -> State:
+    """The state of all layers, with that of some replaced."""
+    if all(present):
+        return new
+
+    def merge(old: Tensor, part: Tensor) -> Tensor:
+        pieces, start = [], 0
+        for place, here in zip(places, present, strict=True):
+            stop = start + (place.stop - place.start) * here
+            pieces.append(part[start:stop] if here else old[place])
+            start = stop
+        return torch.cat(pieces)
+
+    fields = zip(state, new, strict=True)
+    return type(state)(*(tuple(map(merge, old, field)) for old, field in fields))

@@ -1,0 +1,105 @@
+"""Methods that keep the damped inverses of both sides: ``U = G_d^-1 g A_d^-1``.
+
+They differ in how a damped matrix is inverted, and in nothing else. Factors that are diagonals are
+inverted number by number.
+
+Legend: L matrices of one shape; F equal blocks along the diagonal of each, b their side; N = L F.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import blocks
+from ..blocks import Blocks
+from ..layers import Layer
+from ..passes.sides import Side
+from .batches import Job, in_batches
+from .method import Damping, Method, Stack, Work
+
+Invert = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+"""``invert(matrices (N, b, b), damping (N, 1, 1), previous (N, b, b)) -> (inverses, failed 0-D)``"""
+
+
+class InversePair(NamedTuple):
+    """The damped inverses of L matrices of one shape."""
+
+    input: Blocks
+    output: Blocks
+
+
+def pair_method(invert: Invert, flops: Callable[[int], int]) -> Method:
+    """The method that inverts blocks with ``invert``, which takes ``flops(b)``."""
+    return Method(_init, partial(_refresh, invert), _apply, partial(_work, flops))
+
+
+def damped_reciprocal(diagonals: Tensor, damping: Tensor, previous: Tensor) -> tuple[Tensor, Tensor]:
+    """``1 / (d + damping)`` of the diagonals of many diagonal matrices.
+
+    A matrix that has no finite inverse keeps its previous one.
+
+    Args:
+        diagonals: shape (N, d).
+        damping: broadcastable to (N, 1).
+        previous: the last good inverses, shape (N, d).
+
+    Returns:
+        The inverses, shape (N, d), and how many matrices failed, an int64 0-D tensor.
+    """
+    inverse = 1 / (diagonals + damping)
+    good = (inverse.isfinite() & (inverse > 0)).all(-1)
+    return torch.where(good[:, None], inverse, previous), (~good).sum()
+
+
+def _init(count: int, sides: tuple[Side, Side], block_size: int | None, like: Tensor) -> InversePair:
+    # NOTE: zeros and not identities: a layer that never had a good inverse does not move
+    return InversePair(*(blocks.zeros(count, side, block_size, like) for side in sides))
+
+
+def _refresh(
+    invert: Invert, stacks: list[Stack], damping: Damping, block_size: int | None
+) -> tuple[list[InversePair], Tensor | int]:
+    jobs: list[Job] = []
+    shapes: list[torch.Size] = []
+    for layer, pair, before in stacks:
+        sides, strengths = (layer.input, layer.output), damping(pair, layer)
+        for factors, side, strength, old in zip(pair, sides, strengths, before, strict=True):
+            if factors is not None:
+                per_matrix = strength * torch.ones(len(factors), dtype=factors.dtype, device=factors.device)
+                cut = blocks.cut(factors, side, block_size)
+                jobs += [_job(part, per_matrix, last) for part, last in zip(cut, old, strict=True)]
+                shapes += [last.shape for last in old]
+    found, failed = in_batches(jobs, partial(_one_size, invert))
+    results = iter([piece.reshape(shape) for (piece,), shape in zip(found, shapes, strict=True)])
+    return [InversePair(*(tuple(next(results) for _ in side) for side in s.before)) for s in stacks], failed
+
+
+def _job(part: Tensor, strength: Tensor, before: Tensor) -> Job:
+    """All blocks of all matrices in one axis, with a damping for each."""
+    if part.dim() == 2:
+        return part, strength[:, None], before
+    _, count, b, _ = part.shape
+    strength = strength.repeat_interleave(count)[:, None, None]
+    return part.reshape(-1, b, b), strength, before.reshape(-1, b, b)
+
+
+def _one_size(invert: Invert, part: Tensor, strength: Tensor, before: Tensor) -> tuple[Job, Tensor]:
+    inverse, failed = (invert if part.dim() == 3 else damped_reciprocal)(part, strength, before)
+    return (inverse,), failed
+
+
+def _apply(state: InversePair, gradients: Tensor, _terms: Tensor, _lam: Tensor) -> tuple[Tensor, InversePair]:
+    return blocks.precondition(state.output, gradients, state.input), state
+
+
+def _work(flops: Callable[[int], int], layer: Layer, block_size: int | None) -> Work:
+    sides = (layer.input, layer.out), (layer.output, layer.in_)
+    cuts = [blocks.counts(side, block_size) for side, _ in sides]
+    return Work(
+        numbers=sum(blocks.numel(side, block_size) for side, _ in sides),
+        refresh_flops=sum(count * flops(b) for cut in cuts for count, b in cut),
+        step_flops=sum(blocks.multiply_flops(side, block_size, columns) for side, columns in sides),
+    )
