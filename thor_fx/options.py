@@ -7,6 +7,7 @@ from typing import Any
 from .arguments import check_choice, check_integer, check_number, check_sharing, check_type, shown
 from .passes.layout import BiasRule, LongSide, Rules, Sharing
 from .refresh import DampingRule
+from .refresh_rules import RefreshRule, check_refresh
 from .schedule import Schedule
 
 MAX_DIM = 8192  # the longest side with a whole factor: 256 MB in float32
@@ -34,6 +35,8 @@ class Options:
     bias: BiasRule = "raw"
     max_dim: int | None = MAX_DIM
     long_side: LongSide = "blocks"
+    factor_decay: float | None = None
+    refresh: RefreshRule | None = None
 
     def __post_init__(self) -> None:
         check_number("loss_scale", self.loss_scale, positive=True)
@@ -49,6 +52,8 @@ class Options:
         check_choice("bias", self.bias, BiasRule)
         check_integer("max_dim", self.max_dim, optional=True)
         check_choice("long_side", self.long_side, LongSide)
+        _check_decay(self.factor_decay)
+        check_refresh(self.refresh, self.frequency)
         _check_split_indices(self.split_indices)
 
     @property
@@ -70,6 +75,15 @@ def number_schedule(name: str, value: Any) -> Schedule:
     """
     check_number(name, value)
     return Schedule(name, value)
+
+
+def _check_decay(decay: float | None) -> None:
+    if decay is None:
+        return
+    if isinstance(decay, bool) or not isinstance(decay, int | float):
+        raise TypeError(f"factor_decay must be a number in [0, 1) or None, got {shown(decay)}")
+    if not 0 <= decay < 1:
+        raise ValueError(f"factor_decay must be in [0, 1), got {decay!r}")
 
 
 def _check_split_indices(indices: Sequence[int] | None) -> None:

@@ -11,10 +11,14 @@ Scales and shifts of normalisation layers take the elementwise rule ``g / (g^2 /
 equal to ``lambda`` under ``"factor"`` and ``sqrt(lambda)`` otherwise, from the gradient of every
 step. Whatever has no factor keeps its gradient. All gradients are first divided by the loss scale.
 
+With ``factor_decay`` the inverses are those of running averages (:mod:`thor_fx.averages`); with a refresh
+rule they are recomputed between steps (:mod:`thor_fx.refresh_rules`).
+
 A bias that belongs to its layer is one more column of the gradient. Legend: L matrices of one shape, of
 one layer or of several, updated in one batched product.
 """
 
+from collections.abc import Callable, Collection
 from functools import partial
 from typing import NamedTuple
 
@@ -22,13 +26,16 @@ import torch
 from torch import Tensor
 
 from . import blocks
+from .averages import average
 from .factors import factor_pair
 from .layers import Coverage, Layer
 from .passes.layout import Rules
 from .passes.reindex import put, take
-from .refresh import DampingRule, InversePair, by_shape, per_side, refresh, root, spans
+from .refresh import DampingRule, InversePair, Pair, by_shape, per_side, refresh, root, spans
+from .refresh_rules import RefreshRule
+from .renewal import Memory, Renewal
 from .schedule import Schedule
-from .transform import Params, Signals, Transform, Updates
+from .transform import Params, Signals, Taken, Transform, Updates
 
 
 class PreconditionState(NamedTuple):
@@ -37,12 +44,15 @@ class PreconditionState(NamedTuple):
     Attributes:
         inverses: by shape of layer.
         terms: ``n`` of the last factor step, 0-D.
-        failures: blocks whose inverse failed and was kept, since the start, 0-D int64.
+        failures: since the start, 0-D int64: blocks whose inverse failed and was kept, and layers whose
+            factors were not finite and did not enter the average.
+        memory: running averages of the factors, and what a refresh rule remembers; () without.
     """
 
     inverses: dict[str, InversePair]
     terms: Tensor
     failures: Tensor
+    memory: Memory | tuple[()] = ()
 
 
 def precondition(
@@ -54,6 +64,8 @@ def precondition(
     batch_size: int | None = None,
     frequency: int = 100,
     rules: Rules | None = None,
+    factor_decay: float | None = None,
+    refresh_rule: RefreshRule | None = None,
 ) -> Transform:
     """Multiply the gradient of every layer by its damped inverse factors.
 
@@ -65,19 +77,48 @@ def precondition(
         batch_size: terms ``n`` that the loss averages over; None: as read off the graph.
         frequency: the inverses are recomputed in step 0 and every ``frequency`` steps.
         rules: which factors; None: the whole ones of all layers.
+        factor_decay: of the running averages of factors; None: the inverses are those of one batch.
+        refresh_rule: which inverses are recomputed after which step; None: all, in every factor step.
     """
     rules = rules or Rules(block_size=block_size)
+    # a rule without averages keeps the factors of the last batch
+    renewal = Renewal(factor_decay or 0.0, refresh_rule, frequency, block_size)
+    remembers = factor_decay is not None or refresh_rule is not None
 
     def init(params: Params, coverage: Coverage) -> PreconditionState:
         inverses = {}
         for key, layers in by_shape(coverage, params).items():
-            like = _accumulator(params[layers[0].param])
+            one = _accumulator(params[layers[0].param])
             count, sides = sum(layer.groups for layer in layers), (layers[0].input, layers[0].output)
             # NOTE: zeros and not identities: a layer that never had a good inverse does not move
-            inverses[key] = InversePair(*(blocks.zeros(count, side, block_size, like) for side in sides))
+            inverses[key] = InversePair(*(blocks.zeros(count, side, block_size, one) for side in sides))
         any_param = _accumulator(next(iter(params.values())))
         terms = torch.full_like(any_param, batch_size or 1)
-        return PreconditionState(inverses, terms, torch.zeros_like(terms, dtype=torch.int64))
+        like = {name: _accumulator(params[layer.param]) for name, layer in coverage.layers.items()}
+        memory = renewal.init(coverage.layers, like) if remembers and coverage.layers else ()
+        return PreconditionState(inverses, terms, torch.zeros_like(terms, dtype=torch.int64), memory)
+
+    def renew(
+        state: PreconditionState,
+        groups: dict[str, list[Layer]],
+        wanted: Collection[str],
+        factors: Callable[[Layer], Pair],
+        lam: Tensor | float,
+    ) -> PreconditionState:
+        if not wanted:
+            return state
+        chosen = {key: [layer.name in wanted for layer in layers] for key, layers in groups.items()}
+        damping = partial(per_side, damping_rule, lam)
+        inverses, failed = refresh(groups, chosen, factors, state.inverses, damping, block_size)
+        return state._replace(inverses=inverses, failures=state.failures + failed)
+
+    def remember(state: PreconditionState, signals: Signals, renewed: set[str]) -> tuple[Memory, Tensor]:
+        assert isinstance(state.memory, Memory)
+        assert signals.moments is not None
+        terms = state.terms if batch_size is None else batch_size  # a number ends in the product itself
+        measured = partial(factor_pair, signals.moments, terms=terms, loss_scale=loss_scale)
+        layers, present = signals.coverage.layers, _present(signals)
+        return renewal.measure(state.memory, layers, present, renewed, measured)
 
     def update(
         updates: Updates, state: PreconditionState, params: Params, signals: Signals
@@ -87,14 +128,16 @@ def precondition(
         terms = _terms(batch_size, signals.terms, state.terms)
         state = state if terms is state.terms else state._replace(terms=terms)
         if signals.moments and groups:
-            measured = partial(factor_pair, signals.moments, terms=terms, loss_scale=loss_scale)
-            present = {
-                key: [any(sums.name in signals.moments for sums in layer.sums) for layer in layers]
-                for key, layers in groups.items()
-            }
-            damping = partial(per_side, damping_rule, lam)
-            inverses, failed = refresh(groups, present, measured, state.inverses, damping, block_size)
-            state = PreconditionState(inverses, terms, state.failures + failed)
+            present = _present(signals)
+            renewed = present if signals.refreshes is None else present & signals.refreshes
+            if isinstance(state.memory, Memory):
+                memory, lost = remember(state, signals, renewed)
+                state = state._replace(memory=memory, failures=state.failures + lost)
+                kept = renewal.kept(groups)
+                state = renew(state, kept, renewed, partial(average, memory.averages), lam)
+            else:
+                measured = partial(factor_pair, signals.moments, terms=terms, loss_scale=loss_scale)
+                state = renew(state, groups, renewed, measured, lam)
         new = {name: u / loss_scale for name, u in updates.items()}
         for name in set(signals.coverage.norms) & set(updates):
             new[name] = _elementwise(new[name], state.terms, root(damping_rule, lam))
@@ -102,7 +145,26 @@ def precondition(
             new |= _apply(layers, state.inverses[key], new)
         return new, state
 
-    return Transform(init, update, {"damping": damping}, frequency, rules)
+    def between(
+        state: PreconditionState, params: Params, signals: Signals, taken: Taken
+    ) -> tuple[PreconditionState, int | None]:
+        if not isinstance(state.memory, Memory):  # no layers
+            return state, None
+        lam = signals.hyper["damping"]
+        wanted, memory, due = renewal.choose(state.memory, signals.coverage.layers, lam, taken)
+        state = state._replace(memory=memory)
+        groups = renewal.kept(by_shape(signals.coverage, params)) if wanted else {}
+        return renew(state, groups, wanted, partial(average, memory.averages), lam), due
+
+    hook = None if refresh_rule is None else between
+    return Transform(init, update, {"damping": damping}, frequency, rules, hook)
+
+
+def _present(signals: Signals) -> set[str]:
+    """The layers that have factors in this step."""
+    moments = signals.moments or {}
+    layers = signals.coverage.layers.items()
+    return {name for name, layer in layers if any(sums.name in moments for sums in layer.sums)}
 
 
 def _accumulator(tensor: Tensor) -> Tensor:
