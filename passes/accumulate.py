@@ -25,6 +25,7 @@ INTO = {aten.mm.default: aten.addmm.default, aten.bmm.default: aten.baddbmm.defa
 SAME_VALUE = RESHAPES | {aten.expand.default, aten.clone.default, aten._to_copy.default}
 ON_NUMBERS: dict[Any, Callable[[float, float], float]] = {
     aten.clamp.default: max,
+    aten.add.Tensor: operator.add,
     aten.mul.Tensor: operator.mul,
     aten.div.Tensor: operator.truediv,
 }

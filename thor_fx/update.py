@@ -81,6 +81,7 @@ def return_forward(gm: fx.GraphModule, results: int) -> None:
     out = outputs.output_node(gm.graph)
     out.args = (tuple(returned[descriptor] for descriptor in order),)
     out.meta[outputs.KEY] = tuple(order)
+    gm.graph.eliminate_dead_code()
     gm.recompile()
 
 
