@@ -353,12 +353,3 @@ def test_a_state_without_averages_starts_them():
     assert_moved(train(model, resumed, batches(3)), snapshot(dict(model.named_parameters())))
     weight = resumed.state[model[0].weight]["factors"]["0.weight"]["weight"]
     assert weight.item() == pytest.approx(1 - DECAY, rel=1e-14)  # one factor step: number 4
-
-
-@pytest.mark.inductor
-def test_compiled_by_inductor():
-    data = batches(5, dtype=torch.float32)
-    settings = {**SETTINGS, "factor_decay": DECAY, "block_size": 4}
-    found = by_functional_door(build(mlp, torch.float32), data, backend="inductor", **settings)
-    expected = by_functional_door(build(mlp, torch.float32), data, **settings)
-    assert_same(found, expected, rtol=1e-4)

@@ -103,7 +103,7 @@ class Renewal:
     ) -> Choice:
         """The layers to recompute after a step; :class:`~thor_fx.ByTrace` waits for the device."""
         if isinstance(self.rule, ByTrace):
-            if not taken.measured & layers.keys():
+            if not taken.measured:
                 return Choice((), memory)
             assert isinstance(memory.watch, Watch)
             wanted, watch, due = decide(self.rule, memory.watch, layers, taken.ready, lam, taken.step)

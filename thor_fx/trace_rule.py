@@ -100,12 +100,12 @@ class Decision(NamedTuple):
     Attributes:
         refresh: the layers to recompute.
         watch: what the rule remembers from then on.
-        due: when factors are due next; None: no change.
+        due: when factors are due next.
     """
 
     refresh: set[str]
     watch: Watch
-    due: int | None
+    due: int
 
 
 def decide(
@@ -131,10 +131,9 @@ def decide(
     frozen |= {name for name, verdict in verdicts.items() if verdict == "freeze"}
     if verdicts and not refresh:
         interval = rule.grown(interval)
+    due = step + interval if rule.growth > 1 else step + interval - step % interval
     if frozen >= layers.keys():
-        due: int | None = NEVER
-    else:
-        due = step + interval if rule.growth > 1 else None
+        due = NEVER
     new = watch._replace(
         used=torch.where(_mask(layers, refresh, watch.used), watch.seen, watch.used),
         fresh=watch.fresh & ~_mask(layers, verdicts, watch.used),
