@@ -5,6 +5,7 @@ Nothing in here knows of optimizers, training or state. A *step graph* is an ATe
 descriptor (:mod:`thor_fx.passes.outputs`), so no pass relies on positions.
 """
 
+from .accumulate import accumulate
 from .canonicalize import canonicalize
 from .emit_factors import drop_factors, emit_factors
 from .operands import Operand
@@ -32,6 +33,7 @@ __all__ = [
     "SpecError",
     "Tangent",
     "Terms",
+    "accumulate",
     "canonicalize",
     "check",
     "drop_factors",

@@ -27,6 +27,8 @@ WRONG_TYPES = {
     "max_dim": ["8192", 8192.0, True],
     "long_side": [None, 3],
     "inverse": [None, True, ["eigen"]],
+    "factor_decay": ["0.9", True, [0.9], 1j],
+    "refresh": [10, "every", thor_fx.Every, True],
 }
 WRONG_VALUES = {
     **{name: [-0.1, NAN, INF, -INF] for name in NUMBERS},
@@ -40,6 +42,8 @@ WRONG_VALUES = {
     "max_dim": [0, -1],
     "long_side": ["nothing"],
     "inverse": ["", "Cholesky", "newton-schulz"],
+    "factor_decay": [-0.1, 1, 1.0, NAN, INF],
+    "refresh": [thor_fx.Every(5), thor_fx.Staggered(200), thor_fx.ByTrace(longest=5)],
 }
 RIGHT = {
     **{name: [0.5, 1] for name in NUMBERS},
@@ -60,6 +64,8 @@ RIGHT = {
     "max_dim": [None, 1, 8192],
     "long_side": ["blocks", "diagonal", "identity"],
     "inverse": ["cholesky", "eigen", "ekfac", "newton_schulz", "eva"],
+    "factor_decay": [None, 0, 0.0, 0.95],
+    "refresh": [None, thor_fx.Every(100), thor_fx.Staggered(4), thor_fx.ByTrace(0.01, 0.001, growth=2)],
 }
 
 

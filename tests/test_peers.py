@@ -17,7 +17,9 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def curvlinops():
-    return pytest.importorskip("curvlinops", reason="curvlinops is not installed: pip install \".[dev,peers]\" torch==<yours>")
+    return pytest.importorskip(
+        "curvlinops", reason='curvlinops is not installed: pip install ".[dev,peers]" torch==<yours>'
+    )
 
 
 def mlp():

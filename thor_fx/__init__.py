@@ -6,6 +6,7 @@ from .factors import Kronecker, factors
 from .layers import Coverage, CoverageError, Layer
 from .metrics import metrics
 from .optimizer import Thor
+from .refresh_rules import ByTrace, Every, Staggered
 from .step import CompiledStep, StepOutput, StepState, compile_step
 from .thor import decay_all_but_beta_gamma, thor
 from .trace import trace_step
@@ -13,14 +14,17 @@ from .transform import Signals, Transform, apply_updates, centralize_gradients, 
 from .verify import Certificate, verify
 
 __all__ = [
+    "ByTrace",
     "Certificate",
     "CompiledStep",
     "Coverage",
     "CoverageError",
+    "Every",
     "Kronecker",
     "Layer",
     "Report",
     "Signals",
+    "Staggered",
     "StepOutput",
     "StepState",
     "Thor",

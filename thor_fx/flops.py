@@ -40,7 +40,7 @@ def _convolution_backward(g: Tensor, x: Tensor, weight: Tensor, *settings: Any, 
 
     The kernel of a transposed convolution has a place for every pixel of the input, not of the output.
     """
-    *_, transposed, _, _, wanted = settings
+    transposed, _output_padding, _groups, wanted = settings[-4:]
     places = math.prod((x if transposed else g).shape[2:])
     forward = 2 * int(x.shape[0]) * places * weight.numel()
     return forward * sum(wanted[:2])

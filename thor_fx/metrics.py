@@ -3,6 +3,7 @@
 from typing import Any
 
 from .precondition import PreconditionState
+from .trace_rule import Watch
 from .transform import SkipState
 
 
@@ -17,6 +18,8 @@ def metrics(state: Any) -> dict[str, int]:
     Returns:
         ``skipped_steps``: steps with a NaN or infinite gradient, which changed nothing;
         ``failed_inverses``: blocks whose factor had no finite inverse, so that they kept the last.
+        With :class:`thor_fx.ByTrace` also ``refreshed`` and ``kept``: decisions to recompute a layer, and
+        to keep one; ``frozen``: layers that are kept for good.
 
     Example:
         >>> import torch, thor_fx
@@ -38,6 +41,9 @@ def _walk(state: Any, found: dict[str, int]) -> None:
         found["skipped_steps"] += int(state.skipped)
     if isinstance(state, PreconditionState):
         found["failed_inverses"] += int(state.failures)
+    if isinstance(state, Watch):
+        counts = {"refreshed": state.refreshed, "kept": state.kept, "frozen": state.frozen.sum()}
+        found.update({name: found.get(name, 0) + int(count) for name, count in counts.items()})
     elif isinstance(state, tuple | dict):
         for inner in state.values() if isinstance(state, dict) else state:
             _walk(inner, found)

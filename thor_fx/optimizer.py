@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from .arguments import check_type, shown
+from .between import run_between
 from .capture import without_dynamo
 from .collector import Collector
 from .compile import collector_of
@@ -19,14 +20,15 @@ from .inductor import Compiled, check_backend, compile_graph
 from .inverses import METHODS, Inverse
 from .layers import Coverage
 from .metrics import metrics
-from .optimizer_state import layers_with_inverses, parts, restore, views
+from .optimizer_state import counters_of, layers_with_inverses, restore, views
 from .options import MAX_DIM, Options, number_schedule
 from .passes.layout import BiasRule, LongSide, Sharing, layer_of
 from .refresh import DampingRule
+from .refresh_rules import RefreshRule
 from .scaling import Scaler, scales_of
 from .schedule import Schedule, Value
 from .thor import thor_chain
-from .transform import Transform, centralize_gradients, chain, partition, skip_nonfinite, unscale
+from .transform import Taken, Transform, centralize_gradients, chain, partition, skip_nonfinite, unscale
 from .update import update_graph
 
 NO_GRAPH = "no compiled graph uses it"
@@ -66,6 +68,8 @@ class Thor(torch.optim.Optimizer):
         max_dim: the longest side of a layer with a whole factor.
         long_side: what a longer side keeps: ``"blocks"``, ``"diagonal"`` or ``"identity"``.
         inverse: what is made of the factors: see :func:`thor_fx.thor`.
+        factor_decay: running averages of factors: see :func:`thor_fx.thor`.
+        refresh: when inverses are recomputed: see :func:`thor_fx.thor`.
         backend: compiles the update: ``"inductor"``, or ``"eager"`` to interpret it; None: as the model.
 
     Raises:
@@ -98,6 +102,8 @@ class Thor(torch.optim.Optimizer):
         max_dim: int | None = MAX_DIM,
         long_side: LongSide = "blocks",
         inverse: Inverse = "cholesky",
+        factor_decay: float | None = None,
+        refresh: RefreshRule | None = None,
         backend: str | None = None,
     ) -> None:
         self._model = model
@@ -119,6 +125,8 @@ class Thor(torch.optim.Optimizer):
             max_dim=max_dim,
             long_side=long_side,
             inverse=inverse,
+            factor_decay=factor_decay,
+            refresh=refresh,
         )
         self._backend = self._collector.backend if backend is None else backend
         check_backend(self._backend)
@@ -155,6 +163,7 @@ class Thor(torch.optim.Optimizer):
         self._check_centralization(group)
         super().add_param_group(group)
         self._schedules.append(schedules)
+        self._set_due(None)
         self._forget()
 
     def _with_rest(self, groups: list[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -222,14 +231,15 @@ class Thor(torch.optim.Optimizer):
             moments = {name: m for name, m in moments.items() if layer_of(name) in unready}
         served = unready.intersection(moments)
         skipped = self._inner.skipped.clone() if served else None
-        self._update(gradients, moments, terms if moments else None)
+        rates = self._rates()
+        self._update(gradients, moments, terms if moments else None, unready, rates)
+        self._between(step, moments, unready, rates)
         if served and bool(skipped == self._inner.skipped):  # waits for the device, in the first step
             self._ready |= served
         waits = self._wait(unready | self._unknown.intersection(gradients), served, step)
         for group in self.param_groups:
             group["step"] = step + 1
-        scheduled = (step + 1) % self._options.frequency == 0
-        self._collector.wanted = self._overdue or waits or scheduled
+        self._collector.wanted = self._overdue or waits or self._scheduled(step + 1)
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -259,11 +269,21 @@ class Thor(torch.optim.Optimizer):
             self._start()
         step: int = self.param_groups[0]["step"]
         unknown = self._collector.coverage is None  # the layers have to be found before the next step
-        self._collector.wanted = unknown or step % self._options.frequency == 0
+        self._collector.wanted = unknown or self._scheduled(step)
         self._collector.clear()
 
+    def _scheduled(self, step: int) -> bool:
+        """Whether factors are due in a step."""
+        due = self.param_groups[0].get("due")
+        return step % self._options.frequency == 0 if due is None else step >= due
+
+    def _set_due(self, due: int | None) -> None:
+        """Ask for factors in step ``due``; None: as ``frequency`` says."""
+        for group in self.param_groups:
+            group["due"] = due
+
     def _factors_due(self, step: int, moments: Mapping[str, Moments]) -> bool:
-        due = self._overdue or step % self._options.frequency == 0
+        due = self._overdue or self._scheduled(step)
         self._overdue = due and not moments
         if self._overdue and not self._warned:
             self._warned = True
@@ -295,16 +315,32 @@ class Thor(torch.optim.Optimizer):
                 self._waiting[name] = step + PATIENCE
         return any(step < last for name, last in self._waiting.items() if name not in self._ready)
 
-    def _update(
-        self, gradients: Mapping[str, Tensor], moments: Mapping[str, Moments], terms: Tensor | None
+    def _between(
+        self, step: int, moments: Mapping[str, Moments], unready: set[str], rates: list[Tensor]
     ) -> None:
+        """What happens after the step, whose inverses act from the next one on."""
+        measured = frozenset(map(layer_of, moments)) - unready
+        taken = Taken(step, measured, frozenset(self._ready))
+        due = run_between(self._tx, self._inner, self._params, self._found, rates, taken)
+        if due is not None:
+            self._set_due(due)
+
+    def _update(
+        self,
+        gradients: Mapping[str, Tensor],
+        moments: Mapping[str, Moments],
+        terms: Tensor | None,
+        unready: set[str],
+        rates: list[Tensor],
+    ) -> None:
+        refreshes = frozenset(map(layer_of, moments)) & unready if self._tx.between else None
         measured = [] if terms is None else [terms]
         scales = scales_of(self, self._scaler, self._inner.skipped.device, HyperTensors.dtype(self._params))
-        key = tuple(gradients), tuple(moments), terms is not None, tuple(scales)
+        key = tuple(gradients), tuple(moments), terms is not None, tuple(scales), refreshes
         if key not in self._compiled:
-            self._compiled[key] = self._compile(gradients, moments, terms, scales)
+            self._compiled[key] = self._compile(gradients, moments, terms, scales, refreshes)
         flat = [*gradients.values(), *flat_moments(moments).values(), *measured, *scales.values()]
-        self._compiled[key](*self._params.values(), *flat, *self._leaves, *self._rates())
+        self._compiled[key](*self._params.values(), *flat, *self._leaves, *rates)
 
     def _compile(
         self,
@@ -312,6 +348,7 @@ class Thor(torch.optim.Optimizer):
         moments: Mapping[str, Moments],
         terms: Tensor | None,
         scales: Mapping[str, Tensor],
+        refreshes: frozenset[str] | None,
     ) -> Compiled:
         for name, gradient in gradients.items():
             if gradient.layout != torch.strided:
@@ -319,7 +356,7 @@ class Thor(torch.optim.Optimizer):
                     f"the gradient of {name!r} is {gradient.layout}: Thor needs dense gradients "
                     "(sparse=False on the embedding)"
                 )
-        gm = update_graph(self._tx, self._found, self._params, gradients, moments, terms, scales)
+        gm = update_graph(self._tx, self._found, self._params, gradients, moments, terms, scales, refreshes)
         fakes = [node.meta["val"] for node in gm.graph.find_nodes(op="placeholder")]
         return without_dynamo(compile_graph(gm, fakes, backend=self._backend))
 
@@ -355,6 +392,8 @@ class Thor(torch.optim.Optimizer):
             )
         if self._built_for == self._collector.version:
             return
+        if self._built_for is not None:
+            self._set_due(None)  # there are new layers: back to the schedule
         self._forget()
         self._built_for = self._collector.version
         groups = {
@@ -387,13 +426,8 @@ class Thor(torch.optim.Optimizer):
             restore(entry, self.state.get(parameter, {}), name)
             self.state[parameter] = entry
         self._ready = layers_with_inverses(self.state.values(), METHODS[self._options.inverse].marks)
-        for label, (preconditioning, _) in parts(self._inner).items():
+        for label, counters in counters_of(self._inner).items():
             group = self.param_groups[int(label)]
-            counters = {
-                "terms": preconditioning.terms,
-                "failed_inverses": preconditioning.failures,
-                "skipped_steps": self._inner.skipped,
-            }
             restore(counters, {name: group[name] for name in counters if name in group}, f"group {label}")
             group |= counters
 

@@ -13,13 +13,15 @@ from .inverses import State
 from .layers import Coverage
 from .precondition import PreconditionState
 from .refresh import by_shape, spans
+from .renewal import Memory
+from .trace_rule import Watch
 from .transform import SkipState
 
 Entry = dict[str, Any]
 
 
 def views(state: SkipState, found: Coverage, params: Mapping[str, Tensor]) -> dict[str, Entry]:
-    """The state of every parameter: its momentum, and the inverses of its layers."""
+    """The state of every parameter: its momentum, and the inverses and factors of its layers."""
     entries: dict[str, Entry] = {}
     for preconditioning, momentum in parts(state).values():
         for name, value in momentum.items():
@@ -29,7 +31,37 @@ def views(state: SkipState, found: Coverage, params: Mapping[str, Tensor]) -> di
             for layer, place in zip(layers, spans(layers), strict=True):
                 inverses = entries[layer.param].setdefault("inverses", {})
                 inverses[layer.name] = _part(preconditioning.inverses[key], place)
+        if isinstance(preconditioning.memory, Memory):
+            for name, layer in mine.layers.items():
+                factors = entries[layer.param].setdefault("factors", {})
+                factors[name] = _remembered(preconditioning.memory, name)
     return entries
+
+
+def _remembered(memory: Memory, layer: str) -> Entry:
+    """The average of the factors of a layer, and what the trace rule remembers of it."""
+    averages = memory.averages
+    sides, place = averages.factors[layer], list(averages.factors).index(layer)
+    entry = {"input": list(sides.input), "output": list(sides.output), "weight": averages.weights[place]}
+    if isinstance(memory.watch, Watch):
+        watched = ("seen", "used", "fresh", "frozen")
+        entry |= {name: getattr(memory.watch, name)[place] for name in watched}
+    return entry
+
+
+def counters_of(state: SkipState) -> dict[str, Entry]:
+    """What is kept once per group of parameters, by its label."""
+    return {label: _counters(state, preconditioning) for label, (preconditioning, _) in parts(state).items()}
+
+
+def _counters(state: SkipState, preconditioning: PreconditionState) -> Entry:
+    counters: Entry = {"terms": preconditioning.terms, "failed_inverses": preconditioning.failures}
+    counters["skipped_steps"] = state.skipped
+    memory = preconditioning.memory
+    if isinstance(memory, Memory) and isinstance(memory.watch, Watch):
+        watch = memory.watch
+        counters |= {"interval": watch.interval, "refreshed": watch.refreshed, "kept": watch.kept}
+    return counters
 
 
 def parts(state: SkipState) -> dict[str, tuple[PreconditionState, dict[str, Tensor]]]:

@@ -8,6 +8,7 @@ from .arguments import check_choice, check_integer, check_number, check_sharing,
 from .inverses import Inverse
 from .passes.layout import BiasRule, LongSide, Rules, Sharing
 from .refresh import DampingRule
+from .refresh_rules import RefreshRule, check_refresh
 from .schedule import Schedule
 
 MAX_DIM = 8192  # the longest side with a whole factor: 256 MB in float32
@@ -36,6 +37,8 @@ class Options:
     max_dim: int | None = MAX_DIM
     long_side: LongSide = "blocks"
     inverse: Inverse = "cholesky"
+    factor_decay: float | None = None
+    refresh: RefreshRule | None = None
 
     def __post_init__(self) -> None:
         check_number("loss_scale", self.loss_scale, positive=True)
@@ -52,6 +55,8 @@ class Options:
         check_integer("max_dim", self.max_dim, optional=True)
         check_choice("long_side", self.long_side, LongSide)
         check_choice("inverse", self.inverse, Inverse)
+        _check_decay(self.factor_decay)
+        check_refresh(self.refresh, self.frequency)
         _check_split_indices(self.split_indices)
 
     @property
@@ -74,6 +79,15 @@ def number_schedule(name: str, value: Any) -> Schedule:
     """
     check_number(name, value)
     return Schedule(name, value)
+
+
+def _check_decay(decay: float | None) -> None:
+    if decay is None:
+        return
+    if isinstance(decay, bool) or not isinstance(decay, int | float):
+        raise TypeError(f"factor_decay must be a number in [0, 1) or None, got {shown(decay)}")
+    if not 0 <= decay < 1:
+        raise ValueError(f"factor_decay must be in [0, 1), got {decay!r}")
 
 
 def _check_split_indices(indices: Sequence[int] | None) -> None:

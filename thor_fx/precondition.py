@@ -13,24 +13,32 @@ Scales and shifts of normalisation layers take the elementwise rule ``g / (g^2 /
 equal to ``lambda`` under ``"factor"`` and ``sqrt(lambda)`` otherwise, from the gradient of every
 step. Whatever has no factor keeps its gradient. All gradients are first divided by the loss scale.
 
+With ``factor_decay`` the inverses are those of running averages (:mod:`thor_fx.averages`); with a refresh
+rule they are recomputed between steps (:mod:`thor_fx.refresh_rules`).
+
 A bias that belongs to its layer is one more column of the gradient. Legend: L matrices of one shape, of
 one layer or of several, updated in one batched product.
 """
 
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from .averages import average
 from .factors import factor_pair
-from .inverses import METHODS, Inverse, Method, State, replace, select
+from .inverses import METHODS, Inverse, Method, Pair, State, replace, select
 from .layers import Coverage, Layer
 from .passes.layout import Rules
 from .passes.reindex import put, take
 from .refresh import DampingRule, by_shape, per_side, refresh, root, spans
+from .refresh_rules import RefreshRule
+from .renewal import Memory, Renewal
 from .schedule import Schedule
-from .transform import Params, Signals, Transform, Updates
+from .transform import Params, Signals, Taken, Transform, Updates
 
 
 class PreconditionState(NamedTuple):
@@ -39,12 +47,15 @@ class PreconditionState(NamedTuple):
     Attributes:
         inverses: by shape of layer; what they are is up to the method (:mod:`thor_fx.inverses`).
         terms: ``n`` of the last factor step, 0-D.
-        failures: blocks whose inverse failed and was kept, since the start, 0-D int64.
+        failures: since the start, 0-D int64: blocks whose inverse failed and was kept, and layers whose
+            factors were not finite and did not enter the average.
+        memory: running averages of the factors, and what a refresh rule remembers; () without.
     """
 
     inverses: dict[str, State]
     terms: Tensor
     failures: Tensor
+    memory: Memory | tuple[()] = ()
 
 
 def precondition(
@@ -57,6 +68,8 @@ def precondition(
     frequency: int = 100,
     rules: Rules | None = None,
     inverse: Inverse = "cholesky",
+    factor_decay: float | None = None,
+    refresh_rule: RefreshRule | None = None,
 ) -> Transform:
     """Multiply the gradient of every layer by its damped inverse factors.
 
@@ -69,48 +82,119 @@ def precondition(
         frequency: the inverses are recomputed in step 0 and every ``frequency`` steps.
         rules: which factors; None: the whole ones of all layers.
         inverse: the method of inversion.
+        factor_decay: of the running averages of factors; None: the inverses are those of one batch.
+        refresh_rule: which inverses are recomputed after which step; None: all, in every factor step.
     """
     rules = rules or Rules(block_size=block_size, means=inverse == "eva")
+    # a rule without averages keeps the factors of the last batch
+    renewal = Renewal(factor_decay or 0.0, refresh_rule, frequency, block_size)
+    remembers = factor_decay is not None or refresh_rule is not None
     method = METHODS[inverse]
+    made = _Preconditioner(
+        method, renewal if remembers else None, damping_rule, block_size, loss_scale, batch_size
+    )
+    hook = None if refresh_rule is None else made.between
+    return Transform(made.init, made.update, {"damping": damping}, frequency, rules, inverse, hook)
 
-    def init(params: Params, coverage: Coverage) -> PreconditionState:
+
+@dataclass(frozen=True)
+class _Preconditioner:
+    """The functions of :func:`precondition`; all of them are pure."""
+
+    method: Method
+    renewal: Renewal | None
+    damping_rule: DampingRule
+    block_size: int | None
+    loss_scale: float
+    batch_size: int | None
+
+    def init(self, params: Params, coverage: Coverage) -> PreconditionState:
         inverses = {}
         for key, layers in by_shape(coverage, params).items():
-            like = _accumulator(params[layers[0].param])
+            one = _accumulator(params[layers[0].param])
             count, sides = sum(layer.groups for layer in layers), (layers[0].input, layers[0].output)
-            inverses[key] = method.init(count, sides, block_size, like)
+            inverses[key] = self.method.init(count, sides, self.block_size, one)
         any_param = _accumulator(next(iter(params.values())))
-        terms = torch.full_like(any_param, batch_size or 1)
-        return PreconditionState(inverses, terms, torch.zeros_like(terms, dtype=torch.int64))
+        terms = torch.full_like(any_param, self.batch_size or 1)
+        like = {name: _accumulator(params[layer.param]) for name, layer in coverage.layers.items()}
+        memory = self.renewal.init(coverage.layers, like) if self.renewal and like else ()
+        return PreconditionState(inverses, terms, torch.zeros_like(terms, dtype=torch.int64), memory)
 
     def update(
-        updates: Updates, state: PreconditionState, params: Params, signals: Signals
+        self, updates: Updates, state: PreconditionState, params: Params, signals: Signals
     ) -> tuple[Updates, PreconditionState]:
-        lam = signals.hyper["damping"]
-        groups = by_shape(signals.coverage, params)
-        terms = _terms(batch_size, signals.terms, state.terms)
+        lam, groups = signals.hyper["damping"], by_shape(signals.coverage, params)
+        terms = _terms(self.batch_size, signals.terms, state.terms)
         state = state if terms is state.terms else state._replace(terms=terms)
         if signals.moments and groups:
-            measured = partial(factor_pair, signals.moments, terms=terms, loss_scale=loss_scale)
-            present = {
-                key: [any(sums.name in signals.moments for sums in layer.sums) for layer in layers]
-                for key, layers in groups.items()
-            }
-            damping = partial(per_side, damping_rule, lam)
-            inverses, failed = refresh(method, groups, present, measured, state.inverses, damping, block_size)
-            state = PreconditionState(inverses, terms, state.failures + failed)
-        new = {name: u / loss_scale for name, u in updates.items()}
+            state = self._measured(state, groups, signals)
+        new = {name: u / self.loss_scale for name, u in updates.items()}
         for name in set(signals.coverage.norms) & set(updates):
-            new[name] = _elementwise(new[name], state.terms, root(damping_rule, lam))
+            new[name] = _elementwise(new[name], state.terms, root(self.damping_rule, lam))
         applied = {}
         for key, layers in groups.items():
-            changed, applied[key] = _apply(method, layers, state.inverses[key], new, state.terms, lam)
+            changed, applied[key] = _apply(self.method, layers, state.inverses[key], new, state.terms, lam)
             new |= changed
         if any(applied[key] is not kept for key, kept in state.inverses.items()):
             state = state._replace(inverses=applied)
         return new, state
 
-    return Transform(init, update, {"damping": damping}, frequency, rules, inverse)
+    def between(
+        self, state: PreconditionState, params: Params, signals: Signals, taken: Taken
+    ) -> tuple[PreconditionState, int | None]:
+        if not isinstance(state.memory, Memory):  # no layers
+            return state, None
+        assert self.renewal is not None
+        lam = signals.hyper["damping"]
+        wanted, memory, due = self.renewal.choose(state.memory, signals.coverage.layers, lam, taken)
+        state = state._replace(memory=memory)
+        groups = self.renewal.kept(by_shape(signals.coverage, params)) if wanted else {}
+        return self._renewed(state, groups, wanted, partial(average, memory.averages), lam), due
+
+    def _measured(
+        self, state: PreconditionState, groups: dict[str, list[Layer]], signals: Signals
+    ) -> PreconditionState:
+        """The state after the factors of a step, with the inverses that are recomputed in it."""
+        lam, present = signals.hyper["damping"], _present(signals)
+        chosen = present if signals.refreshes is None else present & signals.refreshes
+        if not isinstance(state.memory, Memory):
+            return self._renewed(state, groups, chosen, self._factors(signals, state.terms), lam)
+        assert self.renewal is not None
+        # a number of terms that is given ends in the product itself
+        factors = self._factors(signals, self.batch_size or state.terms)
+        layers = signals.coverage.layers
+        memory, lost = self.renewal.measure(state.memory, layers, present, chosen, factors)
+        state = state._replace(memory=memory, failures=state.failures + lost)
+        return self._renewed(state, self.renewal.kept(groups), chosen, partial(average, memory.averages), lam)
+
+    def _factors(self, signals: Signals, terms: Tensor | float) -> Callable[[Layer], Pair]:
+        assert signals.moments is not None
+        return partial(factor_pair, signals.moments, terms=terms, loss_scale=self.loss_scale)
+
+    def _renewed(
+        self,
+        state: PreconditionState,
+        groups: dict[str, list[Layer]],
+        wanted: Collection[str],
+        factors: Callable[[Layer], Pair],
+        lam: Tensor | float,
+    ) -> PreconditionState:
+        """The state with new inverses of some layers."""
+        if not wanted:
+            return state
+        chosen = {key: [layer.name in wanted for layer in layers] for key, layers in groups.items()}
+        damping = partial(per_side, self.damping_rule, lam)
+        inverses, failed = refresh(
+            self.method, groups, chosen, factors, state.inverses, damping, self.block_size
+        )
+        return state._replace(inverses=inverses, failures=state.failures + failed)
+
+
+def _present(signals: Signals) -> set[str]:
+    """The layers that have factors in this step."""
+    moments = signals.moments or {}
+    layers = signals.coverage.layers.items()
+    return {name for name, layer in layers if any(sums.name in moments for sums in layer.sums)}
 
 
 def _accumulator(tensor: Tensor) -> Tensor:

@@ -6,22 +6,23 @@ Loss, gradients, factors, refresh and parameter update are nodes of one ATen gra
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from .arguments import check_type
+from .between import run_between
 from .capture import Captured, LossCapture, LossFn, Runner
 from .hyper import HyperTensors
 from .inductor import Compiled, check_backend, compile_graph
 from .layers import Coverage, coverage
 from .metrics import metrics
 from .parameters import check_params, trainable
-from .passes import canonicalize, emit_factors, find_sites, outputs, pipeline
+from .passes import accumulate, canonicalize, emit_factors, find_sites, outputs, pipeline
 from .passes.layout import Rules
-from .transform import Params, State, Transform
+from .transform import Params, State, Taken, Transform
 from .update import append_update, return_forward
 
 
@@ -33,12 +34,14 @@ class StepState(NamedTuple):
         inner: the state of the transform.
         buffers: buffers of the model, where the loss function takes them.
         ready: whether any step so far was not skipped; until then every step is a factor step.
+        due: the next factor step, where a refresh rule has set it; None: as ``frequency`` says.
     """
 
     step: int
     inner: State
     buffers: Any = None
     ready: bool = False
+    due: int | None = None
 
 
 class StepOutput(NamedTuple):
@@ -114,11 +117,15 @@ class _Compiler:
         return compile_graph(gm, fakes, backend=self.backend, mode=self.mode, options=self.options)
 
 
+Kind = Literal["plain", "measure", "refresh"]
+"""A step without factors; one that measures them; one that also inverts them."""
+
+
 @dataclass(frozen=True)
 class _Call:
     """What the runner is told besides Dynamo's arguments."""
 
-    wants_factors: bool
+    kind: Kind
     extra: list[Tensor]
 
 
@@ -196,13 +203,32 @@ class CompiledStep:
         if not self._donate:
             params, state = _copies(params, state)
         hyper = self._hyper(self._tx.hyper(state.step), params)
-        wants_factors = self._tx.wants_factors(state.step) or not (state.ready or self._tx.frequency is None)
-        call = _Call(wants_factors, [*self._leaves(state.inner), *hyper])
+        kind = self._kind(state)
+        call = _Call(kind, [*self._leaves(state.inner), *hyper])
         loss, aux = self._run(params, call, batch if state.buffers is None else (state.buffers, *batch))
         buffers, aux = (None, aux) if state.buffers is None else aux
         # waits for the device, once: in the first step
         ready = state.ready or metrics(state.inner)["skipped_steps"] <= state.step
-        return params, StepState(state.step + 1, state.inner, buffers, ready), StepOutput(loss, aux)
+        due = self._between(params, state, kind, hyper)
+        return params, StepState(state.step + 1, state.inner, buffers, ready, due), StepOutput(loss, aux)
+
+    def _kind(self, state: StepState) -> Kind:
+        if self._tx.frequency is not None and not state.ready:
+            return "refresh"
+        if not self._tx.wants_factors(state.step, state.due):
+            return "plain"
+        return "refresh" if self._tx.between is None else "measure"
+
+    def _between(self, params: Params, state: StepState, kind: Kind, hyper: Sequence[Tensor]) -> int | None:
+        """What the transform does after the step, in place; when it wants factors next."""
+        if self._tx.between is None or not state.ready:
+            return state.due
+        assert self.coverage is not None
+        layers = frozenset(self.coverage.layers)
+        taken = Taken(state.step, layers if kind == "measure" else frozenset(), layers)
+        trained = _trained(params, self.coverage)
+        due = run_between(self._tx, state.inner, trained, self.coverage, hyper, taken)
+        return state.due if due is None else due
 
     def _run(self, params: Params, call: _Call | None, batch: Sequence[Any]) -> tuple[Tensor, Any]:
         self._params, self._call = params, call
@@ -223,21 +249,19 @@ class CompiledStep:
         return self._flat[1]
 
     def _compile(self, captured: Captured) -> Runner:
-        """Called by Dynamo when no guard fits: both kinds of step, from one trace."""
+        """Called by Dynamo when no guard fits: all kinds of step, from one trace."""
         graph = pipeline.run(captured.graph, [canonicalize])
         found = _coverage(graph, self._params, self._tx.rules)
         if self._strict:
             found.check({name: p.dim() for name, p in self._params.items()})
         self._accept(found)
-        kinds = {True, False} if self._tx.frequency is not None else {False}
-        kinds = {True} if self._tx.frequency == 1 else kinds
-        runs = {kind: self._compile_kind(graph, captured, kind) for kind in sorted(kinds)}
+        runs = {kind: self._compile_kind(graph, captured, kind) for kind in _kinds(self._tx)}
 
         def runner(*flat: Any) -> Sequence[Any]:
             if self._call is None:
                 raise _Traced(found)
             with torch.no_grad():
-                return runs[self._call.wants_factors](*flat, *self._call.extra)
+                return runs[self._call.kind](*flat, *self._call.extra)
 
         return runner
 
@@ -254,10 +278,13 @@ class CompiledStep:
             )
         self.coverage = found
 
-    def _compile_kind(self, graph: fx.GraphModule, captured: Captured, factors: bool) -> Compiled:
+    def _compile_kind(self, graph: fx.GraphModule, captured: Captured, kind: Kind) -> Compiled:
         assert self.coverage is not None
-        whole = pipeline.run(graph, [partial(emit_factors, rules=self._tx.rules)] if factors else [])
-        append_update(whole, self._tx, self.coverage, list(_trained(self._params, self.coverage)))
+        whole = pipeline.run(graph, [] if kind == "plain" else [partial(emit_factors, rules=self._tx.rules)])
+        refreshes: frozenset[str] | None = frozenset() if kind == "measure" else None
+        trained = list(_trained(self._params, self.coverage))
+        append_update(whole, self._tx, self.coverage, trained, refreshes)
+        accumulate(whole)
         return_forward(whole, _forward_outputs(captured))
         fakes = [node.meta["val"] for node in whole.graph.find_nodes(op="placeholder")]
         return self._compiler(whole, fakes)
@@ -273,6 +300,14 @@ def _copies(params: Params, state: StepState) -> tuple[Params, StepState]:
     copied = {name: copy(p) if trainable(p) else p for name, p in params.items()}
     inner, buffers = pytree.tree_map_only(Tensor, copy, (state.inner, state.buffers))
     return copied, state._replace(inner=inner, buffers=buffers)
+
+
+def _kinds(tx: Transform) -> list[Kind]:
+    if tx.frequency is None:
+        return ["plain"]
+    if tx.between is not None:
+        return ["plain", "measure", "refresh"]
+    return ["refresh"] if tx.frequency == 1 else ["plain", "refresh"]
 
 
 def _trained(params: Params, found: Coverage) -> dict[str, Tensor]:

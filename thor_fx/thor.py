@@ -19,6 +19,7 @@ from .options import MAX_DIM, Options, number_schedule
 from .passes.layout import BiasRule, LongSide, Sharing
 from .precondition import precondition
 from .refresh import DampingRule
+from .refresh_rules import RefreshRule
 from .schedule import Schedule, Value
 from .transform import (
     Transform,
@@ -54,6 +55,8 @@ def thor(
     max_dim: int | None = MAX_DIM,
     long_side: LongSide = "blocks",
     inverse: Inverse = "cholesky",
+    factor_decay: float | None = None,
+    refresh: RefreshRule | None = None,
 ) -> Transform:
     """THOR as a pure transform, for :func:`thor_fx.compile_step`.
 
@@ -70,7 +73,8 @@ def thor(
         decay_filter: ``name -> bool``, which parameters decay; None: all.
         split_indices: groups of factors that are reduced together when training is distributed.
         enable_clip_grad: clip every update to L2 norm 1, tensor by tensor, after weight decay.
-        frequency: factors and inverses are renewed in step 0 and every ``frequency`` steps.
+        frequency: factors and inverses are renewed in step 0 and every ``frequency`` steps; with
+            ``refresh``, factors.
         damping_rule: ``"factor"``, ``"sqrt"`` or ``"pi"``: :mod:`thor_fx.precondition`.
         block_size: side of THOR's diagonal blocks; None: whole factors.
         sharing: ``"expand"``: every position is a row; ``"reduce"``: the positions of one datum are
@@ -82,6 +86,10 @@ def thor(
         inverse: what is made of the factors: damped inverses by ``"cholesky"``, ``"eigen"`` or
             ``"newton_schulz"``; ``"ekfac"``: their eigenbasis; ``"eva"``: vectors in place of factors.
             One module each in :mod:`thor_fx.inverses`.
+        factor_decay: in [0, 1): what is inverted are running averages of the factors,
+            ``F = decay F + (1 - decay) F_batch``, bias-corrected; None: the factors of the last batch.
+        refresh: when inverses are recomputed: :class:`~thor_fx.Every`, :class:`~thor_fx.Staggered` or
+            :class:`~thor_fx.ByTrace`; None: all of them in every factor step.
 
     Returns:
         A transform whose updates are added to the parameters.
@@ -112,6 +120,8 @@ def thor(
         max_dim=max_dim,
         long_side=long_side,
         inverse=inverse,
+        factor_decay=factor_decay,
+        refresh=refresh,
     )
     return skip_nonfinite(
         thor_chain(
@@ -138,6 +148,8 @@ def thor_chain(
             frequency=options.frequency,
             rules=options.rules,
             inverse=options.inverse,
+            factor_decay=options.factor_decay,
+            refresh_rule=options.refresh,
         ),
         add_decayed_weights(weight_decay, options.decays),
     ]

@@ -36,6 +36,7 @@ class Signals:
         gradient_scale: what the gradients carry, 0-D (``torch.amp.GradScaler``); None: 1.
         loss_scale: what the loss of the factor step was multiplied by, 0-D; None: 1.
         found_inf: not 0 where the scaler has seen a NaN or infinity, 0-D; None: it has not looked.
+        refreshes: of the layers that were measured, those to invert in this step; None: all.
     """
 
     coverage: Coverage
@@ -45,6 +46,22 @@ class Signals:
     gradient_scale: Tensor | None = None
     loss_scale: Tensor | None = None
     found_inf: Tensor | None = None
+    refreshes: frozenset[str] | None = None
+
+
+@dataclass(frozen=True)
+class Taken:
+    """What is known on the host of a step that has been taken.
+
+    Attributes:
+        step: its number.
+        measured: the layers that were measured and not inverted in it.
+        ready: the layers that had inverses before it.
+    """
+
+    step: int
+    measured: frozenset[str]
+    ready: frozenset[str]
 
 
 class Transform(NamedTuple):
@@ -57,6 +74,10 @@ class Transform(NamedTuple):
         frequency: it wants factors in step 0 and every ``frequency`` steps; None: never.
         rules: which factors it wants.
         inverse: what it makes of them (:mod:`thor_fx.inverses`).
+        between: ``between(state, params, signals, taken) -> (state, due)``, pure; called after every step
+            in which some layers had inverses already. ``due`` is the next step that it wants factors in;
+            None: no change. The new state acts from the next step on. None: nothing happens between steps,
+            and layers are inverted in every factor step.
     """
 
     init: Callable[[Params, Coverage], State]
@@ -65,14 +86,24 @@ class Transform(NamedTuple):
     frequency: int | None = None
     rules: Rules = Rules()
     inverse: Inverse = "cholesky"
+    between: "Between | None" = None
 
     def hyper(self, step: int) -> dict[str, float]:
         """The value of every schedule in step ``step``."""
         return {name: schedule(step) for name, schedule in self.schedules.items()}
 
-    def wants_factors(self, step: int) -> bool:
-        """Whether step ``step`` is a factor step."""
-        return self.frequency is not None and step % self.frequency == 0
+    def wants_factors(self, step: int, due: int | None = None) -> bool:
+        """Whether step ``step`` is a factor step, where ``between`` has asked for one in step ``due``."""
+        if self.frequency is None:
+            return False
+        return step % self.frequency == 0 if due is None else step >= due
+
+
+Between = Callable[[State, Params, Signals, Taken], tuple[State, int | None]]
+
+
+def _earliest(steps: Iterable[int | None]) -> int | None:
+    return min((step for step in steps if step is not None), default=None)
 
 
 def _rules(transforms: Iterable[Transform]) -> Rules:
@@ -120,8 +151,16 @@ def chain(*transforms: Transform) -> Transform:
             new_state.append(new_inner)
         return updates, tuple(new_state)
 
+    def between(
+        state: State, params: Params, signals: Signals, taken: Taken
+    ) -> tuple[tuple[State, ...], int | None]:
+        links = zip(transforms, state, strict=True)
+        results = [t.between(s, params, signals, taken) if t.between else (s, None) for t, s in links]
+        return tuple(new for new, _ in results), _earliest(due for _, due in results)
+
+    hook = between if any(transform.between for transform in transforms) else None
     frequency = next(iter(frequencies), None)
-    return Transform(init, update, schedules, frequency, _rules(transforms), _inverse(transforms))
+    return Transform(init, update, schedules, frequency, _rules(transforms), _inverse(transforms), hook)
 
 
 def stateless(
@@ -253,10 +292,20 @@ def skip_nonfinite(inner: Transform) -> Transform:
         if signals.found_inf is not None:
             finite = finite & (signals.found_inf == 0)
         new = {name: torch.where(finite, u, torch.zeros_like(u)) for name, u in new.items()}
-        kept = pytree.tree_map(lambda n, old: torch.where(finite, n, old), new_inner, state.inner)
-        return new, SkipState(kept, state.skipped + ~finite)
 
-    return Transform(init, update, inner.schedules, inner.frequency, inner.rules, inner.inverse)
+        def kept(new: Tensor, old: Tensor) -> Tensor:
+            return old if new is old else torch.where(finite, new, old)
+
+        return new, SkipState(pytree.tree_map(kept, new_inner, state.inner), state.skipped + ~finite)
+
+    def between(
+        state: SkipState, params: Params, signals: Signals, taken: Taken
+    ) -> tuple[SkipState, int | None]:
+        assert inner.between is not None
+        new, due = inner.between(state.inner, params, signals, taken)
+        return state._replace(inner=new), due
+
+    return inner._replace(init=init, update=update, between=between if inner.between else None)
 
 
 def partition(transforms: Mapping[str, Transform], groups: Mapping[str, str]) -> Transform:
@@ -300,9 +349,19 @@ def partition(transforms: Mapping[str, Transform], groups: Mapping[str, str]) ->
             new |= changed
         return new, new_state
 
+    def between(state: State, params: Params, signals: Signals, taken: Taken) -> tuple[State, int | None]:
+        new_state, dues = dict(state), []
+        for label, inner in state.items():
+            hook, own = transforms[label].between, members(label, params)
+            if hook is not None:
+                new_state[label], due = hook(inner, own, restrict(label, own, signals), taken)
+                dues.append(due)
+        return new_state, _earliest(dues)
+
     frequencies = {transform.frequency for transform in transforms.values()} - {None}
     every, frequency = transforms.values(), next(iter(frequencies), None)
-    return Transform(init, update, schedules, frequency, _rules(every), _inverse(every))
+    hook = between if any(transform.between for transform in every) else None
+    return Transform(init, update, schedules, frequency, _rules(every), _inverse(every), hook)
 
 
 def apply_updates(params: Params, updates: Updates) -> dict[str, Tensor]:

@@ -23,7 +23,13 @@ from .transform import Signals, Transform, apply_updates
 aten = torch.ops.aten
 
 
-def append_update(gm: fx.GraphModule, tx: Transform, found: Coverage, trained: Sequence[str]) -> None:
+def append_update(
+    gm: fx.GraphModule,
+    tx: Transform,
+    found: Coverage,
+    trained: Sequence[str],
+    refreshes: frozenset[str] | None = None,
+) -> None:
     """Append ``tx`` to a graph that returns gradients, in place.
 
     The graph gets the leaves of the transform's state and its hyper-parameters (sorted by name) as
@@ -36,6 +42,7 @@ def append_update(gm: fx.GraphModule, tx: Transform, found: Coverage, trained: S
         found: the coverage of the model.
         trained: names of all parameters that the state is about, in the order that the state was made
             with; a step may have gradients for some.
+        refreshes: of the layers that the graph measures, those to invert; None: all.
     """
     returned = outputs.output_nodes(gm)
     inputs = gm.graph.find_nodes(op="placeholder")
@@ -52,7 +59,9 @@ def append_update(gm: fx.GraphModule, tx: Transform, found: Coverage, trained: S
 
     def step(*values: Tensor) -> Any:
         grads, old_params, old, rates, moments, terms, scales = pytree.tree_unflatten(list(values), structure)
-        signals = Signals(found, rates, moments_of(moments) or None, *terms, **scales)
+        measured = moments_of(moments) or None
+        known = {"moments": measured, "terms": next(iter(terms), None), "refreshes": refreshes, **scales}
+        signals = Signals(found, rates, **known)
         updates, new = tx.update(grads, old, old_params, signals)
         return apply_updates(old_params, updates), new
 
@@ -72,6 +81,7 @@ def return_forward(gm: fx.GraphModule, results: int) -> None:
     out = outputs.output_node(gm.graph)
     out.args = (tuple(returned[descriptor] for descriptor in order),)
     out.meta[outputs.KEY] = tuple(order)
+    gm.graph.eliminate_dead_code()
     gm.recompile()
 
 
@@ -83,12 +93,14 @@ def update_graph(
     moments: Mapping[str, Moments],
     terms: Tensor | None,
     scales: Mapping[str, Tensor],
+    refreshes: frozenset[str] | None = None,
 ) -> fx.GraphModule:
     """The update alone, as a graph of flat arguments.
 
     The arguments are: parameters, gradients, moments, terms, scales, leaves of the state,
     hyper-parameters. ``scales`` are those of :data:`~thor_fx.scaling.SCALES` that there are.
-    All are tensors; the values given here tell shapes only.
+    All are tensors; the values given here tell shapes only. ``refreshes`` is no argument:
+    :func:`append_update`.
     """
     values: dict[Any, Tensor] = {Grad(name): g for name, g in gradients.items()}
     values |= flat_moments(moments)
@@ -108,7 +120,7 @@ def update_graph(
     nodes = [add(f"value_{i}", v, Input(len(params) + i)) for i, v in enumerate(values.values())]
     graph.output(tuple(nodes)).meta[outputs.KEY] = tuple(values)
     gm = fx.GraphModule(torch.nn.Module(), graph)
-    append_update(gm, tx, found, list(params))
+    append_update(gm, tx, found, list(params), refreshes)
     outputs.select(gm, lambda _: False)
     gm.recompile()
     return gm

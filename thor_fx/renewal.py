@@ -1,0 +1,116 @@
+"""What lies between a measured factor and an inverse: running averages, and the rule that says when.
+
+:mod:`thor_fx.averages`, :mod:`thor_fx.refresh_rules` and :mod:`thor_fx.trace_rule` behind one interface.
+"""
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .averages import Averages, as_kept, enter, nothing_yet
+from .inverses import Pair
+from .layers import Layer
+from .refresh_rules import ByTrace, RefreshRule, inversion_costs, portion_due, portions
+from .trace_rule import Watch, decide, nothing_seen, observe
+from .transform import Taken
+
+
+class Memory(NamedTuple):
+    """What is kept of the factors.
+
+    Attributes:
+        averages: of the factors.
+        watch: what :class:`~thor_fx.ByTrace` remembers; () without.
+    """
+
+    averages: Averages
+    watch: Watch | tuple[()] = ()
+
+
+class Choice(NamedTuple):
+    """What a rule says after a step.
+
+    Attributes:
+        wanted: the layers to recompute.
+        memory: from then on.
+        due: when factors are due next; None: no change.
+    """
+
+    wanted: Collection[str]
+    memory: Memory
+    due: int | None = None
+
+
+@dataclass(frozen=True)
+class Renewal:
+    """How factors become those that are inverted, and when.
+
+    Attributes:
+        decay: of the running averages, in [0, 1).
+        rule: which layers are recomputed after which step; None: all, in every factor step.
+        frequency: steps between factor steps.
+        block_size: side of the blocks that are inverted; None: whole factors.
+    """
+
+    decay: float
+    rule: RefreshRule | None
+    frequency: int
+    block_size: int | None
+
+    def init(self, layers: Mapping[str, Layer], like: Mapping[str, Tensor]) -> Memory:
+        """The memory before the first step, by layer in the dtype of ``like`` and on its device."""
+        averages = nothing_yet(layers, self.block_size, like)
+        if not isinstance(self.rule, ByTrace):
+            return Memory(averages)
+        return Memory(averages, nothing_seen(len(layers), self.frequency, averages.weights))
+
+    def kept(self, groups: Mapping[str, list[Layer]]) -> dict[str, list[Layer]]:
+        """The layers with the sides that their averages are kept in."""
+        return {key: [as_kept(layer, self.block_size) for layer in layers] for key, layers in groups.items()}
+
+    def measure(
+        self,
+        memory: Memory,
+        layers: Mapping[str, Layer],
+        present: Collection[str],
+        renewed: Collection[str],
+        measured: Callable[[Layer], Pair],
+    ) -> tuple[Memory, Tensor]:
+        """Let the factors of one batch enter.
+
+        Args:
+            memory: before.
+            layers: all layers.
+            present: which of them have factors in this step.
+            renewed: which of them are inverted in this step.
+            measured: the factor pair of a layer.
+
+        Returns:
+            The memory, and of how many layers the factors were not finite and did not enter, 0-D.
+        """
+        averages, finite = enter(memory.averages, layers, present, measured, self.decay, self.block_size)
+        lost = torch.stack([~entered for entered in finite.values()]).sum()
+        if not isinstance(memory.watch, Watch):
+            return Memory(averages), lost
+        watch = observe(memory.watch, averages, layers, finite, renewed, self.block_size)
+        return Memory(averages, watch), lost
+
+    def choose(
+        self, memory: Memory, layers: Mapping[str, Layer], lam: Tensor | float, taken: Taken
+    ) -> Choice:
+        """The layers to recompute after a step; :class:`~thor_fx.ByTrace` waits for the device."""
+        if isinstance(self.rule, ByTrace):
+            if not taken.measured:
+                return Choice((), memory)
+            assert isinstance(memory.watch, Watch)
+            wanted, watch, due = decide(self.rule, memory.watch, layers, taken.ready, lam, taken.step)
+            return Choice(wanted, memory._replace(watch=watch), due)
+        assert self.rule is not None
+        portion = portion_due(self.rule, taken.step, self.frequency)
+        if portion is None:
+            return Choice((), memory)
+        members = portions(self.rule, inversion_costs(layers, self.block_size))[portion]
+        return Choice(taken.ready.intersection(members), memory)
