@@ -1,9 +1,11 @@
 """Second-order training (THOR / K-FAC) for PyTorch as a compiler pass."""
 
+from . import presets
 from .compile import compile
 from .explain import Report, explain
 from .factors import Kronecker, factors
 from .layers import Coverage, CoverageError, Layer
+from .levenberg_marquardt import LevenbergMarquardt
 from .metrics import metrics
 from .optimizer import Thor
 from .step import CompiledStep, StepOutput, StepState, compile_step
@@ -19,6 +21,7 @@ __all__ = [
     "CoverageError",
     "Kronecker",
     "Layer",
+    "LevenbergMarquardt",
     "Report",
     "Signals",
     "StepOutput",
@@ -34,6 +37,7 @@ __all__ = [
     "explain",
     "factors",
     "metrics",
+    "presets",
     "thor",
     "trace_step",
     "verify",

@@ -2,12 +2,18 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from .arguments import check_choice, check_integer, check_number, check_sharing, check_type, shown
+from .clips import Clip
+from .levenberg_marquardt import LevenbergMarquardt
 from .passes.layout import BiasRule, LongSide, Rules, Sharing
 from .refresh import DampingRule
 from .schedule import Schedule
+from .step_norm import StepNorm
+
+MomentumOn = Literal["update", "gradient"]
+Fallback = Literal["sgd", "adamw"]
 
 MAX_DIM = 8192  # the longest side with a whole factor: 256 MB in float32
 
@@ -34,13 +40,21 @@ class Options:
     bias: BiasRule = "raw"
     max_dim: int | None = MAX_DIM
     long_side: LongSide = "blocks"
+    kl_clip: float | None = None
+    clip: Clip = "tensor"
+    clip_norm: float = 1.0
+    step_norm: StepNorm | None = None
+    momentum_on: MomentumOn = "update"
+    decoupled_weight_decay: bool = False
+    fallback: Fallback = "sgd"
+    adaptive: LevenbergMarquardt | None = None
 
     def __post_init__(self) -> None:
         check_number("loss_scale", self.loss_scale, positive=True)
         check_integer("batch_size", self.batch_size, optional=True)
         check_integer("frequency", self.frequency)
         check_integer("block_size", self.block_size, optional=True)
-        for name in ("use_nesterov", "enable_clip_grad"):
+        for name in ("use_nesterov", "enable_clip_grad", "decoupled_weight_decay"):
             check_type(name, getattr(self, name), bool, "True or False")
         if self.decay_filter is not None and not callable(self.decay_filter):
             raise TypeError(f"decay_filter must be a callable name -> bool, got {shown(self.decay_filter)}")
@@ -49,6 +63,14 @@ class Options:
         check_choice("bias", self.bias, BiasRule)
         check_integer("max_dim", self.max_dim, optional=True)
         check_choice("long_side", self.long_side, LongSide)
+        if self.kl_clip is not None:
+            check_number("kl_clip", self.kl_clip, positive=True)
+        check_choice("clip", self.clip, Clip)
+        check_number("clip_norm", self.clip_norm, positive=True)
+        if self.step_norm is not None:
+            check_choice("step_norm", self.step_norm, StepNorm)
+        check_choice("momentum_on", self.momentum_on, MomentumOn)
+        check_choice("fallback", self.fallback, Fallback)
         _check_split_indices(self.split_indices)
 
     @property
@@ -70,6 +92,11 @@ def number_schedule(name: str, value: Any) -> Schedule:
     """
     check_number(name, value)
     return Schedule(name, value)
+
+
+def damping_schedule(value: Any) -> Schedule:
+    """The schedule of ``damping``; one that adapts itself starts with a constant."""
+    return Schedule("damping", value.initial if isinstance(value, LevenbergMarquardt) else value)
 
 
 def _check_split_indices(indices: Sequence[int] | None) -> None:

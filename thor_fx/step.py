@@ -3,6 +3,7 @@
 Loss, gradients, factors, refresh and parameter update are nodes of one ATen graph.
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -22,7 +23,7 @@ from .parameters import check_params, trainable
 from .passes import canonicalize, emit_factors, find_sites, outputs, pipeline
 from .passes.layout import Rules
 from .transform import Params, State, Transform
-from .update import append_update, return_forward
+from .update import append_update, loss_alone, return_forward
 
 
 class StepState(NamedTuple):
@@ -33,12 +34,14 @@ class StepState(NamedTuple):
         inner: the state of the transform.
         buffers: buffers of the model, where the loss function takes them.
         ready: whether any step so far was not skipped; until then every step is a factor step.
+        damping: of the next step, where it adapts itself (:class:`thor_fx.LevenbergMarquardt`).
     """
 
     step: int
     inner: State
     buffers: Any = None
     ready: bool = False
+    damping: float | None = None
 
 
 class StepOutput(NamedTuple):
@@ -114,12 +117,20 @@ class _Compiler:
         return compile_graph(gm, fakes, backend=self.backend, mode=self.mode, options=self.options)
 
 
-@dataclass(frozen=True)
-class _Call:
-    """What the runner is told besides Dynamo's arguments."""
+class _Kind(NamedTuple):
+    """The kinds of step, each a graph of its own: with factors, and with a prediction of the loss."""
 
-    wants_factors: bool
+    factors: bool
+    compares: bool
+
+
+@dataclass
+class _Call:
+    """What the runner is told besides Dynamo's arguments, and the loss after the step if it compares."""
+
+    kind: _Kind
     extra: list[Tensor]
+    later: Tensor | None = None
 
 
 class _Traced(Exception):
@@ -178,7 +189,8 @@ class CompiledStep:
             raise ValueError("the loss does not depend on any of params: it is a constant")
         inner = self._tx.init(_trained(params, self.coverage), self.coverage)
         self._shapes = [leaf.shape for leaf in pytree.tree_leaves(inner)]
-        return StepState(0, inner, buffers)
+        adaptive = self._tx.adaptive
+        return StepState(0, inner, buffers, damping=None if adaptive is None else adaptive.initial)
 
     def __call__(self, params: Params, state: StepState, *batch: Any) -> tuple[Params, StepState, StepOutput]:
         """Take one step.
@@ -195,14 +207,26 @@ class CompiledStep:
             raise TypeError(f"state must come from step.init(params, *batch), got {type(state).__name__}")
         if not self._donate:
             params, state = _copies(params, state)
-        hyper = self._hyper(self._tx.hyper(state.step), params)
-        wants_factors = self._tx.wants_factors(state.step) or not (state.ready or self._tx.frequency is None)
-        call = _Call(wants_factors, [*self._leaves(state.inner), *hyper])
+        adapted = {} if state.damping is None else {"damping": state.damping}
+        hyper = self._hyper({**self._tx.hyper(state.step), **adapted}, params)
+        call = _Call(self._kind(state), [*self._leaves(state.inner), *hyper])
         loss, aux = self._run(params, call, batch if state.buffers is None else (state.buffers, *batch))
         buffers, aux = (None, aux) if state.buffers is None else aux
         # waits for the device, once: in the first step
         ready = state.ready or metrics(state.inner)["skipped_steps"] <= state.step
-        return params, StepState(state.step + 1, state.inner, buffers, ready), StepOutput(loss, aux)
+        damping = self._damping(state, loss, call.later)
+        new = StepState(state.step + 1, state.inner, buffers, ready, damping)
+        return params, new, StepOutput(loss, aux)
+
+    def _kind(self, state: StepState) -> _Kind:
+        adaptive, unready = self._tx.adaptive, not (state.ready or self._tx.frequency is None)
+        compares = adaptive is not None and adaptive.compares(state.step)
+        return _Kind(self._tx.wants_factors(state.step) or unready, compares)
+
+    def _damping(self, state: StepState, before: Tensor, later: Tensor | None) -> float | None:
+        if self._tx.adaptive is None or state.damping is None or later is None:
+            return state.damping
+        return self._tx.adaptive.after(state.damping, state.inner, before, later)
 
     def _run(self, params: Params, call: _Call | None, batch: Sequence[Any]) -> tuple[Tensor, Any]:
         self._params, self._call = params, call
@@ -229,15 +253,17 @@ class CompiledStep:
         if self._strict:
             found.check({name: p.dim() for name, p in self._params.items()})
         self._accept(found)
-        kinds = {True, False} if self._tx.frequency is not None else {False}
-        kinds = {True} if self._tx.frequency == 1 else kinds
-        runs = {kind: self._compile_kind(graph, captured, kind) for kind in sorted(kinds)}
+        runs = {kind: self._compile_kind(graph, captured, kind) for kind in _kinds(self._tx)}
+        again = None if self._tx.adaptive is None else self._compile_loss(graph)
 
         def runner(*flat: Any) -> Sequence[Any]:
             if self._call is None:
                 raise _Traced(found)
             with torch.no_grad():
-                return runs[self._call.wants_factors](*flat, *self._call.extra)
+                results = runs[self._call.kind](*flat, *self._call.extra)
+                if self._call.kind.compares and again is not None:
+                    (self._call.later,) = again(*flat)
+                return results
 
         return runner
 
@@ -254,13 +280,27 @@ class CompiledStep:
             )
         self.coverage = found
 
-    def _compile_kind(self, graph: fx.GraphModule, captured: Captured, factors: bool) -> Compiled:
+    def _compile_kind(self, graph: fx.GraphModule, captured: Captured, kind: _Kind) -> Compiled:
         assert self.coverage is not None
-        whole = pipeline.run(graph, [partial(emit_factors, rules=self._tx.rules)] if factors else [])
-        append_update(whole, self._tx, self.coverage, list(_trained(self._params, self.coverage)))
+        whole = pipeline.run(graph, [partial(emit_factors, rules=self._tx.rules)] if kind.factors else [])
+        trained = list(_trained(self._params, self.coverage))
+        append_update(whole, self._tx, self.coverage, trained, compares=kind.compares)
         return_forward(whole, _forward_outputs(captured))
         fakes = [node.meta["val"] for node in whole.graph.find_nodes(op="placeholder")]
         return self._compiler(whole, fakes)
+
+    def _compile_loss(self, graph: fx.GraphModule) -> Compiled:
+        """The forward pass alone: what it changes besides (running statistics) is not written."""
+        loss = loss_alone(graph)
+        fakes = [node.meta["val"] for node in loss.graph.find_nodes(op="placeholder")]
+        return self._compiler(loss, fakes)
+
+
+def _kinds(tx: Transform) -> list[_Kind]:
+    """The kinds of step that a transform may ask for."""
+    factors = [False] if tx.frequency is None else [True] if tx.frequency == 1 else [False, True]
+    compares = [False] if tx.adaptive is None else [True] if tx.adaptive.interval == 1 else [False, True]
+    return [_Kind(*kind) for kind in itertools.product(factors, compares)]
 
 
 def _copies(params: Params, state: StepState) -> tuple[Params, StepState]:

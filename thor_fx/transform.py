@@ -6,7 +6,7 @@ numbers that change with the step arrive as 0-D tensors, so a compiled update ne
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +16,9 @@ from .factors import Moments
 from .layers import Coverage
 from .passes.layout import Rules, layer_of
 from .schedule import Schedule
+
+if TYPE_CHECKING:
+    from .levenberg_marquardt import LevenbergMarquardt
 
 Params = Mapping[str, Tensor]
 Updates = Mapping[str, Tensor]
@@ -35,6 +38,7 @@ class Signals:
         gradient_scale: what the gradients carry, 0-D (``torch.amp.GradScaler``); None: 1.
         loss_scale: what the loss of the factor step was multiplied by, 0-D; None: 1.
         found_inf: not 0 where the scaler has seen a NaN or infinity, 0-D; None: it has not looked.
+        compares: whether the change of the loss that the step should make is wanted.
     """
 
     coverage: Coverage
@@ -44,6 +48,7 @@ class Signals:
     gradient_scale: Tensor | None = None
     loss_scale: Tensor | None = None
     found_inf: Tensor | None = None
+    compares: bool = False
 
 
 class Transform(NamedTuple):
@@ -55,6 +60,7 @@ class Transform(NamedTuple):
         schedules: the hyper-parameters that it reads from ``signals.hyper``, by name.
         frequency: it wants factors in step 0 and every ``frequency`` steps; None: never.
         rules: which factors it wants.
+        adaptive: changes the schedule ``damping``, by what steps do to the loss; None: nothing does.
     """
 
     init: Callable[[Params, Coverage], State]
@@ -62,6 +68,7 @@ class Transform(NamedTuple):
     schedules: Mapping[str, Schedule] = {}
     frequency: int | None = None
     rules: Rules = Rules()
+    adaptive: "LevenbergMarquardt | None" = None
 
     def hyper(self, step: int) -> dict[str, float]:
         """The value of every schedule in step ``step``."""
@@ -80,22 +87,29 @@ def _rules(transforms: Iterable[Transform]) -> Rules:
     return next(iter(wanted), Rules())
 
 
-def chain(*transforms: Transform) -> Transform:
+def chain(*transforms: Transform, shared: bool = False) -> Transform:
     """Apply transforms one after the other.
+
+    Args:
+        *transforms: in order.
+        shared: whether several may read one and the same schedule.
 
     Raises:
         TypeError: an argument is no transform.
-        ValueError: two transforms have a schedule of the same name, or want different factors, or
-            at different frequencies.
+        ValueError: two transforms have a schedule of the same name, or want different factors, or at
+            different frequencies, or both adapt the damping.
     """
     schedules: dict[str, Schedule] = {}
     for transform in transforms:
         if not isinstance(transform, Transform):
             raise TypeError(f"chain takes transforms, got {type(transform).__name__}: {transform!r}")
         for name, schedule in transform.schedules.items():
-            if name in schedules:
+            if name in schedules and not (shared and schedules[name] is schedule):
                 raise ValueError(f"two transforms in this chain have a schedule called {name!r}")
             schedules[name] = schedule
+    adaptive = [t.adaptive for t in transforms if t.adaptive is not None]
+    if len(adaptive) > 1:
+        raise ValueError("two transforms in this chain adapt the damping: use LevenbergMarquardt in one")
     frequencies = {t.frequency for t in transforms if t.frequency is not None}
     if len(frequencies) > 1:
         raise ValueError(f"transforms in one chain want factors at different frequencies: {frequencies}")
@@ -112,7 +126,8 @@ def chain(*transforms: Transform) -> Transform:
             new_state.append(new_inner)
         return updates, tuple(new_state)
 
-    return Transform(init, update, schedules, next(iter(frequencies), None), _rules(transforms))
+    frequency = next(iter(frequencies), None)
+    return Transform(init, update, schedules, frequency, _rules(transforms), next(iter(adaptive), None))
 
 
 def stateless(
@@ -130,9 +145,14 @@ def scale_by_learning_rate(lr: Schedule) -> Transform:
     """``-lr u``: the last link of a chain."""
 
     def scale(updates: Updates, _: Params, signals: Signals) -> Updates:
-        return {name: -signals.hyper["lr"] * u for name, u in updates.items()}
+        return {name: -signals.hyper[lr.name] * u for name, u in updates.items()}
 
-    return stateless(scale, {"lr": lr})
+    return stateless(scale, {lr.name: lr})
+
+
+def divide_by(number: float) -> Transform:
+    """``u / number``: gradients without a constant scale of the loss."""
+    return stateless(lambda updates, _params, _signals: {name: u / number for name, u in updates.items()})
 
 
 def add_decayed_weights(weight_decay: Schedule, decays: Callable[[str], bool]) -> Transform:
@@ -240,7 +260,7 @@ def skip_nonfinite(inner: Transform) -> Transform:
         kept = pytree.tree_map(lambda n, old: torch.where(finite, n, old), new_inner, state.inner)
         return new, SkipState(kept, state.skipped + ~finite)
 
-    return Transform(init, update, inner.schedules, inner.frequency, inner.rules)
+    return inner._replace(init=init, update=update)
 
 
 def partition(transforms: Mapping[str, Transform], groups: Mapping[str, str]) -> Transform:
@@ -249,7 +269,13 @@ def partition(transforms: Mapping[str, Transform], groups: Mapping[str, str]) ->
     Args:
         transforms: by label; the schedule ``lr`` of label ``x`` is called ``x.lr`` outside.
         groups: the label of every parameter.
+
+    Raises:
+        ValueError: a transform adapts its damping: one loss cannot tell several dampings what to be.
     """
+    adapting = [label for label, transform in transforms.items() if transform.adaptive is not None]
+    if adapting:
+        raise ValueError(f"LevenbergMarquardt adapts one damping for all parameters, not that of {adapting}")
     schedules = {
         f"{label}.{name}": schedule
         for label, transform in transforms.items()

@@ -3,7 +3,9 @@
 What it changes is written into the tensors that came in, so nothing is kept twice.
 """
 
+import copy
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,7 +25,9 @@ from .transform import Signals, Transform, apply_updates
 aten = torch.ops.aten
 
 
-def append_update(gm: fx.GraphModule, tx: Transform, found: Coverage, trained: Sequence[str]) -> None:
+def append_update(
+    gm: fx.GraphModule, tx: Transform, found: Coverage, trained: Sequence[str], *, compares: bool = False
+) -> None:
     """Append ``tx`` to a graph that returns gradients, in place.
 
     The graph gets the leaves of the transform's state and its hyper-parameters (sorted by name) as
@@ -36,6 +40,7 @@ def append_update(gm: fx.GraphModule, tx: Transform, found: Coverage, trained: S
         found: the coverage of the model.
         trained: names of all parameters that the state is about, in the order that the state was made
             with; a step may have gradients for some.
+        compares: whether the update says what it should change (``Signals.compares``).
     """
     returned = outputs.output_nodes(gm)
     inputs = gm.graph.find_nodes(op="placeholder")
@@ -53,6 +58,7 @@ def append_update(gm: fx.GraphModule, tx: Transform, found: Coverage, trained: S
     def step(*values: Tensor) -> Any:
         grads, old_params, old, rates, moments, terms, scales = pytree.tree_unflatten(list(values), structure)
         signals = Signals(found, rates, moments_of(moments) or None, *terms, **scales)
+        signals = replace(signals, compares=compares)
         updates, new = tx.update(grads, old, old_params, signals)
         return apply_updates(old_params, updates), new
 
@@ -75,6 +81,15 @@ def return_forward(gm: fx.GraphModule, results: int) -> None:
     gm.recompile()
 
 
+def loss_alone(gm: fx.GraphModule) -> fx.GraphModule:
+    """A copy of a step graph that computes the loss, and changes nothing."""
+    alone = copy.deepcopy(gm)
+    outputs.select(alone, lambda descriptor: descriptor == Loss())
+    alone.graph.eliminate_dead_code()
+    alone.recompile()
+    return alone
+
+
 def update_graph(
     tx: Transform,
     found: Coverage,
@@ -83,6 +98,8 @@ def update_graph(
     moments: Mapping[str, Moments],
     terms: Tensor | None,
     scales: Mapping[str, Tensor],
+    *,
+    compares: bool = False,
 ) -> fx.GraphModule:
     """The update alone, as a graph of flat arguments.
 
@@ -108,7 +125,7 @@ def update_graph(
     nodes = [add(f"value_{i}", v, Input(len(params) + i)) for i, v in enumerate(values.values())]
     graph.output(tuple(nodes)).meta[outputs.KEY] = tuple(values)
     gm = fx.GraphModule(torch.nn.Module(), graph)
-    append_update(gm, tx, found, list(params))
+    append_update(gm, tx, found, list(params), compares=compares)
     outputs.select(gm, lambda _: False)
     gm.recompile()
     return gm
