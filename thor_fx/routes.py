@@ -17,7 +17,7 @@ NOTHING = chain()
 
 
 class RouteState(NamedTuple):
-    """The states of both ways; None where no parameter goes."""
+    """The states of both ways; () where no parameter goes."""
 
     layers: State
     others: State
@@ -33,10 +33,10 @@ def by_coverage(layers: Transform, others: Transform) -> Transform:
     both = chain(layers, others, shared=True)  # checks that they agree
 
     def init(params: Params, coverage: Coverage) -> RouteState:
-        states = []
-        for tx, own in zip((layers, others), _split(params, coverage), strict=True):
-            states.append(tx.init(own, coverage.restrict(frozenset(own))) if own else None)
-        return RouteState(*states)
+        ways = zip((layers, others), _split(params, coverage), strict=True)
+        return RouteState(
+            *(tx.init(own, coverage.restrict(frozenset(own))) if own else () for tx, own in ways)
+        )
 
     def update(
         updates: Updates, state: RouteState, params: Params, signals: Signals
