@@ -284,6 +284,9 @@ class Thor(torch.optim.Optimizer):
         super().zero_grad(set_to_none)
         self._collector.clear()
 
+    def __repr__(self) -> str:
+        return f"{super().__repr__()}\nOptions: {self._options}"
+
     @property
     def coverage(self) -> Coverage | None:
         """Which parameters are preconditioned and how; None before the first backward pass."""
@@ -387,9 +390,7 @@ class Thor(torch.optim.Optimizer):
     def _adapted_damping(self, rule: LevenbergMarquardt) -> float:
         """The damping of the groups that follow the rule."""
         if rule is not self._options.adaptive:
-            raise ValueError(
-                "one damping adapts to the loss: pass LevenbergMarquardt to Thor, not to a group"
-            )
+            raise ValueError("LevenbergMarquardt adapts one damping: pass it to Thor, not to a group")
         known = (group["damping"] for group in self.param_groups if group.get("adapts"))
         return float(next(known, rule.initial))
 

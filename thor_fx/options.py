@@ -1,7 +1,7 @@
 """The arguments of THOR, checked once for both doors."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from .arguments import check_choice, check_integer, check_number, check_sharing, check_type, shown
@@ -72,6 +72,11 @@ class Options:
         check_choice("momentum_on", self.momentum_on, MomentumOn)
         check_choice("fallback", self.fallback, Fallback)
         _check_split_indices(self.split_indices)
+
+    def __str__(self) -> str:
+        """What differs from the defaults."""
+        own = [(f.name, getattr(self, f.name)) for f in fields(self) if getattr(self, f.name) != f.default]
+        return ", ".join(f"{name}={value!r}" for name, value in own) or "the defaults"
 
     @property
     def rules(self) -> Rules:
