@@ -3,7 +3,6 @@
 Loss, gradients, factors, refresh and parameter update are nodes of one ATen graph.
 """
 
-import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,6 +16,7 @@ from .arguments import check_type
 from .capture import Captured, LossCapture, LossFn, Runner
 from .hyper import HyperTensors
 from .inductor import Compiled, check_backend, compile_graph
+from .kinds import Kind, kind_of, kinds
 from .layers import Coverage, coverage
 from .metrics import metrics
 from .parameters import check_params, trainable
@@ -117,18 +117,11 @@ class _Compiler:
         return compile_graph(gm, fakes, backend=self.backend, mode=self.mode, options=self.options)
 
 
-class _Kind(NamedTuple):
-    """The kinds of step, each a graph of its own: with factors, and with a prediction of the loss."""
-
-    factors: bool
-    compares: bool
-
-
 @dataclass
 class _Call:
     """What the runner is told besides Dynamo's arguments, and the loss after the step if it compares."""
 
-    kind: _Kind
+    kind: Kind
     extra: list[Tensor]
     later: Tensor | None = None
 
@@ -209,7 +202,7 @@ class CompiledStep:
             params, state = _copies(params, state)
         adapted = {} if state.damping is None else {"damping": state.damping}
         hyper = self._hyper({**self._tx.hyper(state.step), **adapted}, params)
-        call = _Call(self._kind(state), [*self._leaves(state.inner), *hyper])
+        call = _Call(kind_of(self._tx, state.step, ready=state.ready), [*self._leaves(state.inner), *hyper])
         loss, aux = self._run(params, call, batch if state.buffers is None else (state.buffers, *batch))
         buffers, aux = (None, aux) if state.buffers is None else aux
         # waits for the device, once: in the first step
@@ -217,11 +210,6 @@ class CompiledStep:
         damping = self._damping(state, loss, call.later)
         new = StepState(state.step + 1, state.inner, buffers, ready, damping)
         return params, new, StepOutput(loss, aux)
-
-    def _kind(self, state: StepState) -> _Kind:
-        adaptive, unready = self._tx.adaptive, not (state.ready or self._tx.frequency is None)
-        compares = adaptive is not None and adaptive.compares(state.step)
-        return _Kind(self._tx.wants_factors(state.step) or unready, compares)
 
     def _damping(self, state: StepState, before: Tensor, later: Tensor | None) -> float | None:
         if self._tx.adaptive is None or state.damping is None or later is None:
@@ -253,7 +241,7 @@ class CompiledStep:
         if self._strict:
             found.check({name: p.dim() for name, p in self._params.items()})
         self._accept(found)
-        runs = {kind: self._compile_kind(graph, captured, kind) for kind in _kinds(self._tx)}
+        runs = {kind: self._compile_kind(graph, captured, kind) for kind in kinds(self._tx)}
         again = None if self._tx.adaptive is None else self._compile_loss(graph)
 
         def runner(*flat: Any) -> Sequence[Any]:
@@ -280,7 +268,7 @@ class CompiledStep:
             )
         self.coverage = found
 
-    def _compile_kind(self, graph: fx.GraphModule, captured: Captured, kind: _Kind) -> Compiled:
+    def _compile_kind(self, graph: fx.GraphModule, captured: Captured, kind: Kind) -> Compiled:
         assert self.coverage is not None
         whole = pipeline.run(graph, [partial(emit_factors, rules=self._tx.rules)] if kind.factors else [])
         trained = list(_trained(self._params, self.coverage))
@@ -291,16 +279,8 @@ class CompiledStep:
 
     def _compile_loss(self, graph: fx.GraphModule) -> Compiled:
         """The forward pass alone: what it changes besides (running statistics) is not written."""
-        loss = loss_alone(graph)
-        fakes = [node.meta["val"] for node in loss.graph.find_nodes(op="placeholder")]
-        return self._compiler(loss, fakes)
-
-
-def _kinds(tx: Transform) -> list[_Kind]:
-    """The kinds of step that a transform may ask for."""
-    factors = [False] if tx.frequency is None else [True] if tx.frequency == 1 else [False, True]
-    compares = [False] if tx.adaptive is None else [True] if tx.adaptive.interval == 1 else [False, True]
-    return [_Kind(*kind) for kind in itertools.product(factors, compares)]
+        fakes = [node.meta["val"] for node in graph.graph.find_nodes(op="placeholder")]
+        return self._compiler(loss_alone(graph), fakes)
 
 
 def _copies(params: Params, state: StepState) -> tuple[Params, StepState]:
