@@ -33,7 +33,12 @@ def solve(
     """``vec U = (G_d (x) A_d)^-1 vec gradient``; a factor that is None is left out."""
     a, g = (1.0 if m is None else m.trace().item() / len(m) for m in (A, G))
     pi, root = math.sqrt(a / g) if a > 0 < g else 1.0, math.sqrt(damping)
-    damp_a, damp_g = {"factor": (damping, damping), "sqrt": (root, root), "pi": (pi * root, root / pi)}[rule]
+    damp_a, damp_g = {
+        "factor": (damping, damping),
+        "sqrt": (root, root),
+        "pi": (pi * root, root / pi),
+        "relative": (damping * (a or 1), damping * (g or 1)),
+    }[rule]
     out, in_ = gradient.shape
     A = torch.eye(in_, dtype=torch.float64) if A is None else oracle.damped(A, damp_a)
     G = torch.eye(out, dtype=torch.float64) if G is None else oracle.damped(G, damp_g)

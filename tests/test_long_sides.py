@@ -12,7 +12,7 @@ from models import random
 D = torch.float64
 PARAMS = {"w": random(1, D, 5, 7), "b": random(2, D, 5)}
 X = random(3, D, 6, 7)
-RULES = ["factor", "sqrt", "pi"]
+RULES = ["factor", "sqrt", "pi", "relative"]
 
 
 def loss_fn(p, x):

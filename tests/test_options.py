@@ -29,6 +29,15 @@ WRONG_TYPES = {
     "inverse": [None, True, ["eigen"]],
     "factor_decay": ["0.9", True, [0.9], 1j],
     "refresh": [10, "every", thor_fx.Every, True],
+    "kl_clip": ["0.1", True, [0.1]],
+    "clip": [None, 1.0],
+    "clip_norm": [None, "1", True],
+    "step_norm": [True, 0.2],
+    "momentum_on": [None, True],
+    "decoupled_weight_decay": [1, None, "False"],
+    "fallback": [None, torch.optim.AdamW],
+    "fallback_lr": ["0.1", [0.1], True, 1j],
+    "preset": [1, {"damping": 0.1}],
 }
 WRONG_VALUES = {
     **{name: [-0.1, NAN, INF, -INF] for name in NUMBERS},
@@ -44,11 +53,22 @@ WRONG_VALUES = {
     "inverse": ["", "Cholesky", "newton-schulz"],
     "factor_decay": [-0.1, 1, 1.0, NAN, INF],
     "refresh": [thor_fx.Every(5), thor_fx.Staggered(200), thor_fx.ByTrace(longest=5)],
+    "kl_clip": [0, -0.1, NAN, INF],
+    "clip": ["layer", ""],
+    "clip_norm": [0, -1.0, NAN, INF],
+    "step_norm": ["muon", "none"],
+    "momentum_on": ["weights"],
+    "fallback": ["adam"],
+    "fallback_lr": [-0.1, NAN, INF],
+    "preset": ["fast", ""],
 }
 RIGHT = {
     **{name: [0.5, 1] for name in NUMBERS},
     "lr": [0.5, 1, 0, torch.tensor(0.1), torch.tensor([0.1, 0.2]), lambda step: 0.1],
-    "damping": [0.5, 1, 0, torch.tensor(0.1), torch.tensor([0.1, 0.2]), lambda step: 0.1],
+    "damping": [
+        *[0.5, 1, 0, torch.tensor(0.1), torch.tensor([0.1, 0.2]), lambda step: 0.1],
+        thor_fx.LevenbergMarquardt(0.5),
+    ],
     "momentum": [0.0, 1, 0.9],
     "weight_decay": [0, 0.0, 1e-4],
     "batch_size": [None, 1, 32],
@@ -57,7 +77,7 @@ RIGHT = {
     "split_indices": [None, [0], [0, 3, 7], (1, 2)],
     "enable_clip_grad": [True, False],
     "frequency": [1, 2, 100],
-    "damping_rule": ["factor", "sqrt", "pi"],
+    "damping_rule": ["factor", "sqrt", "pi", "relative"],
     "block_size": [None, 1, 128],
     "sharing": ["expand", "reduce", lambda name: "reduce" if "conv" in name else "expand"],
     "bias": ["raw", "joint"],
@@ -66,6 +86,15 @@ RIGHT = {
     "inverse": ["cholesky", "eigen", "ekfac", "newton_schulz", "eva"],
     "factor_decay": [None, 0, 0.0, 0.95],
     "refresh": [None, thor_fx.Every(100), thor_fx.Staggered(4), thor_fx.ByTrace(0.01, 0.001, growth=2)],
+    "kl_clip": [None, 1, 0.001],
+    "clip": ["tensor", "global"],
+    "clip_norm": [1, 0.5],
+    "step_norm": [None, "adam", "sgd", "rms", "spectral"],
+    "momentum_on": ["update", "gradient"],
+    "decoupled_weight_decay": [True, False],
+    "fallback": ["sgd", "adamw"],
+    "fallback_lr": [None, 0, 0.5, torch.tensor([0.1, 0.2]), lambda step: 0.1],
+    "preset": [None, "thor", "recommended"],
 }
 
 
@@ -76,7 +105,8 @@ def cases(table):
 def test_every_argument_is_in_the_tables():
     arguments = set(inspect.signature(thor_fx.thor).parameters)
     assert arguments == set(RIGHT) == set(WRONG_TYPES)
-    assert arguments - set(WRONG_VALUES) == {"use_nesterov", "enable_clip_grad", "decay_filter"}
+    flags = {"use_nesterov", "enable_clip_grad", "decoupled_weight_decay"}
+    assert arguments - set(WRONG_VALUES) == {*flags, "decay_filter"}
 
 
 @pytest.mark.parametrize(("name", "value"), cases(RIGHT))
@@ -102,16 +132,19 @@ def test_a_loss_scale_of_zero_is_refused():
 
 
 def test_the_error_shows_the_value_and_what_is_allowed():
-    with pytest.raises(ValueError, match=r"damping_rule must be one of .*'factor', 'sqrt', 'pi'.*got 'none'"):
+    with pytest.raises(
+        ValueError, match=r"damping_rule must be one of .*'factor', 'sqrt', 'pi', .*got 'none'"
+    ):
         thor_fx.thor(**GOOD, damping_rule="none")
     with pytest.raises(TypeError, match=r"frequency must be an integer >= 1, got float: 2.5"):
         thor_fx.thor(**GOOD, frequency=2.5)
 
 
-def test_lr_damping_and_momentum_have_no_default():
-    parameters = inspect.signature(thor_fx.thor).parameters
-    required = [name for name, p in parameters.items() if p.default is inspect.Parameter.empty]
-    assert required == ["lr", "damping", "momentum"]
+@pytest.mark.parametrize("name", ["lr", "damping", "momentum"])
+def test_lr_damping_and_momentum_have_no_default(name):
+    given = {key: value for key, value in GOOD.items() if key != name}
+    with pytest.raises(TypeError, match=f"'{name}'|^{name} must"):
+        thor_fx.thor(**given)
 
 
 def test_defaults_are_the_documented_ones():
@@ -120,6 +153,9 @@ def test_defaults_are_the_documented_ones():
     assert (options.enable_clip_grad, options.frequency, options.block_size) == (False, 100, 128)
     assert options.inverse == "cholesky"
     assert (options.damping_rule, options.split_indices, options.decay_filter) == ("factor", None, None)
+    assert (options.kl_clip, options.clip, options.clip_norm) == (None, "tensor", 1.0)
+    assert (options.step_norm, options.momentum_on, options.fallback) == (None, "update", "sgd")
+    assert (options.decoupled_weight_decay, options.adaptive) == (False, None)
 
 
 def test_decay_filter_says_which_names_decay():

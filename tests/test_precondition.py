@@ -31,7 +31,7 @@ MATRICES = [  # every layer is a whole parameter of two axes
     models.layer_norm,
     models.embedding,
 ]
-RULES = ["factor", "sqrt", "pi"]
+RULES = ["factor", "sqrt", "pi", "relative"]
 
 
 class Run:
@@ -67,6 +67,8 @@ def dampings(rule, A, G) -> tuple[float, float]:
         return LAMBDA, LAMBDA
     if rule == "sqrt":
         return LAMBDA**0.5, LAMBDA**0.5
+    if rule == "relative":
+        return LAMBDA * A.trace().item() / len(A), LAMBDA * G.trace().item() / len(G)
     pi = math.sqrt((A.trace().item() / len(A)) / (G.trace().item() / len(G)))
     return pi * LAMBDA**0.5, LAMBDA**0.5 / pi
 
@@ -208,7 +210,7 @@ def test_where_gradients_do_not_vary_the_update_is_a_fisher_solve():
 def test_normalisation_parameters_take_the_elementwise_rule(rule):
     step = Run(models.layer_norm)
     updates, _ = step.update(thor(damping_rule=rule, loss_scale=2.0))
-    d = LAMBDA if rule == "factor" else LAMBDA**0.5
+    d = LAMBDA if rule in {"factor", "relative"} else LAMBDA**0.5
     for name in ("norm.weight", "norm.bias"):
         g = step.gradients[name] / 2
         expected = torch.tensor([x.item() / (x.item() ** 2 / 6 + d) for x in g], dtype=g.dtype)

@@ -1,9 +1,11 @@
 """Second-order training (THOR / K-FAC) for PyTorch as a compiler pass."""
 
+from . import presets
 from .compile import compile
 from .explain import Report, explain
 from .factors import Kronecker, factors
 from .layers import Coverage, CoverageError, Layer
+from .levenberg_marquardt import LevenbergMarquardt
 from .metrics import metrics
 from .optimizer import Thor
 from .refresh_rules import ByTrace, Every, Staggered
@@ -22,6 +24,7 @@ __all__ = [
     "Every",
     "Kronecker",
     "Layer",
+    "LevenbergMarquardt",
     "Report",
     "Signals",
     "Staggered",
@@ -38,6 +41,7 @@ __all__ = [
     "explain",
     "factors",
     "metrics",
+    "presets",
     "thor",
     "trace_step",
     "verify",

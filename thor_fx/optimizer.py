@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch.utils import _pytree as pytree
 from .arguments import check_type, shown
 from .between import run_between
 from .capture import without_dynamo
+from .clips import Clip
 from .collector import Collector
 from .compile import collector_of
 from .factors import Moments, flat_moments
@@ -19,19 +21,27 @@ from .hyper import HyperTensors
 from .inductor import Compiled, check_backend, compile_graph
 from .inverses import METHODS, Inverse
 from .layers import Coverage
+from .levenberg_marquardt import LevenbergMarquardt, loss_again
+from .links import thor_chain
 from .metrics import metrics
 from .optimizer_state import counters_of, layers_with_inverses, restore, views
-from .options import MAX_DIM, Options, number_schedule
+from .options import MAX_DIM, Fallback, MomentumOn, Options, damping_schedule, number_schedule
+from .parameter_groups import ParameterGroups
 from .passes.layout import BiasRule, LongSide, Sharing, layer_of
+from .presets import Preset, takes_preset
 from .refresh import DampingRule
 from .refresh_rules import RefreshRule
 from .scaling import Scaler, scales_of
 from .schedule import Schedule, Value
-from .thor import thor_chain
-from .transform import Taken, Transform, centralize_gradients, chain, partition, skip_nonfinite, unscale
+from .step_norm import StepNorm
+from .transform import Taken, skip_nonfinite, unscale
 from .update import update_graph
 
 NO_GRAPH = "no compiled graph uses it"
+NEEDS_CLOSURE = (
+    "damping=LevenbergMarquardt(...) compares the loss of a batch before and after the step: call "
+    "step(closure), where closure computes the loss, calls backward and returns the loss"
+)
 PATIENCE = 10
 """Steps that collect factors for a layer that has none; more would make a rare branch expensive."""
 
@@ -47,7 +57,8 @@ class Thor(torch.optim.Optimizer):
     Args:
         model: a model compiled by :func:`thor_fx.compile`; all its trainable parameters are optimized.
         lr: learning rate: number, 0-D tensor, 1-D tensor (one value per step) or callable.
-        damping: ``lambda``, given like ``lr``.
+        damping: ``lambda``, given like ``lr``; or a :class:`thor_fx.LevenbergMarquardt`, which adapts the one
+            damping of all groups that have none of their own, and needs ``step(closure)``.
         momentum: of the heavy ball.
         weight_decay: see :func:`thor_fx.thor`, as all arguments up to ``frequency``.
         loss_scale: the caller multiplies the loss by it: a number, or the ``torch.amp.GradScaler``.
@@ -56,12 +67,12 @@ class Thor(torch.optim.Optimizer):
         use_nesterov: Nesterov's form of momentum.
         decay_filter: ``name -> bool``.
         split_indices: groups of factors that are reduced together when training is distributed.
-        enable_clip_grad: clip every update to L2 norm 1.
+        enable_clip_grad: clip every update to L2 norm ``clip_norm``.
         frequency: factors and inverses are renewed in step 0 and every ``frequency`` steps.
         params: groups with settings of their own, ``[{"params": [...], "lr": ...}, ...]``; members
             are parameters of ``model`` or their names. Everything else forms a last group. A group
             may also set ``grad_centralization=True`` for weights of convolutions.
-        damping_rule: ``"factor"``, ``"sqrt"`` or ``"pi"``.
+        damping_rule: ``"factor"``, ``"sqrt"``, ``"pi"`` or ``"relative"``.
         block_size: side of THOR's diagonal blocks; None: whole factors.
         sharing: ``"expand"`` or ``"reduce"``: see :func:`thor_fx.thor`, as the next three.
         bias: ``"raw"`` or ``"joint"``.
@@ -70,6 +81,16 @@ class Thor(torch.optim.Optimizer):
         inverse: what is made of the factors: see :func:`thor_fx.thor`.
         factor_decay: running averages of factors: see :func:`thor_fx.thor`.
         refresh: when inverses are recomputed: see :func:`thor_fx.thor`.
+        kl_clip: bound on the KL divergence of a step, over all groups: see :func:`thor_fx.thor`.
+        clip: what ``enable_clip_grad`` clips: every ``"tensor"``, or all groups together (``"global"``).
+        clip_norm: to which L2 norm.
+        step_norm: the length of a layer's update: ``"adam"``, ``"sgd"``, ``"rms"``, ``"spectral"``, or None.
+        momentum_on: the preconditioned ``"update"``, or the ``"gradient"`` before.
+        decoupled_weight_decay: ``W - lr weight_decay W``, past clips and momentum.
+        fallback: the first-order rule of what belongs to no layer: ``"sgd"`` or ``"adamw"``.
+        fallback_lr: its learning rate, given like ``lr``, also by group; None: ``lr``. torch's schedulers
+            change ``lr`` only.
+        preset: ``"thor"`` or ``"recommended"``: values for what is left out here.
         backend: compiles the update: ``"inductor"``, or ``"eager"`` to interpret it; None: as the model.
 
     Raises:
@@ -79,12 +100,13 @@ class Thor(torch.optim.Optimizer):
 
     _step_supports_amp_scaling = True  # read by torch.amp.GradScaler: see thor_fx.scaling
 
+    @takes_preset
     def __init__(
         self,
         model: nn.Module,
         lr: Value,
-        damping: Value,
-        momentum: float,
+        damping: Value | LevenbergMarquardt | None = None,
+        momentum: float | None = None,
         weight_decay: float = 0.0,
         loss_scale: float | Scaler = 1.0,
         batch_size: int | None = None,
@@ -104,6 +126,15 @@ class Thor(torch.optim.Optimizer):
         inverse: Inverse = "cholesky",
         factor_decay: float | None = None,
         refresh: RefreshRule | None = None,
+        kl_clip: float | None = None,
+        clip: Clip = "tensor",
+        clip_norm: float = 1.0,
+        step_norm: StepNorm | None = None,
+        momentum_on: MomentumOn = "update",
+        decoupled_weight_decay: bool = False,
+        fallback: Fallback = "sgd",
+        fallback_lr: Value | None = None,
+        preset: Preset | None = None,  # noqa: ARG002 - takes_preset has used it
         backend: str | None = None,
     ) -> None:
         self._model = model
@@ -127,6 +158,14 @@ class Thor(torch.optim.Optimizer):
             inverse=inverse,
             factor_decay=factor_decay,
             refresh=refresh,
+            kl_clip=kl_clip,
+            clip=clip,
+            clip_norm=clip_norm,
+            step_norm=step_norm,
+            momentum_on=momentum_on,
+            decoupled_weight_decay=decoupled_weight_decay,
+            fallback=fallback,
+            adaptive=damping if isinstance(damping, LevenbergMarquardt) else None,
         )
         self._backend = self._collector.backend if backend is None else backend
         check_backend(self._backend)
@@ -136,7 +175,8 @@ class Thor(torch.optim.Optimizer):
         self._waiting: dict[str, int] = {}  # layers and parameters without factors, and until when
         self._forget()
         defaults: dict[str, Any] = {"lr": lr, "damping": damping, "momentum": momentum}
-        defaults |= {"weight_decay": weight_decay, "grad_centralization": False, "step": 0}
+        defaults |= {"weight_decay": weight_decay, "fallback_lr": fallback_lr}
+        defaults |= {"grad_centralization": False, "step": 0}
         super().__init__(self._with_rest(list(params or [])), defaults)
         self._collector.use(self._options.rules)
         self._collector.wanted = True
@@ -153,11 +193,13 @@ class Thor(torch.optim.Optimizer):
         """
         group = dict(param_group)
         group["params"] = self._members(group.get("params"))
-        schedules = {
-            name: _schedule(name, group.get(name, self.defaults[name]))
-            for name in ("lr", "damping", "momentum", "weight_decay")
-        }
+        given = {name: group.get(name, self.defaults[name]) for name in SCHEDULES}
+        if given["fallback_lr"] is None:
+            del given["fallback_lr"]
+        schedules = {name: SCHEDULES[name](value) for name, value in given.items()}
         group |= {name: schedule(0) for name, schedule in schedules.items()}
+        if isinstance(given["damping"], LevenbergMarquardt):
+            group |= {"damping": self._adapted_damping(given["damping"]), "adapts": True}
         if self.param_groups:
             group["step"] = self.param_groups[0]["step"]
         self._check_centralization(group)
@@ -214,12 +256,18 @@ class Thor(torch.optim.Optimizer):
 
         Raises:
             RuntimeError: there are gradients, but the compiled model has not been run in training mode;
-                or a gradient scaler has divided the gradients, and nobody has said which.
+                or a gradient scaler has divided the gradients, and nobody has said which; or the damping
+                adapts itself, and there is no closure.
         """
+        adaptive = self._options.adaptive
+        if adaptive is not None and closure is None:
+            raise RuntimeError(NEEDS_CLOSURE)
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if adaptive is not None and loss is None:
+            raise RuntimeError(NEEDS_CLOSURE)
         if all(p.grad is None for group in self.param_groups for p in group["params"]):
             return loss
         self._build()
@@ -231,12 +279,15 @@ class Thor(torch.optim.Optimizer):
             moments = {name: m for name, m in moments.items() if layer_of(name) in unready}
         served = unready.intersection(moments)
         skipped = self._inner.skipped.clone() if served else None
+        compares = adaptive is not None and adaptive.compares(step)
         rates = self._rates()
-        self._update(gradients, moments, terms if moments else None, unready, rates)
+        self._update(gradients, moments, terms if moments else None, unready, compares, rates)
         self._between(step, moments, unready, rates)
         if served and bool(skipped == self._inner.skipped):  # waits for the device, in the first step
             self._ready |= served
         waits = self._wait(unready | self._unknown.intersection(gradients), served, step)
+        if compares and adaptive is not None and closure is not None:
+            self._adapt(adaptive, closure, loss)
         for group in self.param_groups:
             group["step"] = step + 1
         self._collector.wanted = self._overdue or waits or self._scheduled(step + 1)
@@ -246,6 +297,9 @@ class Thor(torch.optim.Optimizer):
         """Forget gradients, and factors that no step has used."""
         super().zero_grad(set_to_none)
         self._collector.clear()
+
+    def __repr__(self) -> str:
+        return f"{super().__repr__()}\nOptions: {self._options}"
 
     @property
     def coverage(self) -> Coverage | None:
@@ -331,14 +385,15 @@ class Thor(torch.optim.Optimizer):
         moments: Mapping[str, Moments],
         terms: Tensor | None,
         unready: set[str],
+        compares: bool,
         rates: list[Tensor],
     ) -> None:
         refreshes = frozenset(map(layer_of, moments)) & unready if self._tx.between else None
         measured = [] if terms is None else [terms]
         scales = scales_of(self, self._scaler, self._inner.skipped.device, HyperTensors.dtype(self._params))
-        key = tuple(gradients), tuple(moments), terms is not None, tuple(scales), refreshes
+        key = tuple(gradients), tuple(moments), terms is not None, tuple(scales), refreshes, compares
         if key not in self._compiled:
-            self._compiled[key] = self._compile(gradients, moments, terms, scales, refreshes)
+            self._compiled[key] = self._compile(gradients, moments, terms, scales, refreshes, compares)
         flat = [*gradients.values(), *flat_moments(moments).values(), *measured, *scales.values()]
         self._compiled[key](*self._params.values(), *flat, *self._leaves, *rates)
 
@@ -349,6 +404,7 @@ class Thor(torch.optim.Optimizer):
         terms: Tensor | None,
         scales: Mapping[str, Tensor],
         refreshes: frozenset[str] | None,
+        compares: bool,
     ) -> Compiled:
         for name, gradient in gradients.items():
             if gradient.layout != torch.strided:
@@ -356,9 +412,26 @@ class Thor(torch.optim.Optimizer):
                     f"the gradient of {name!r} is {gradient.layout}: Thor needs dense gradients "
                     "(sparse=False on the embedding)"
                 )
-        gm = update_graph(self._tx, self._found, self._params, gradients, moments, terms, scales, refreshes)
+        given = self._found, self._params, gradients, moments, terms, scales
+        gm = update_graph(self._tx, *given, refreshes=refreshes, compares=compares)
         fakes = [node.meta["val"] for node in gm.graph.find_nodes(op="placeholder")]
         return without_dynamo(compile_graph(gm, fakes, backend=self._backend))
+
+    def _adapt(self, adaptive: LevenbergMarquardt, closure: Callable[[], Any], before: Any) -> None:
+        """Change the damping by what the step did to the loss of its batch. Waits for the device."""
+        later = loss_again(closure, self._params.values(), self._collector)
+        damping = self._adapted_damping(adaptive)
+        damping = adaptive.after(damping, self._inner, before, later)
+        for group in self.param_groups:
+            if group.get("adapts"):
+                group["damping"] = damping
+
+    def _adapted_damping(self, rule: LevenbergMarquardt) -> float:
+        """The damping of the groups that follow the rule."""
+        if rule is not self._options.adaptive:
+            raise ValueError("LevenbergMarquardt adapts one damping: pass it to Thor, not to a group")
+        known = (group["damping"] for group in self.param_groups if group.get("adapts"))
+        return float(next(known, rule.initial))
 
     def _rates(self) -> list[Tensor]:
         """The hyper-parameters of this step, as tensors in the order of their names."""
@@ -379,6 +452,7 @@ class Thor(torch.optim.Optimizer):
         self._compiled: dict[Any, Compiled] = {}
         self._hyper = HyperTensors()
         self._params: dict[str, Tensor] = {}
+        self._labels: dict[str, str] = {}  # the group of every parameter
         self._inner: Any = None
         self._leaves: list[Tensor] = []
 
@@ -396,32 +470,30 @@ class Thor(torch.optim.Optimizer):
             self._set_due(None)  # there are new layers: back to the schedule
         self._forget()
         self._built_for = self._collector.version
-        groups = {
+        self._labels = {
             name: str(label)
             for label, group in enumerate(self.param_groups)
             for name, _ in self._names(group["params"])
         }
-        self._params = {name: p for name, p in self._model.named_parameters() if name in groups}
+        self._params = {name: p for name, p in self._model.named_parameters() if name in self._labels}
         self._found = _complete(self._collector.coverage, self._params)
         self._unknown = self._params.keys() - self._collector.coverage.trained
         self._waiting = {
             n: last for n, last in self._waiting.items() if n in self._found.layers or n in self._unknown
         }
-        self._tx = skip_nonfinite(unscale(partition(self._transforms(), groups)))
+        self._tx = skip_nonfinite(unscale(thor_chain(self._options, self._groups())))
         self._start()
 
-    def _transforms(self) -> dict[str, Transform]:
-        made = {}
-        for label, (group, schedules) in enumerate(zip(self.param_groups, self._schedules, strict=True)):
-            links = [centralize_gradients()] if group["grad_centralization"] else []
-            made[str(label)] = chain(*links, thor_chain(self._options, **schedules))
-        return made
+    def _groups(self) -> ParameterGroups:
+        schedules = {str(label): own for label, own in enumerate(self._schedules)}
+        flagged = [str(i) for i, group in enumerate(self.param_groups) if group["grad_centralization"]]
+        return ParameterGroups(schedules, self._labels, frozenset(flagged))
 
     def _start(self) -> None:
         """Make a fresh state, copy what is known into it, and let ``self.state`` show it."""
         self._inner = self._tx.init(self._params, self._found)
         self._leaves = pytree.tree_leaves(self._inner)
-        for name, entry in views(self._inner, self._found, self._params).items():
+        for name, entry in views(self._inner, self._found, self._params, self._labels).items():
             parameter = self._params[name]
             restore(entry, self.state.get(parameter, {}), name)
             self.state[parameter] = entry
@@ -432,8 +504,14 @@ class Thor(torch.optim.Optimizer):
             group |= counters
 
 
-def _schedule(name: str, value: Any) -> Schedule:
-    return Schedule(name, value) if name in {"lr", "damping"} else number_schedule(name, value)
+SCHEDULES: dict[str, Callable[[Any], Schedule]] = {
+    "lr": partial(Schedule, "lr"),
+    "damping": damping_schedule,
+    "momentum": partial(number_schedule, "momentum"),
+    "weight_decay": partial(number_schedule, "weight_decay"),
+    "fallback_lr": partial(Schedule, "fallback_lr"),
+}
+"""What a group of parameters may have a value of its own for."""
 
 
 def _complete(found: Coverage, params: Mapping[str, Tensor]) -> Coverage:

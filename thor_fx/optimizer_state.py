@@ -4,11 +4,12 @@ The update works on stacks: the inverses of all layers of one shape are one tens
 of single parameters. :func:`views` gives the stacks' slices by parameter: the same memory.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
+from .adam import AdamState
 from .inverses import State
 from .layers import Coverage
 from .precondition import PreconditionState
@@ -20,13 +21,22 @@ from .transform import SkipState
 Entry = dict[str, Any]
 
 
-def views(state: SkipState, found: Coverage, params: Mapping[str, Tensor]) -> dict[str, Entry]:
-    """The state of every parameter: its momentum, and the inverses and factors of its layers."""
-    entries: dict[str, Entry] = {}
-    for preconditioning, momentum in parts(state).values():
-        for name, value in momentum.items():
-            entries.setdefault(name, {})["momentum"] = value
-        mine = found.restrict(frozenset(momentum))
+def views(
+    state: SkipState, found: Coverage, params: Mapping[str, Tensor], labels: Mapping[str, str]
+) -> dict[str, Entry]:
+    """The state of every parameter: its moments, and the inverses and factors of its layers.
+
+    Args:
+        state: of all groups.
+        found: the coverage of all groups.
+        params: by name.
+        labels: the group of every parameter.
+    """
+    entries: dict[str, Entry] = {name: {} for name in params}
+    for name, key, value in moments(state):
+        entries[name][key] = value
+    for label, preconditioning in preconditioners(state).items():
+        mine = found.restrict(frozenset(name for name in params if labels[name] == label))
         for key, layers in by_shape(mine, params).items():
             for layer, place in zip(layers, spans(layers), strict=True):
                 inverses = entries[layer.param].setdefault("inverses", {})
@@ -51,7 +61,7 @@ def _remembered(memory: Memory, layer: str) -> Entry:
 
 def counters_of(state: SkipState) -> dict[str, Entry]:
     """What is kept once per group of parameters, by its label."""
-    return {label: _counters(state, preconditioning) for label, (preconditioning, _) in parts(state).items()}
+    return {label: _counters(state, own) for label, own in preconditioners(state).items()}
 
 
 def _counters(state: SkipState, preconditioning: PreconditionState) -> Entry:
@@ -64,15 +74,27 @@ def _counters(state: SkipState, preconditioning: PreconditionState) -> Entry:
     return counters
 
 
-def parts(state: SkipState) -> dict[str, tuple[PreconditionState, dict[str, Tensor]]]:
-    """Preconditioner and momentum of every group of parameters, by label."""
-    found = {}
-    for label, outer in state.inner.items():
-        links = outer[-1] if isinstance(outer[-1], tuple) and outer[-1] else outer  # a chain in a chain
-        preconditioning = next(link for link in links if isinstance(link, PreconditionState))
-        momentum = next(link for link in links if isinstance(link, dict))
-        found[label] = preconditioning, momentum
-    return found
+def moments(state: Any) -> Iterator[tuple[str, str, Tensor]]:
+    """What is kept of single parameters: (parameter, what torch calls it, tensor)."""
+    if isinstance(state, AdamState):
+        for key, tensors in zip(AdamState._fields, state, strict=True):
+            yield from ((name, key, value) for name, value in tensors.items())
+    elif isinstance(state, tuple) and not isinstance(state, PreconditionState):
+        for inner in state:
+            yield from moments(inner)
+    elif isinstance(state, dict):
+        for name, inner in state.items():  # of groups by label, or the momentum of parameters
+            yield from [(name, "momentum", inner)] if isinstance(inner, Tensor) else moments(inner)
+
+
+def preconditioners(state: Any) -> dict[str, PreconditionState]:
+    """The preconditioner of every group of parameters that has layers, by label."""
+    if isinstance(state, dict):
+        return {label: inner for label, inner in state.items() if isinstance(inner, PreconditionState)} | {
+            label: found for inner in state.values() for label, found in preconditioners(inner).items()
+        }
+    inside = state if isinstance(state, tuple) and not isinstance(state, PreconditionState) else ()
+    return {label: found for inner in inside for label, found in preconditioners(inner).items()}
 
 
 def restore(target: Any, saved: Any, name: str) -> None:

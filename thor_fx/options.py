@@ -1,15 +1,24 @@
 """The arguments of THOR, checked once for both doors."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, fields
+from typing import Any, Literal
 
 from .arguments import check_choice, check_integer, check_number, check_sharing, check_type, shown
+from .clips import Clip
 from .inverses import Inverse
+from .levenberg_marquardt import LevenbergMarquardt
 from .passes.layout import BiasRule, LongSide, Rules, Sharing
 from .refresh import DampingRule
 from .refresh_rules import RefreshRule, check_refresh
 from .schedule import Schedule
+from .step_norm import StepNorm
+
+MomentumOn = Literal["update", "gradient"]
+Fallback = Literal["sgd", "adamw"]
+
+INVERTS_SIDES: tuple[Inverse, ...] = ("cholesky", "newton_schulz")
+"""The methods whose state is the damped inverses of both sides."""
 
 MAX_DIM = 8192  # the longest side with a whole factor: 256 MB in float32
 
@@ -39,13 +48,21 @@ class Options:
     inverse: Inverse = "cholesky"
     factor_decay: float | None = None
     refresh: RefreshRule | None = None
+    kl_clip: float | None = None
+    clip: Clip = "tensor"
+    clip_norm: float = 1.0
+    step_norm: StepNorm | None = None
+    momentum_on: MomentumOn = "update"
+    decoupled_weight_decay: bool = False
+    fallback: Fallback = "sgd"
+    adaptive: LevenbergMarquardt | None = None
 
     def __post_init__(self) -> None:
         check_number("loss_scale", self.loss_scale, positive=True)
         check_integer("batch_size", self.batch_size, optional=True)
         check_integer("frequency", self.frequency)
         check_integer("block_size", self.block_size, optional=True)
-        for name in ("use_nesterov", "enable_clip_grad"):
+        for name in ("use_nesterov", "enable_clip_grad", "decoupled_weight_decay"):
             check_type(name, getattr(self, name), bool, "True or False")
         if self.decay_filter is not None and not callable(self.decay_filter):
             raise TypeError(f"decay_filter must be a callable name -> bool, got {shown(self.decay_filter)}")
@@ -57,7 +74,25 @@ class Options:
         check_choice("inverse", self.inverse, Inverse)
         _check_decay(self.factor_decay)
         check_refresh(self.refresh, self.frequency)
+        if self.kl_clip is not None:
+            check_number("kl_clip", self.kl_clip, positive=True)
+        check_choice("clip", self.clip, Clip)
+        check_number("clip_norm", self.clip_norm, positive=True)
+        if self.step_norm is not None:
+            check_choice("step_norm", self.step_norm, StepNorm)
+        check_choice("momentum_on", self.momentum_on, MomentumOn)
+        check_choice("fallback", self.fallback, Fallback)
         _check_split_indices(self.split_indices)
+        if self.adaptive is not None and self.inverse not in INVERTS_SIDES:
+            raise ValueError(
+                f"damping=LevenbergMarquardt(...) needs the inverses of both sides: inverse= must be one of "
+                f"{list(INVERTS_SIDES)}, got {self.inverse!r}"
+            )
+
+    def __str__(self) -> str:
+        """What differs from the defaults."""
+        own = [(f.name, getattr(self, f.name)) for f in fields(self) if getattr(self, f.name) != f.default]
+        return ", ".join(f"{name}={value!r}" for name, value in own) or "the defaults"
 
     @property
     def rules(self) -> Rules:
@@ -88,6 +123,11 @@ def _check_decay(decay: float | None) -> None:
         raise TypeError(f"factor_decay must be a number in [0, 1) or None, got {shown(decay)}")
     if not 0 <= decay < 1:
         raise ValueError(f"factor_decay must be in [0, 1), got {decay!r}")
+
+
+def damping_schedule(value: Any) -> Schedule:
+    """The schedule of ``damping``; one that adapts itself starts with a constant."""
+    return Schedule("damping", value.initial if isinstance(value, LevenbergMarquardt) else value)
 
 
 def _check_split_indices(indices: Sequence[int] | None) -> None:

@@ -1,17 +1,20 @@
 """The natural-gradient step of THOR: ``U = G_d^-1 (dL/dW) A_d^-1``.
 
 That is what the methods with an inverse for either side do (``inverse``, :mod:`thor_fx.inverses`); the others
-say there what they do. Damping ``lambda`` enters in one of three ways (``damping_rule``,
+say there what they do. Damping ``lambda`` enters in one of four ways (``damping_rule``,
 :mod:`thor_fx.refresh`):
 
 * ``"factor"``: ``(A + lambda I)^-1`` and ``(G + lambda I)^-1``, THOR as it is documented;
 * ``"sqrt"``: ``sqrt(lambda)`` on each, THOR as it is implemented in MindSpore;
 * ``"pi"``: ``pi sqrt(lambda)`` on ``A``, ``sqrt(lambda) / pi`` on ``G``, where
-  ``pi^2 = (tr A / dim A) / (tr G / dim G)`` (Martens & Grosse 2015, section 6.3).
+  ``pi^2 = (tr A / dim A) / (tr G / dim G)`` (Martens & Grosse 2015, section 6.3);
+* ``"relative"``: ``lambda tr A / dim A`` on ``A``, ``lambda tr G / dim G`` on ``G``: the fraction ``lambda``
+  of the mean eigenvalue of every matrix. A matrix of zeros has a mean eigenvalue of 1 here.
 
 Scales and shifts of normalisation layers take the elementwise rule ``g / (g^2 / n + d)`` with ``d``
-equal to ``lambda`` under ``"factor"`` and ``sqrt(lambda)`` otherwise, from the gradient of every
-step. Whatever has no factor keeps its gradient. All gradients are first divided by the loss scale.
+equal to ``lambda`` under ``"factor"`` and ``"relative"``, and ``sqrt(lambda)`` otherwise, from the gradient
+of every step. (Damping relative to ``g^2 / n`` would take longer steps the smaller the gradient is.)
+Whatever has no factor keeps its gradient. All gradients are first divided by the loss scale.
 
 With ``factor_decay`` the inverses are those of running averages (:mod:`thor_fx.averages`); with a refresh
 rule they are recomputed between steps (:mod:`thor_fx.refresh_rules`).
@@ -32,8 +35,9 @@ from .averages import average
 from .factors import factor_pair
 from .inverses import METHODS, Inverse, Method, Pair, State, replace, select
 from .layers import Coverage, Layer
+from .matrices import matrices, put_back
 from .passes.layout import Rules
-from .passes.reindex import put, take
+from .precision import wide
 from .refresh import DampingRule, by_shape, per_side, refresh, root, spans
 from .refresh_rules import RefreshRule
 from .renewal import Memory, Renewal
@@ -199,8 +203,7 @@ def _present(signals: Signals) -> set[str]:
 
 def _accumulator(tensor: Tensor) -> Tensor:
     """A 0-D tensor in the dtype that factors are kept in."""
-    dtype = torch.float64 if tensor.dtype == torch.float64 else torch.float32
-    return torch.zeros((), dtype=dtype, device=tensor.device)
+    return torch.zeros((), dtype=wide(tensor), device=tensor.device)
 
 
 def _terms(batch_size: int | None, measured: Tensor | None, previous: Tensor) -> Tensor:
@@ -218,43 +221,19 @@ def _apply(
         return {}, state
     used = select(state, spans(layers), present)
     shown = [layer for layer, here in zip(layers, present, strict=True) if here]
-    matrices = torch.cat([_matrices(layer, gradients) for layer in shown])  # (L, out, in)
-    working = matrices.to(_dtype(used, matrices))
+    stacked = torch.cat([matrices(layer, gradients) for layer in shown])  # (L, out, in)
+    working = stacked.to(_dtype(used, stacked))
     preconditioned, after = method.apply(used, working, terms, lam)
-    preconditioned = preconditioned.to(matrices.dtype)
+    preconditioned = preconditioned.to(stacked.dtype)
     new = dict(gradients)
     for layer, place in zip(shown, spans(shown), strict=True):
-        _put_back(layer, preconditioned[place], new)
+        put_back(layer, preconditioned[place], new)
     kept = state if after is used else replace(state, spans(layers), present, after)
     return {name: new[name] for layer in shown for name in layer.params if name in new}, kept
 
 
-def _dtype(state: State, matrices: Tensor) -> torch.dtype:
-    return next((part.dtype for field in state for part in field), matrices.dtype)
-
-
-def _matrices(layer: Layer, gradients: Updates) -> Tensor:
-    """The gradient of a layer as (E, out, in), with the column of its bias."""
-    weight = take(layer.path, gradients[layer.param]).reshape(layer.groups, layer.out, -1)
-    if layer.bias is None:
-        return weight
-    if layer.bias not in gradients:
-        return torch.nn.functional.pad(weight, (0, 1))
-    column = take(layer.bias_path, gradients[layer.bias]).reshape(layer.groups, layer.out, 1)
-    return torch.cat([weight, column.to(weight.dtype)], -1)
-
-
-def _put_back(layer: Layer, matrices: Tensor, gradients: dict[str, Tensor]) -> None:
-    """Write (E, out, in) back into the gradients of a layer."""
-    if layer.bias is not None:
-        if layer.bias in gradients:
-            old = gradients[layer.bias]
-            part = take(layer.bias_path, old)
-            column = matrices[..., -1].reshape(part.shape).to(old.dtype)
-            gradients[layer.bias] = put(layer.bias_path, old, column)
-        matrices = matrices[..., :-1]
-    old = gradients[layer.param]
-    gradients[layer.param] = put(layer.path, old, matrices.reshape(take(layer.path, old).shape))
+def _dtype(state: State, stacked: Tensor) -> torch.dtype:
+    return next((part.dtype for field in state for part in field), stacked.dtype)
 
 
 def _elementwise(gradient: Tensor, terms: Tensor, damping: Tensor | float) -> Tensor:

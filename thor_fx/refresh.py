@@ -18,7 +18,7 @@ from .layers import Coverage, Layer
 from .passes.sides import Side, trace
 from .transform import Params
 
-DampingRule = Literal["factor", "sqrt", "pi"]
+DampingRule = Literal["factor", "sqrt", "pi", "relative"]
 
 
 def by_shape(coverage: Coverage, params: Params) -> dict[str, list[Layer]]:
@@ -52,6 +52,8 @@ def per_side(
     if rule == "sqrt":
         return strength, strength
     mean_a, mean_g = (_mean(v, side) for v, side in zip(pair, (layer.input, layer.output), strict=True))
+    if rule == "relative":
+        return lam * _or_one(mean_a), lam * _or_one(mean_g)
     if not isinstance(mean_a, Tensor) and not isinstance(mean_g, Tensor):
         return strength, strength  # nothing is kept of either side
     balanced = torch.as_tensor(mean_a / mean_g) ** 0.5
@@ -65,9 +67,18 @@ def _mean(factors: Tensor | None, side: Side) -> Tensor | float:
     return 1.0 if factors is None else trace(factors, side) / side.dim
 
 
+def _or_one(mean: Tensor | float) -> Tensor | float:
+    """The mean eigenvalue, or 1 for a matrix of zeros.
+
+    A layer behind a head of zeros has gradients, and with them ``G``, of exactly zero in the first step.
+    ``lambda`` times the identity is what every other rule damps it with.
+    """
+    return torch.where(mean > 0, mean, torch.ones_like(mean)) if isinstance(mean, Tensor) else mean
+
+
 def root(rule: DampingRule, lam: Tensor | float) -> Tensor | float:
     """The damping of what has no factors."""
-    return lam if rule == "factor" else lam**0.5
+    return lam if rule in {"factor", "relative"} else lam**0.5
 
 
 def refresh(

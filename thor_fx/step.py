@@ -6,7 +6,7 @@ Loss, gradients, factors, refresh and parameter update are nodes of one ATen gra
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
@@ -17,13 +17,14 @@ from .between import run_between
 from .capture import Captured, LossCapture, LossFn, Runner
 from .hyper import HyperTensors
 from .inductor import Compiled, check_backend, compile_graph
+from .kinds import Kind, kind_of, kinds
 from .layers import Coverage, coverage
 from .metrics import metrics
 from .parameters import check_params, trainable
 from .passes import accumulate, canonicalize, emit_factors, find_sites, outputs, pipeline
 from .passes.layout import Rules
 from .transform import Params, State, Taken, Transform
-from .update import append_update, return_forward
+from .update import append_update, loss_alone, return_forward
 
 
 class StepState(NamedTuple):
@@ -35,6 +36,7 @@ class StepState(NamedTuple):
         buffers: buffers of the model, where the loss function takes them.
         ready: whether any step so far was not skipped; until then every step is a factor step.
         due: the next factor step, where a refresh rule has set it; None: as ``frequency`` says.
+        damping: of the next step, where it adapts itself (:class:`thor_fx.LevenbergMarquardt`).
     """
 
     step: int
@@ -42,6 +44,7 @@ class StepState(NamedTuple):
     buffers: Any = None
     ready: bool = False
     due: int | None = None
+    damping: float | None = None
 
 
 class StepOutput(NamedTuple):
@@ -117,16 +120,13 @@ class _Compiler:
         return compile_graph(gm, fakes, backend=self.backend, mode=self.mode, options=self.options)
 
 
-Kind = Literal["plain", "measure", "refresh"]
-"""A step without factors; one that measures them; one that also inverts them."""
-
-
-@dataclass(frozen=True)
+@dataclass
 class _Call:
-    """What the runner is told besides Dynamo's arguments."""
+    """What the runner is told besides Dynamo's arguments, and the loss after the step if it compares."""
 
     kind: Kind
     extra: list[Tensor]
+    later: Tensor | None = None
 
 
 class _Traced(Exception):
@@ -185,7 +185,8 @@ class CompiledStep:
             raise ValueError("the loss does not depend on any of params: it is a constant")
         inner = self._tx.init(_trained(params, self.coverage), self.coverage)
         self._shapes = [leaf.shape for leaf in pytree.tree_leaves(inner)]
-        return StepState(0, inner, buffers)
+        adaptive = self._tx.adaptive
+        return StepState(0, inner, buffers, damping=None if adaptive is None else adaptive.initial)
 
     def __call__(self, params: Params, state: StepState, *batch: Any) -> tuple[Params, StepState, StepOutput]:
         """Take one step.
@@ -202,22 +203,18 @@ class CompiledStep:
             raise TypeError(f"state must come from step.init(params, *batch), got {type(state).__name__}")
         if not self._donate:
             params, state = _copies(params, state)
-        hyper = self._hyper(self._tx.hyper(state.step), params)
-        kind = self._kind(state)
+        adapted = {} if state.damping is None else {"damping": state.damping}
+        hyper = self._hyper({**self._tx.hyper(state.step), **adapted}, params)
+        kind = kind_of(self._tx, state.step, state.due, ready=state.ready)
         call = _Call(kind, [*self._leaves(state.inner), *hyper])
         loss, aux = self._run(params, call, batch if state.buffers is None else (state.buffers, *batch))
         buffers, aux = (None, aux) if state.buffers is None else aux
         # waits for the device, once: in the first step
         ready = state.ready or metrics(state.inner)["skipped_steps"] <= state.step
         due = self._between(params, state, kind, hyper)
-        return params, StepState(state.step + 1, state.inner, buffers, ready, due), StepOutput(loss, aux)
-
-    def _kind(self, state: StepState) -> Kind:
-        if self._tx.frequency is not None and not state.ready:
-            return "refresh"
-        if not self._tx.wants_factors(state.step, state.due):
-            return "plain"
-        return "refresh" if self._tx.between is None else "measure"
+        damping = self._damping(state, loss, call.later)
+        new = StepState(state.step + 1, state.inner, buffers, ready, due, damping)
+        return params, new, StepOutput(loss, aux)
 
     def _between(self, params: Params, state: StepState, kind: Kind, hyper: Sequence[Tensor]) -> int | None:
         """What the transform does after the step, in place; when it wants factors next."""
@@ -225,10 +222,15 @@ class CompiledStep:
             return state.due
         assert self.coverage is not None
         layers = frozenset(self.coverage.layers)
-        taken = Taken(state.step, layers if kind == "measure" else frozenset(), layers)
+        taken = Taken(state.step, layers if kind.factors == "measure" else frozenset(), layers)
         trained = _trained(params, self.coverage)
         due = run_between(self._tx, state.inner, trained, self.coverage, hyper, taken)
         return state.due if due is None else due
+
+    def _damping(self, state: StepState, before: Tensor, later: Tensor | None) -> float | None:
+        if self._tx.adaptive is None or state.damping is None or later is None:
+            return state.damping
+        return self._tx.adaptive.after(state.damping, state.inner, before, later)
 
     def _run(self, params: Params, call: _Call | None, batch: Sequence[Any]) -> tuple[Tensor, Any]:
         self._params, self._call = params, call
@@ -255,13 +257,17 @@ class CompiledStep:
         if self._strict:
             found.check({name: p.dim() for name, p in self._params.items()})
         self._accept(found)
-        runs = {kind: self._compile_kind(graph, captured, kind) for kind in _kinds(self._tx)}
+        runs = {kind: self._compile_kind(graph, captured, kind) for kind in kinds(self._tx)}
+        again = None if self._tx.adaptive is None else self._compile_loss(graph)
 
         def runner(*flat: Any) -> Sequence[Any]:
             if self._call is None:
                 raise _Traced(found)
             with torch.no_grad():
-                return runs[self._call.kind](*flat, *self._call.extra)
+                results = runs[self._call.kind](*flat, *self._call.extra)
+                if self._call.kind.compares and again is not None:
+                    (self._call.later,) = again(*flat)
+                return results
 
         return runner
 
@@ -280,14 +286,20 @@ class CompiledStep:
 
     def _compile_kind(self, graph: fx.GraphModule, captured: Captured, kind: Kind) -> Compiled:
         assert self.coverage is not None
-        whole = pipeline.run(graph, [] if kind == "plain" else [partial(emit_factors, rules=self._tx.rules)])
-        refreshes: frozenset[str] | None = frozenset() if kind == "measure" else None
+        measures = [partial(emit_factors, rules=self._tx.rules)] if kind.factors != "none" else []
+        whole = pipeline.run(graph, measures)
+        refreshes: frozenset[str] | None = frozenset() if kind.factors == "measure" else None
         trained = list(_trained(self._params, self.coverage))
-        append_update(whole, self._tx, self.coverage, trained, refreshes)
+        append_update(whole, self._tx, self.coverage, trained, refreshes=refreshes, compares=kind.compares)
         accumulate(whole)
         return_forward(whole, _forward_outputs(captured))
         fakes = [node.meta["val"] for node in whole.graph.find_nodes(op="placeholder")]
         return self._compiler(whole, fakes)
+
+    def _compile_loss(self, graph: fx.GraphModule) -> Compiled:
+        """The forward pass alone: what it changes besides (running statistics) is not written."""
+        fakes = [node.meta["val"] for node in graph.graph.find_nodes(op="placeholder")]
+        return self._compiler(loss_alone(graph), fakes)
 
 
 def _copies(params: Params, state: StepState) -> tuple[Params, StepState]:
@@ -300,14 +312,6 @@ def _copies(params: Params, state: StepState) -> tuple[Params, StepState]:
     copied = {name: copy(p) if trainable(p) else p for name, p in params.items()}
     inner, buffers = pytree.tree_map_only(Tensor, copy, (state.inner, state.buffers))
     return copied, state._replace(inner=inner, buffers=buffers)
-
-
-def _kinds(tx: Transform) -> list[Kind]:
-    if tx.frequency is None:
-        return ["plain"]
-    if tx.between is not None:
-        return ["plain", "measure", "refresh"]
-    return ["refresh"] if tx.frequency == 1 else ["plain", "refresh"]
 
 
 def _trained(params: Params, found: Coverage) -> dict[str, Tensor]:

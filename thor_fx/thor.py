@@ -9,36 +9,49 @@ One step of one weight, in this order::
     m = momentum m + U
     W = W - lr m                   with use_nesterov: W - lr (U + momentum m)
 
-and none of it where a gradient is not finite.
+and none of it where a gradient is not finite. That is the reference. With every option in its place::
+
+    g = (dL/dW) / loss_scale
+    m = momentum m + g             momentum_on="gradient": of layers; below, g is m (nesterov: g + momentum m)
+    U = G_d^-1 g A_d^-1            of what belongs to a layer; norms: elementwise; the rest: U = g
+    U = U min(1, sqrt(kl_clip / (lr^2 sum <U, g>)))
+    m = momentum m + U             momentum_on="gradient": of what belongs to no layer; below, U is m
+    U = U length / |U|             step_norm, layer by layer
+    U = U + weight_decay W         unless decoupled_weight_decay
+    U = U min(1, clip_norm / |U|)  with enable_clip_grad; |U| of the tensor, or with clip="global" of all
+    m = momentum m + U             momentum_on="update"; below, U is m (nesterov: U + momentum m)
+    U = U + weight_decay W         decoupled_weight_decay
+    W = W - lr U                   what belongs to no layer: fallback_lr
+
+With ``fallback="adamw"``, what belongs to no layer (biases that are not joint, norms, tables) leaves this
+chain at the top, for AdamW with ``fallback_lr`` and the same ``weight_decay``. ``docs/steps.md`` has a
+section for each option.
 """
 
 from collections.abc import Callable, Sequence
 
+from .clips import Clip
 from .inverses import Inverse
-from .options import MAX_DIM, Options, number_schedule
+from .levenberg_marquardt import LevenbergMarquardt
+from .links import thor_chain
+from .options import MAX_DIM, Fallback, MomentumOn, Options, damping_schedule, number_schedule
+from .parameter_groups import ParameterGroups
 from .passes.layout import BiasRule, LongSide, Sharing
-from .precondition import precondition
+from .presets import Preset, takes_preset
 from .refresh import DampingRule
 from .refresh_rules import RefreshRule
 from .schedule import Schedule, Value
-from .transform import (
-    Transform,
-    add_decayed_weights,
-    chain,
-    clip_by_norm,
-    heavy_ball,
-    scale_by_learning_rate,
-    skip_nonfinite,
-)
+from .step_norm import StepNorm
+from .transform import Transform, skip_nonfinite
 
-CLIP_NORM = 1.0  # the reference's constant
 DEFAULTS = Options()
 
 
+@takes_preset
 def thor(
     lr: Value,
-    damping: Value,
-    momentum: float,
+    damping: Value | LevenbergMarquardt | None = None,
+    momentum: float | None = None,
     weight_decay: float = 0.0,
     loss_scale: float = 1.0,
     batch_size: int | None = None,
@@ -57,13 +70,23 @@ def thor(
     inverse: Inverse = "cholesky",
     factor_decay: float | None = None,
     refresh: RefreshRule | None = None,
+    kl_clip: float | None = None,
+    clip: Clip = "tensor",
+    clip_norm: float = 1.0,
+    step_norm: StepNorm | None = None,
+    momentum_on: MomentumOn = "update",
+    decoupled_weight_decay: bool = False,
+    fallback: Fallback = "sgd",
+    fallback_lr: Value | None = None,
+    preset: Preset | None = None,  # noqa: ARG001 - takes_preset has used it
 ) -> Transform:
     """THOR as a pure transform, for :func:`thor_fx.compile_step`.
 
     Args:
         lr: learning rate: a number, a 0-D tensor, a 1-D tensor with one value per step (the last is
             held when the table runs out), or a callable ``step -> value``. Never recompiles.
-        damping: ``lambda``, given like ``lr``.
+        damping: ``lambda``, given like ``lr``; or a :class:`thor_fx.LevenbergMarquardt`, which adapts it.
+            Needed, unless a preset gives it; so is ``momentum``.
         momentum: of the heavy ball, at least 0.
         weight_decay: added to the preconditioned gradient, so it passes through momentum and ``lr``.
         loss_scale: the caller multiplies the loss by it; it cancels here.
@@ -72,10 +95,10 @@ def thor(
         use_nesterov: Nesterov's form of momentum.
         decay_filter: ``name -> bool``, which parameters decay; None: all.
         split_indices: groups of factors that are reduced together when training is distributed.
-        enable_clip_grad: clip every update to L2 norm 1, tensor by tensor, after weight decay.
+        enable_clip_grad: clip every update to L2 norm ``clip_norm``, after weight decay.
         frequency: factors and inverses are renewed in step 0 and every ``frequency`` steps; with
             ``refresh``, factors.
-        damping_rule: ``"factor"``, ``"sqrt"`` or ``"pi"``: :mod:`thor_fx.precondition`.
+        damping_rule: ``"factor"``, ``"sqrt"``, ``"pi"`` or ``"relative"``: :mod:`thor_fx.precondition`.
         block_size: side of THOR's diagonal blocks; None: whole factors.
         sharing: ``"expand"``: every position is a row; ``"reduce"``: the positions of one datum are
             averaged (``A``) and summed (``G``) first; or ``name of layer -> "expand" | "reduce"``.
@@ -90,6 +113,16 @@ def thor(
             ``F = decay F + (1 - decay) F_batch``, bias-corrected; None: the factors of the last batch.
         refresh: when inverses are recomputed: :class:`~thor_fx.Every`, :class:`~thor_fx.Staggered` or
             :class:`~thor_fx.ByTrace`; None: all of them in every factor step.
+        kl_clip: bound on ``lr^2 sum <U, g>``, twice the KL divergence that a step may cause; None: none.
+        clip: what ``enable_clip_grad`` clips: every ``"tensor"``, or all together (``"global"``).
+        clip_norm: to which L2 norm.
+        step_norm: the length of a layer's update: that of ``"adam"`` or ``"sgd"``, fixed by ``"rms"`` or
+            ``"spectral"`` size, or as it is (None): :mod:`thor_fx.step_norm`.
+        momentum_on: the preconditioned ``"update"``, or the ``"gradient"`` of layers before that.
+        decoupled_weight_decay: ``W - lr weight_decay W``, past clips and momentum.
+        fallback: the rule of what belongs to no layer: ``"sgd"`` (norms: elementwise) or ``"adamw"``.
+        fallback_lr: its learning rate, given like ``lr``; None: ``lr``.
+        preset: ``"thor"`` or ``"recommended"``: values for what is left out here: :mod:`thor_fx.presets`.
 
     Returns:
         A transform whose updates are added to the parameters.
@@ -122,42 +155,24 @@ def thor(
         inverse=inverse,
         factor_decay=factor_decay,
         refresh=refresh,
+        kl_clip=kl_clip,
+        clip=clip,
+        clip_norm=clip_norm,
+        step_norm=step_norm,
+        momentum_on=momentum_on,
+        decoupled_weight_decay=decoupled_weight_decay,
+        fallback=fallback,
+        adaptive=damping if isinstance(damping, LevenbergMarquardt) else None,
     )
-    return skip_nonfinite(
-        thor_chain(
-            options,
-            lr=Schedule("lr", lr),
-            damping=Schedule("damping", damping),
-            momentum=number_schedule("momentum", momentum),
-            weight_decay=number_schedule("weight_decay", weight_decay),
-        )
-    )
-
-
-def thor_chain(
-    options: Options, *, lr: Schedule, damping: Schedule, momentum: Schedule, weight_decay: Schedule
-) -> Transform:
-    """The chain at the top of this module, without the guard against non-finite gradients."""
-    links = [
-        precondition(
-            damping,
-            damping_rule=options.damping_rule,
-            block_size=options.block_size,
-            loss_scale=options.loss_scale,
-            batch_size=options.batch_size,
-            frequency=options.frequency,
-            rules=options.rules,
-            inverse=options.inverse,
-            factor_decay=options.factor_decay,
-            refresh_rule=options.refresh,
-        ),
-        add_decayed_weights(weight_decay, options.decays),
-    ]
-    if options.enable_clip_grad:
-        links.append(clip_by_norm(CLIP_NORM))
-    links.append(heavy_ball(momentum, nesterov=options.use_nesterov))
-    links.append(scale_by_learning_rate(lr))
-    return chain(*links)
+    schedules = {
+        "lr": Schedule("lr", lr),
+        "damping": damping_schedule(damping),
+        "momentum": number_schedule("momentum", momentum),
+        "weight_decay": number_schedule("weight_decay", weight_decay),
+    }
+    if fallback_lr is not None:
+        schedules["fallback_lr"] = Schedule("fallback_lr", fallback_lr)
+    return skip_nonfinite(thor_chain(options, ParameterGroups({"": schedules})))
 
 
 def decay_all_but_beta_gamma(name: str) -> bool:

@@ -6,7 +6,7 @@ numbers that change with the step arrive as 0-D tensors, so a compiled update ne
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +17,9 @@ from .inverses import Inverse
 from .layers import Coverage
 from .passes.layout import Rules, layer_of
 from .schedule import Schedule
+
+if TYPE_CHECKING:
+    from .levenberg_marquardt import LevenbergMarquardt
 
 Params = Mapping[str, Tensor]
 Updates = Mapping[str, Tensor]
@@ -37,6 +40,7 @@ class Signals:
         loss_scale: what the loss of the factor step was multiplied by, 0-D; None: 1.
         found_inf: not 0 where the scaler has seen a NaN or infinity, 0-D; None: it has not looked.
         refreshes: of the layers that were measured, those to invert in this step; None: all.
+        compares: whether the change of the loss that the step should make is wanted.
     """
 
     coverage: Coverage
@@ -47,6 +51,7 @@ class Signals:
     loss_scale: Tensor | None = None
     found_inf: Tensor | None = None
     refreshes: frozenset[str] | None = None
+    compares: bool = False
 
 
 @dataclass(frozen=True)
@@ -78,6 +83,7 @@ class Transform(NamedTuple):
             in which some layers had inverses already. ``due`` is the next step that it wants factors in;
             None: no change. The new state acts from the next step on. None: nothing happens between steps,
             and layers are inverted in every factor step.
+        adaptive: changes the schedule ``damping``, by what steps do to the loss; None: nothing does.
     """
 
     init: Callable[[Params, Coverage], State]
@@ -87,6 +93,7 @@ class Transform(NamedTuple):
     rules: Rules = Rules()
     inverse: Inverse = "cholesky"
     between: "Between | None" = None
+    adaptive: "LevenbergMarquardt | None" = None
 
     def hyper(self, step: int) -> dict[str, float]:
         """The value of every schedule in step ``step``."""
@@ -102,7 +109,8 @@ class Transform(NamedTuple):
 Between = Callable[[State, Params, Signals, Taken], tuple[State, int | None]]
 
 
-def _earliest(steps: Iterable[int | None]) -> int | None:
+def earliest(steps: Iterable[int | None]) -> int | None:
+    """The first of the steps in which factors are due; None: nobody has named one."""
     return min((step for step in steps if step is not None), default=None)
 
 
@@ -119,22 +127,29 @@ def _inverse(transforms: Iterable[Transform]) -> Inverse:
     return next((t.inverse for t in transforms if t.frequency is not None), "cholesky")
 
 
-def chain(*transforms: Transform) -> Transform:
+def chain(*transforms: Transform, shared: bool = False) -> Transform:
     """Apply transforms one after the other.
+
+    Args:
+        *transforms: in order.
+        shared: whether several may read one and the same schedule.
 
     Raises:
         TypeError: an argument is no transform.
-        ValueError: two transforms have a schedule of the same name, or want different factors, or
-            at different frequencies.
+        ValueError: two transforms have a schedule of the same name, or want different factors, or at
+            different frequencies, or both adapt the damping.
     """
     schedules: dict[str, Schedule] = {}
     for transform in transforms:
         if not isinstance(transform, Transform):
             raise TypeError(f"chain takes transforms, got {type(transform).__name__}: {transform!r}")
         for name, schedule in transform.schedules.items():
-            if name in schedules:
+            if name in schedules and not (shared and schedules[name] is schedule):
                 raise ValueError(f"two transforms in this chain have a schedule called {name!r}")
             schedules[name] = schedule
+    adaptive = [t.adaptive for t in transforms if t.adaptive is not None]
+    if len(adaptive) > 1:
+        raise ValueError("two transforms in this chain adapt the damping: use LevenbergMarquardt in one")
     frequencies = {t.frequency for t in transforms if t.frequency is not None}
     if len(frequencies) > 1:
         raise ValueError(f"transforms in one chain want factors at different frequencies: {frequencies}")
@@ -156,11 +171,12 @@ def chain(*transforms: Transform) -> Transform:
     ) -> tuple[tuple[State, ...], int | None]:
         links = zip(transforms, state, strict=True)
         results = [t.between(s, params, signals, taken) if t.between else (s, None) for t, s in links]
-        return tuple(new for new, _ in results), _earliest(due for _, due in results)
+        return tuple(new for new, _ in results), earliest(due for _, due in results)
 
     hook = between if any(transform.between for transform in transforms) else None
     frequency = next(iter(frequencies), None)
-    return Transform(init, update, schedules, frequency, _rules(transforms), _inverse(transforms), hook)
+    rules, inverse = _rules(transforms), _inverse(transforms)
+    return Transform(init, update, schedules, frequency, rules, inverse, hook, next(iter(adaptive), None))
 
 
 def stateless(
@@ -178,9 +194,14 @@ def scale_by_learning_rate(lr: Schedule) -> Transform:
     """``-lr u``: the last link of a chain."""
 
     def scale(updates: Updates, _: Params, signals: Signals) -> Updates:
-        return {name: -signals.hyper["lr"] * u for name, u in updates.items()}
+        return {name: -signals.hyper[lr.name] * u for name, u in updates.items()}
 
-    return stateless(scale, {"lr": lr})
+    return stateless(scale, {lr.name: lr})
+
+
+def divide_by(number: float) -> Transform:
+    """``u / number``: gradients without a constant scale of the loss."""
+    return stateless(lambda updates, _params, _signals: {name: u / number for name, u in updates.items()})
 
 
 def add_decayed_weights(weight_decay: Schedule, decays: Callable[[str], bool]) -> Transform:
@@ -314,7 +335,13 @@ def partition(transforms: Mapping[str, Transform], groups: Mapping[str, str]) ->
     Args:
         transforms: by label; the schedule ``lr`` of label ``x`` is called ``x.lr`` outside.
         groups: the label of every parameter.
+
+    Raises:
+        ValueError: a transform adapts its damping: one loss cannot tell several dampings what to be.
     """
+    adapting = [label for label, transform in transforms.items() if transform.adaptive is not None]
+    if adapting:
+        raise ValueError(f"LevenbergMarquardt adapts one damping for all parameters, not that of {adapting}")
     schedules = {
         f"{label}.{name}": schedule
         for label, transform in transforms.items()
@@ -356,7 +383,7 @@ def partition(transforms: Mapping[str, Transform], groups: Mapping[str, str]) ->
             if hook is not None:
                 new_state[label], due = hook(inner, own, restrict(label, own, signals), taken)
                 dues.append(due)
-        return new_state, _earliest(dues)
+        return new_state, earliest(dues)
 
     frequencies = {transform.frequency for transform in transforms.values()} - {None}
     every, frequency = transforms.values(), next(iter(frequencies), None)

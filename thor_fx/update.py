@@ -3,6 +3,7 @@
 What it changes is written into the tensors that came in, so nothing is kept twice.
 """
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -28,7 +29,9 @@ def append_update(
     tx: Transform,
     found: Coverage,
     trained: Sequence[str],
+    *,
     refreshes: frozenset[str] | None = None,
+    compares: bool = False,
 ) -> None:
     """Append ``tx`` to a graph that returns gradients, in place.
 
@@ -43,6 +46,7 @@ def append_update(
         trained: names of all parameters that the state is about, in the order that the state was made
             with; a step may have gradients for some.
         refreshes: of the layers that the graph measures, those to invert; None: all.
+        compares: whether the update says what it should change (``Signals.compares``).
     """
     returned = outputs.output_nodes(gm)
     inputs = gm.graph.find_nodes(op="placeholder")
@@ -60,8 +64,8 @@ def append_update(
     def step(*values: Tensor) -> Any:
         grads, old_params, old, rates, moments, terms, scales = pytree.tree_unflatten(list(values), structure)
         measured = moments_of(moments) or None
-        known = {"moments": measured, "terms": next(iter(terms), None), "refreshes": refreshes, **scales}
-        signals = Signals(found, rates, **known)
+        known = {"moments": measured, "terms": next(iter(terms), None), **scales}
+        signals = Signals(found, rates, **known, refreshes=refreshes, compares=compares)
         updates, new = tx.update(grads, old, old_params, signals)
         return apply_updates(old_params, updates), new
 
@@ -85,6 +89,15 @@ def return_forward(gm: fx.GraphModule, results: int) -> None:
     gm.recompile()
 
 
+def loss_alone(gm: fx.GraphModule) -> fx.GraphModule:
+    """A copy of a step graph that computes the loss, and changes nothing."""
+    alone = copy.deepcopy(gm)
+    outputs.select(alone, lambda descriptor: descriptor == Loss())
+    alone.graph.eliminate_dead_code()
+    alone.recompile()
+    return alone
+
+
 def update_graph(
     tx: Transform,
     found: Coverage,
@@ -93,14 +106,16 @@ def update_graph(
     moments: Mapping[str, Moments],
     terms: Tensor | None,
     scales: Mapping[str, Tensor],
+    *,
     refreshes: frozenset[str] | None = None,
+    compares: bool = False,
 ) -> fx.GraphModule:
     """The update alone, as a graph of flat arguments.
 
     The arguments are: parameters, gradients, moments, terms, scales, leaves of the state,
     hyper-parameters. ``scales`` are those of :data:`~thor_fx.scaling.SCALES` that there are.
-    All are tensors; the values given here tell shapes only. ``refreshes`` is no argument:
-    :func:`append_update`.
+    All are tensors; the values given here tell shapes only. ``refreshes`` and ``compares`` are no
+    arguments: :func:`append_update`.
     """
     values: dict[Any, Tensor] = {Grad(name): g for name, g in gradients.items()}
     values |= flat_moments(moments)
@@ -120,7 +135,7 @@ def update_graph(
     nodes = [add(f"value_{i}", v, Input(len(params) + i)) for i, v in enumerate(values.values())]
     graph.output(tuple(nodes)).meta[outputs.KEY] = tuple(values)
     gm = fx.GraphModule(torch.nn.Module(), graph)
-    append_update(gm, tx, found, list(params), refreshes)
+    append_update(gm, tx, found, list(params), refreshes=refreshes, compares=compares)
     outputs.select(gm, lambda _: False)
     gm.recompile()
     return gm

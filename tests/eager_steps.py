@@ -1,0 +1,175 @@
+"""Every rule of a step in plain loops: one dense inverse, one parameter at a time, and no graph anywhere."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from oracle import Use, damped, pair
+from training import Batch, Parameters, snapshot
+
+D = torch.float64
+DEFAULTS: dict[str, Any] = {
+    "weight_decay": 0.0,
+    "loss_scale": 1.0,
+    "use_nesterov": False,
+    "enable_clip_grad": False,
+    "frequency": 100,
+    "damping_rule": "factor",
+    "bias": "raw",
+    "kl_clip": None,
+    "clip": "tensor",
+    "clip_norm": 1.0,
+    "step_norm": None,
+    "momentum_on": "update",
+    "decoupled_weight_decay": False,
+    "fallback": "sgd",
+    "fallback_lr": None,
+}
+
+
+class Slow:
+    """Trains a model of ``nn.Linear`` and ``nn.LayerNorm``, whose loss is the mean over the batch."""
+
+    def __init__(self, model: nn.Module, **settings: Any) -> None:
+        self.model, self.o = model, {**DEFAULTS, **settings}
+        self.params = {name: p.detach() for name, p in model.named_parameters()}  # the same memory
+        linear = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+        joint = {n for n, m in linear.items() if m.bias is not None and self.o["bias"] == "joint"}
+        self.layers = {f"{n}.weight": f"{n}.bias" if n in joint else None for n in linear}
+        norms = [n for n, m in model.named_modules() if isinstance(m, nn.LayerNorm)]
+        self.norms = {f"{n}.{part}" for n in norms for part in ("weight", "bias")}
+        inside = {name for layer in self.layers.items() for name in layer if name is not None}
+        self.inside = inside
+        self.inverses: dict[str, tuple[Tensor, Tensor]] = {}
+        self.moving: Parameters = {}
+        self.mean: Parameters = {}
+        self.square: Parameters = {}
+        self.steps = 0
+
+    def measure(self, x: Tensor, y: Tensor) -> tuple[Parameters, dict[str, Any]]:
+        """Gradients by name, and undamped factor pairs by layer."""
+        uses: dict[str, Use] = {}
+        handles = []
+        for name in self.layers:
+
+            def forward(_, inputs, output, name=name):
+                a = inputs[0].detach()
+                if self.layers[name] is not None:
+                    a = torch.cat([a, torch.ones(len(a), 1, dtype=a.dtype)], 1)
+                output.register_hook(lambda g: uses.__setitem__(name, Use(a, g)))
+
+            handles.append(
+                self.model.get_submodule(name.removesuffix(".weight")).register_forward_hook(forward)
+            )
+        gradients = torch.autograd.grad(F.cross_entropy(self.model(x), y), list(self.model.parameters()))
+        for handle in handles:
+            handle.remove()
+        return dict(zip(self.params, gradients, strict=True)), {n: pair([u], len(x)) for n, u in uses.items()}
+
+    def damping(self, A: Tensor, G: Tensor) -> tuple[float, float]:
+        lam, a, g = self.o["damping"], A.trace().item() / len(A), G.trace().item() / len(G)
+        root, pi = math.sqrt(lam), math.sqrt(a / g) if a > 0 < g else 1.0
+        return {
+            "factor": (lam, lam),
+            "sqrt": (root, root),
+            "pi": (pi * root, root / pi),
+            "relative": (lam * (a or 1.0), lam * (g or 1.0)),
+        }[self.o["damping_rule"]]
+
+    def matrix(self, layer: str, tensors: Mapping[str, Tensor]) -> Tensor:
+        bias = self.layers[layer]
+        return tensors[layer] if bias is None else torch.cat([tensors[layer], tensors[bias][:, None]], 1)
+
+    def put(self, layer: str, matrix: Tensor, tensors: Parameters) -> None:
+        bias = self.layers[layer]
+        tensors[layer] = matrix if bias is None else matrix[:, :-1]
+        if bias is not None:
+            tensors[bias] = matrix[:, -1]
+
+    def average(self, given: Parameters) -> Parameters:
+        """The heavy ball on some parameters."""
+        mu = self.o["momentum"]
+        for name, g in given.items():
+            self.moving[name] = mu * self.moving.get(name, 0.0) + g
+        nesterov = self.o["use_nesterov"]
+        return {n: g + mu * self.moving[n] if nesterov else self.moving[n] for n, g in given.items()}
+
+    def adam(self, gradients: Parameters) -> Parameters:
+        t, new = self.steps + 1, {}
+        for n, g in gradients.items():
+            self.mean[n] = 0.9 * self.mean.get(n, 0.0) + 0.1 * g
+            self.square[n] = 0.999 * self.square.get(n, 0.0) + 0.001 * g * g
+            new[n] = (self.mean[n] / (1 - 0.9**t)) / ((self.square[n] / (1 - 0.999**t)).sqrt() + 1e-8)
+        return new
+
+    def step(self, x: Tensor, y: Tensor) -> Parameters:
+        """The change of every parameter."""
+        o, (gradients, pairs) = self.o, self.measure(x, y)
+        if self.steps % o["frequency"] == 0:
+            for name, (A, G, _) in pairs.items():
+                dampings = self.damping(A, G)
+                self.inverses[name] = tuple(
+                    torch.linalg.inv(damped(m, d)) for m, d in zip((A, G), dampings, strict=True)
+                )
+        outside = {n: g for n, g in gradients.items() if n not in self.inside}
+        inside = {n: g for n, g in gradients.items() if n in self.inside}
+        change: Parameters = {}
+        lr, wd = o["lr"], o["weight_decay"]
+        other = lr if o["fallback_lr"] is None else o["fallback_lr"]
+        if o["fallback"] == "adamw":
+            change = {n: -other * (u + wd * self.params[n]) for n, u in self.adam(outside).items()}
+            outside = {}
+        given = self.average(inside) if o["momentum_on"] == "gradient" else dict(inside)
+        U = {**given, **outside}
+        for n in self.norms & outside.keys():
+            d = o["damping"] if o["damping_rule"] in {"factor", "relative"} else math.sqrt(o["damping"])
+            U[n] = outside[n] / (outside[n] ** 2 / len(x) + d)
+        for layer, (A, G) in self.inverses.items():
+            self.put(layer, G @ self.matrix(layer, given) @ A, U)
+        if o["kl_clip"] is not None:
+            square = sum(float(lr**2 * (U[n] * given[n]).sum()) for n in given)
+            nu = min(1.0, math.sqrt(o["kl_clip"] / square))
+            U = {n: nu * u for n, u in U.items()}
+        if o["momentum_on"] == "gradient":
+            U |= self.average({n: U[n] for n in outside})
+        steps = self.adam(inside) if o["step_norm"] == "adam" else {}
+        for layer in self.layers:
+            u = self.matrix(layer, U)
+            out, in_ = u.shape
+            length = {
+                None: u.norm(),
+                "sgd": self.matrix(layer, given).norm(),
+                "adam": self.matrix(layer, steps).norm() if steps else None,
+                "rms": 0.2 * math.sqrt(out * in_),
+                "spectral": math.sqrt(min(out, in_)) * math.sqrt(max(1.0, out / in_)),
+            }[o["step_norm"]]
+            self.put(layer, u * (length / u.norm()), U)
+        if not o["decoupled_weight_decay"]:
+            U = {n: u + wd * self.params[n] for n, u in U.items()}
+        if o["enable_clip_grad"]:
+            norms = {n: u.norm() for n, u in U.items()}
+            if o["clip"] == "global":
+                norms = dict.fromkeys(U, torch.stack(list(norms.values())).norm())
+            U = {n: u * min(1.0, o["clip_norm"] / float(norms[n])) for n, u in U.items()}
+        if o["momentum_on"] == "update":
+            U = self.average(U)
+        if o["decoupled_weight_decay"]:
+            U = {n: u + wd * self.params[n] for n, u in U.items()}
+        change |= {n: -(lr if n in self.inside else other) * u for n, u in U.items()}
+        self.steps += 1
+        return change
+
+
+def slowly(model: nn.Module, data: Sequence[Batch], **settings: Any) -> list[Parameters]:
+    """The parameters after every step."""
+    slow, trajectory = Slow(model, **settings), []
+    for batch in data:
+        change = slow.step(*batch)
+        for name, value in change.items():
+            slow.params[name].add_(value)
+        trajectory.append(snapshot(slow.params))
+    return trajectory

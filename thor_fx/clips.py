@@ -1,0 +1,70 @@
+"""Bounds on all updates together.
+
+* **Global norm** (Pascanu et al. 2013): ``U min(1, c / |U|)`` with ``|U|`` over all parameters.
+* **KL**: a step ``-lr U`` changes the model's predictions by about ``lr^2 U^T F U / 2`` in Kullback-Leibler
+  divergence. With ``U = F^-1 g``, ``U^T F U = <U, g>``, so that ``U min(1, sqrt(kappa / (lr^2 <U, g>)))``
+  keeps twice the divergence below ``kappa`` (Ba et al. 2017, section 5).
+
+Both look at all groups of parameters: splitting one group into two alike changes nothing.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .precision import wide
+from .schedule import Schedule
+from .transform import Hyper, Params, Signals, State, Transform, Updates, stateless
+
+Clip = Literal["tensor", "global"]
+
+
+def clip_by_global_norm(largest: float) -> Transform:
+    """Scale all updates together down to an L2 norm of at most ``largest``."""
+
+    def clip(updates: Updates, _params: Params, _signals: Signals) -> Updates:
+        norms = torch.stack([torch.linalg.vector_norm(u, dtype=wide(u)) for u in updates.values()])
+        norm = torch.linalg.vector_norm(norms)
+        return {name: u * (largest / norm.clamp_min(largest)).to(u.dtype) for name, u in updates.items()}
+
+    return stateless(clip)
+
+
+def clip_by_kl(
+    preconditioner: Transform,
+    kappa: float,
+    schedules: Mapping[str, Schedule],
+    lr: Callable[[Hyper, str], Tensor | float],
+    loss_scale: float = 1.0,
+) -> Transform:
+    """``preconditioner``, with all its updates scaled by ``min(1, sqrt(kappa / sum lr^2 <U, g>))``.
+
+    The sum runs over what belongs to a layer: the rest has no ``F``. ``g`` is what the preconditioner
+    is given (a gradient, or an average of gradients), so that the sum is never negative.
+
+    Args:
+        preconditioner: ``U`` from ``g``.
+        kappa: the bound.
+        schedules: what ``lr`` reads.
+        lr: ``(hyper-parameters, name of a parameter) -> its learning rate``.
+        loss_scale: the gradients carry it, and ``U`` does not.
+    """
+
+    def update(updates: Updates, state: State, params: Params, signals: Signals) -> tuple[Updates, State]:
+        new, state = preconditioner.update(updates, state, params, signals)
+        terms = [
+            lr(signals.hyper, name) ** 2 * (u.to(wide(u)) * updates[name]).sum()
+            for name, u in new.items()
+            if name in signals.coverage.preconditioned
+        ]
+        if not terms:
+            return new, state
+        square = torch.stack(terms).sum() / loss_scale
+        within = square <= kappa  # also where rounding makes it negative
+        scale = torch.where(within, torch.ones_like(square), (kappa / square).sqrt())
+        return {name: u * scale.to(u.dtype) for name, u in new.items()}, state
+
+    merged = {**preconditioner.schedules, **schedules}
+    return preconditioner._replace(update=update, schedules=merged)
