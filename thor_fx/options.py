@@ -17,7 +17,7 @@ from .step_norm import StepNorm
 MomentumOn = Literal["update", "gradient"]
 Fallback = Literal["sgd", "adamw"]
 
-INVERTS_SIDES: tuple[Inverse, ...] = ("cholesky", "newton_schulz")
+INVERTS_SIDES: tuple[Inverse, ...] = ("cholesky", "eigen", "newton_schulz")
 """The methods whose state is the damped inverses of both sides."""
 
 MAX_DIM = 8192  # the longest side with a whole factor: 256 MB in float32
