@@ -1,5 +1,7 @@
 """Second-order training (THOR / K-FAC) for PyTorch as a compiler pass."""
 
+from .block_size import block_size_report
+from .block_size_rule import BlockSizeReport
 from .compile import compile
 from .explain import Report, explain
 from .factors import Kronecker, factors
@@ -13,6 +15,7 @@ from .transform import Signals, Transform, apply_updates, centralize_gradients, 
 from .verify import Certificate, verify
 
 __all__ = [
+    "BlockSizeReport",
     "Certificate",
     "CompiledStep",
     "Coverage",
@@ -26,6 +29,7 @@ __all__ = [
     "Thor",
     "Transform",
     "apply_updates",
+    "block_size_report",
     "centralize_gradients",
     "chain",
     "compile",

@@ -12,8 +12,11 @@ One step of one weight, in this order::
 and none of it where a gradient is not finite.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
+from .blocks import BlockSize
 from .options import MAX_DIM, Options, number_schedule
 from .passes.layout import BiasRule, LongSide, Sharing
 from .precondition import precondition
@@ -47,7 +50,7 @@ def thor(
     frequency: int = 100,
     *,
     damping_rule: DampingRule = "factor",
-    block_size: int | None = 128,
+    block_size: BlockSize = 128,
     sharing: Sharing = "expand",
     bias: BiasRule = "raw",
     max_dim: int | None = MAX_DIM,
@@ -70,7 +73,8 @@ def thor(
         enable_clip_grad: clip every update to L2 norm 1, tensor by tensor, after weight decay.
         frequency: factors and inverses are renewed in step 0 and every ``frequency`` steps.
         damping_rule: ``"factor"``, ``"sqrt"`` or ``"pi"``: :mod:`thor_fx.precondition`.
-        block_size: side of THOR's diagonal blocks; None: whole factors.
+        block_size: side of THOR's diagonal blocks; None: whole factors; ``"auto"``: measured on the first
+            batch (:func:`thor_fx.block_size_report`), with long sides in blocks of ``max_dim``.
         sharing: ``"expand"``: every position is a row; ``"reduce"``: the positions of one datum are
             averaged (``A``) and summed (``G``) first; or ``name of layer -> "expand" | "reduce"``.
         bias: ``"raw"``: a bias takes the first-order rule; ``"joint"``: it is one more column of its weight.
@@ -122,6 +126,9 @@ def thor_chain(
     options: Options, *, lr: Schedule, damping: Schedule, momentum: Schedule, weight_decay: Schedule
 ) -> Transform:
     """The chain at the top of this module, without the guard against non-finite gradients."""
+    if options.block_size == "auto":
+        given = {"lr": lr, "damping": damping, "momentum": momentum, "weight_decay": weight_decay}
+        return _unresolved(options, given)
     links = [
         precondition(
             damping,
@@ -139,6 +146,22 @@ def thor_chain(
     links.append(heavy_ball(momentum, nesterov=options.use_nesterov))
     links.append(scale_by_learning_rate(lr))
     return chain(*links)
+
+
+def _unresolved(options: Options, schedules: Mapping[str, Schedule]) -> Transform:
+    """The chain before its block size is known; what is measured of a layer does not depend on it."""
+
+    def resolve(block_size: int | None) -> Transform:
+        chosen = thor_chain(replace(options, block_size=block_size), **schedules)
+        return chosen._replace(rules=options.rules)
+
+    def refuse(*_: Any) -> Any:
+        raise RuntimeError(
+            'block_size="auto" has not been chosen yet: compile_step(...).init(params, *batch) does that; to '
+            "use the transform alone, call tx.resolve(128) first"
+        )
+
+    return resolve(None)._replace(init=refuse, update=refuse, resolve=resolve)
 
 
 def decay_all_but_beta_gamma(name: str) -> bool:

@@ -4,7 +4,7 @@ The form is optax's. A transform gets what it needs to know of a step through :c
 numbers that change with the step arrive as 0-D tensors, so a compiled update never recompiles.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -55,6 +55,8 @@ class Transform(NamedTuple):
         schedules: the hyper-parameters that it reads from ``signals.hyper``, by name.
         frequency: it wants factors in step 0 and every ``frequency`` steps; None: never.
         rules: which factors it wants.
+        resolve: where ``block_size="auto"``: the transform for the block size that has been chosen,
+            ``resolve(block_size)``; it has to be called first. None: there is nothing to choose.
     """
 
     init: Callable[[Params, Coverage], State]
@@ -62,6 +64,7 @@ class Transform(NamedTuple):
     schedules: Mapping[str, Schedule] = {}
     frequency: int | None = None
     rules: Rules = Rules()
+    resolve: "Callable[[int | None], Transform] | None" = None
 
     def hyper(self, step: int) -> dict[str, float]:
         """The value of every schedule in step ``step``."""
@@ -78,6 +81,19 @@ def _rules(transforms: Iterable[Transform]) -> Rules:
     if len(wanted) > 1:
         raise ValueError(f"transforms in one chain want different factors: {wanted}")
     return next(iter(wanted), Rules())
+
+
+def _resolving(
+    combine: Callable[..., Transform], parts: Sequence[Transform]
+) -> Callable[[int | None], Transform] | None:
+    """How a combination is resolved: part by part; None where no part has to be."""
+    if all(part.resolve is None for part in parts):
+        return None
+
+    def resolve(block_size: int | None) -> Transform:
+        return combine(*(p if p.resolve is None else p.resolve(block_size) for p in parts))
+
+    return resolve
 
 
 def chain(*transforms: Transform) -> Transform:
@@ -112,7 +128,8 @@ def chain(*transforms: Transform) -> Transform:
             new_state.append(new_inner)
         return updates, tuple(new_state)
 
-    return Transform(init, update, schedules, next(iter(frequencies), None), _rules(transforms))
+    frequency, resolve = next(iter(frequencies), None), _resolving(chain, transforms)
+    return Transform(init, update, schedules, frequency, _rules(transforms), resolve)
 
 
 def stateless(
@@ -207,7 +224,7 @@ def unscale(inner: Transform) -> Transform:
             signals = replace(signals, moments=moments)
         return inner.update(updates, state, params, signals)
 
-    return inner._replace(update=update)
+    return inner._replace(update=update, resolve=_resolving(unscale, [inner]))
 
 
 class SkipState(NamedTuple):
@@ -240,7 +257,8 @@ def skip_nonfinite(inner: Transform) -> Transform:
         kept = pytree.tree_map(lambda n, old: torch.where(finite, n, old), new_inner, state.inner)
         return new, SkipState(kept, state.skipped + ~finite)
 
-    return Transform(init, update, inner.schedules, inner.frequency, inner.rules)
+    resolve = _resolving(skip_nonfinite, [inner])
+    return Transform(init, update, inner.schedules, inner.frequency, inner.rules, resolve)
 
 
 def partition(transforms: Mapping[str, Transform], groups: Mapping[str, str]) -> Transform:
@@ -284,8 +302,12 @@ def partition(transforms: Mapping[str, Transform], groups: Mapping[str, str]) ->
             new |= changed
         return new, new_state
 
-    frequencies = {transform.frequency for transform in transforms.values()} - {None}
-    return Transform(init, update, schedules, next(iter(frequencies), None), _rules(transforms.values()))
+    def again(*resolved: Transform) -> Transform:
+        return partition(dict(zip(transforms, resolved, strict=True)), groups)
+
+    frequency = next(iter({transform.frequency for transform in transforms.values()} - {None}), None)
+    rules, resolve = _rules(transforms.values()), _resolving(again, list(transforms.values()))
+    return Transform(init, update, schedules, frequency, rules, resolve)
 
 
 def apply_updates(params: Params, updates: Updates) -> dict[str, Tensor]:
