@@ -159,7 +159,7 @@ def pair(a: Tensor, g: Tensor, groups: int = 1) -> thor_fx.Kronecker:
 
 
 def test_the_rule_on_known_factors():
-    """Six matrices: one in blocks of 16, one in blocks of 32, two that are dense, two that are never cut."""
+    """Seven: one in blocks of 16, one of 32, one of ones, two diagonal ones, and two of a single number."""
     blocks_of = {b: torch.block_diag(*[torch.ones(b, b, dtype=D)] * (64 // b)) for b in (16, 32)}
     factors = {
         "fc": pair(blocks_of[16], torch.ones(64, 64, dtype=D)),
@@ -183,7 +183,7 @@ def test_the_rule_on_known_factors():
     assert report.chosen == 32
     lead = 0.8 - 5 / 7, 6 / 7 - 0.5
     assert report.crossing == pytest.approx(16 * 2 ** (lead[0] / sum(lead)))
-    assert "cross at 18.45 on cpu: block_size=32" in str(report)
+    assert "cross at 18.3 on cpu: block_size=32" in str(report)
     assert "G of fc 50.0%" in str(report)
     assert "embedding" not in report.summary
 
@@ -387,11 +387,7 @@ def test_first_steps_without_factors_keep_the_momentum():
     data, found = batches(5), []
     for block_size in ("auto", 16):
         model, optimizer = optimizer_of(block_size=block_size)
-        train(model, optimizer, data[:1])
-        model, optimizer = optimizer_of(block_size=block_size)
-        optimizer._collector.coverage = None
-        model(data[0][0])  # the layers are known, their factors are dropped
-        optimizer.zero_grad()
+        model(data[0][0])  # the layers are known, but not their factors
         model.eval()
         with pytest.warns(UserWarning, match="a factor step found no factors"):
             train(model, optimizer, data[:2])
@@ -410,7 +406,7 @@ def test_a_model_without_whole_factors_has_nothing_to_choose(clock):
     params, x = {"w": torch.ones(3, dtype=D)}, torch.ones(2, 3, dtype=D)
     step = thor_fx.compile_step(loss_fn, thor_fx.thor(**AUTO), backend="eager")
     state = step.init(params, x)
-    params, state, out = step(params, state, x)
+    params, state, _ = step(params, state, x)
     assert (step.block_size, step.block_size_report, state.block_size) == (None, None, None)
     assert params["w"].max() < 1
     assert clock[1] == []
@@ -418,10 +414,10 @@ def test_a_model_without_whole_factors_has_nothing_to_choose(clock):
         thor_fx.block_size_report(loss_fn, params, x)
 
 
-@pytest.mark.usefixtures("clock")
-def test_sides_that_are_too_long_are_in_blocks_of_max_dim_in_both_doors():
+def test_sides_that_are_too_long_are_in_blocks_of_max_dim_in_both_doors(clock):
     """They are cut before a block size is known, and stay as they are."""
     settings, data = {**AUTO, "max_dim": 8}, batches(4)
+    clock[0][IN] = 1000.0
     step = functional(**settings)
     params = snapshot(dict(build(wide).named_parameters()))
     found, _ = run(step, params, step.init(params, *data[0]), data)

@@ -56,12 +56,12 @@ def block_size_report(
         >>> params, clock = {"w": torch.ones(32, 8)}, lambda work: 2.0 * work.block_size  # no real one here
         >>> report = block_size_report(loss_fn, params, batch, timer=clock)
         >>> print(report)
-        block size  refresh ms  performance  factors that lose < 0.01
-                 1           2        1.000                     0.000
-                16          32        0.062                     1.000
-                32          64        0.031                     1.000
+        block size  refresh ms  performance  factors that lose < 1%
+                 1           2        1.000                   0.000
+                16          32        0.062                   1.000
+                32          64        0.031                   1.000
         the curves cross at 4.183 on cpu: block_size=16
-        largest losses there: none of 0.01 or more
+        largest losses there: none of 1% or more
     """
     check_sharing("sharing", sharing)
     check_choice("bias", bias, BiasRule)

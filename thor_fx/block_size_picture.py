@@ -46,5 +46,5 @@ def draw(
     axes.set_xlabel("block size")
     axes.set_ylim(-0.03, 1.03)
     axes.grid(alpha=PALE)
-    axes.legend(loc="center left")
+    axes.legend(loc="best")
     figure.savefig(path)

@@ -64,12 +64,16 @@ class BlockSizeReport:
     device: str
 
     def __str__(self) -> str:
-        rows = [("block size", "refresh ms", "performance", f"factors that lose < {self.threshold:.3g}")]
+        rows = [("block size", "refresh ms", "performance", self._kept)]
         columns = self.candidates, self.milliseconds, self.performance, self.spectral
         rows += [(str(b), f"{ms:.3g}", f"{p:.3f}", f"{s:.3f}") for b, ms, p, s in zip(*columns, strict=True)]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ["  ".join(cell.rjust(w) for cell, w in zip(row, widths, strict=True)) for row in rows]
         return "\n".join([*lines, self.summary])
+
+    @property
+    def _kept(self) -> str:
+        return f"factors that lose < {100 * self.threshold:.3g}%"
 
     @property
     def summary(self) -> str:
@@ -81,7 +85,7 @@ class BlockSizeReport:
         return (
             f"the curves cross at {self.crossing:.4g} on {self.device}: block_size={self.chosen}"
             f"{'' if self.chosen < self.candidates[-1] else ', all factors whole'}\n"
-            f"largest losses there: {', '.join(texts) or f'none of {self.threshold:.3g} or more'}"
+            f"largest losses there: {', '.join(texts) or f'none of {100 * self.threshold:.3g}% or more'}"
         )
 
     def draw(self, path: str | Path) -> None:
@@ -97,7 +101,7 @@ class BlockSizeReport:
             spectral=self.spectral,
             crossing=self.crossing,
             chosen=self.chosen,
-            labels=(f"speed of a refresh ({self.device})", f"factors that lose < {self.threshold:.3g}"),
+            labels=(f"speed of a refresh ({self.device})", self._kept),
         )
 
 
