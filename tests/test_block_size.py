@@ -1,7 +1,7 @@
 """THOR's rule for the block size: its two curves on known factors, and what both doors make of it."""
 
 import copy
-import importlib.util
+import functools
 import io
 import sys
 from typing import Any
@@ -262,40 +262,44 @@ def run(step, params, state, data):
     return trajectory, state
 
 
+@functools.cache
+def given(door, steps: int, block_size: int):
+    """What training with a number gives."""
+    return door(build(wide), batches(steps), **SETTINGS, block_size=block_size)
+
+
 @pytest.mark.parametrize("times", [CHEAP_BLOCKS, CHEAP_WHOLE], ids=["blocks", "whole"])
 def test_both_doors_choose_and_train_as_if_the_number_had_been_given(clock, times):
     clock[0].update(times)
     expected = 16 if times is CHEAP_BLOCKS else WIDE
     data, start = batches(5), snapshot(dict(build(wide).named_parameters()))
-    given = by_functional_door(build(wide), data, **SETTINGS, block_size=expected)
-    assert_moved(given, start)
+    numbered = given(by_functional_door, 5, expected)
+    assert_moved(numbered, start)
 
     step = functional()
     assert (step.block_size, step.block_size_report) == ("auto", None)
     state = step.init(start, *data[0])
     assert step.block_size == state.block_size == step.block_size_report.chosen == expected
-    assert identical(run(step, snapshot(start), state, data)[0][-1], given[-1])
+    assert identical(run(step, snapshot(start), state, data)[0][-1], numbered[-1])
 
     model, optimizer = optimizer_of()
     assert (optimizer.block_size, optimizer.block_size_report) == ("auto", None)
     found = train(model, optimizer, data)
     assert optimizer.block_size == optimizer.block_size_report.chosen == expected
-    assert_same(found, given)
+    assert_same(found, numbered)
     assert optimizer.block_size_report.losses.keys() == step.block_size_report.losses.keys()
-    dropped_in = by_drop_in_door(build(wide), data, **SETTINGS, block_size=expected)
-    assert identical(found[-1], dropped_in[-1])
+    assert identical(found[-1], given(by_drop_in_door, 5, expected)[-1])
     assert clock[1] == [1, 16, WIDE] * 2  # measured once by each
-    other = by_functional_door(build(wide), data, **SETTINGS, block_size=WIDE + 16 - expected)
-    assert not torch.allclose(other[-1]["0.weight"], given[-1]["0.weight"])
+    other = given(by_functional_door, 5, WIDE + 16 - expected)
+    assert not torch.allclose(other[-1]["0.weight"], numbered[-1]["0.weight"])
 
 
 @pytest.mark.inductor
 @pytest.mark.usefixtures("clock")
 def test_both_doors_with_inductor():
-    data = batches(4)
-    given = by_functional_door(build(wide), data, **SETTINGS, block_size=16)
-    assert_same(by_functional_door(build(wide), data, backend="inductor", **AUTO), given)
-    assert_same(by_drop_in_door(build(wide), data, backend="inductor", **AUTO), given)
+    data, expected = batches(5), given(by_functional_door, 5, 16)
+    assert_same(by_functional_door(build(wide), data, backend="inductor", **AUTO), expected)
+    assert_same(by_drop_in_door(build(wide), data, backend="inductor", **AUTO), expected)
 
 
 def test_a_number_that_was_given_can_be_read():
@@ -346,8 +350,8 @@ def test_groups_of_parameters_share_one_block_size():
     model, optimizer = optimizer_of(**groups)
     found = train(model, optimizer, data)
     assert [group["block_size"] for group in optimizer.param_groups] == [16, 16]
-    given_model, given = optimizer_of(**groups, block_size=16)
-    assert identical(found[-1], train(given_model, given, data)[-1])
+    model, optimizer = optimizer_of(**groups, block_size=16)
+    assert identical(found[-1], train(model, optimizer, data)[-1])
 
 
 def test_a_group_that_is_added_later_takes_the_block_size_there_is(clock):
@@ -424,8 +428,7 @@ def test_sides_that_are_too_long_are_in_blocks_of_max_dim_in_both_doors(clock):
     assert step.block_size == IN  # of the sides 5 and 3
     assert step.coverage.layers["0.weight"].output.block == 8
     assert_same(by_drop_in_door(build(wide), data, **settings), found)
-    given = by_functional_door(build(wide), data, **{**settings, "block_size": 8})
-    assert_same(found, given)
+    assert_same(found, by_functional_door(build(wide), data, **{**settings, "block_size": 8}))
 
 
 # --- saved states ----------------------------------------------------------------------------------------
@@ -441,8 +444,7 @@ def through_a_file(state: Any) -> Any:
 
 @pytest.mark.parametrize("saved_after", [1, 4])
 def test_a_loaded_optimizer_does_not_measure_again(clock, saved_after):
-    data = batches(7)
-    expected = by_drop_in_door(build(wide), data, **AUTO)
+    data, expected = batches(7), given(by_drop_in_door, 7, 16)
     model, optimizer = optimizer_of()
     train(model, optimizer, data[:saved_after])
     saved = through_a_file({"model": model.state_dict(), "optimizer": optimizer.state_dict()})
@@ -456,8 +458,7 @@ def test_a_loaded_optimizer_does_not_measure_again(clock, saved_after):
 
 
 def test_a_running_optimizer_takes_the_block_size_of_the_state(clock):
-    data = batches(7)
-    expected = by_drop_in_door(build(wide), data, **AUTO)
+    data, expected = batches(7), given(by_drop_in_door, 7, 16)
     model, optimizer = optimizer_of()
     train(model, optimizer, data[:4])
     saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
@@ -477,11 +478,11 @@ def test_states_of_optimizers_whose_block_size_was_given():
     model, optimizer = optimizer_of()
     train(model, optimizer, data)
     chosen = copy.deepcopy(optimizer.state_dict())
-    given_model, given = optimizer_of(block_size=16)
-    given_model.load_state_dict(model.state_dict())
-    given.load_state_dict(chosen)
-    assert identical(train(given_model, given, data)[-1], train(model, optimizer, data)[-1])
-    assert "block_size" not in given.state_dict()["param_groups"][0]
+    numbered_model, numbered = optimizer_of(block_size=16)
+    numbered_model.load_state_dict(model.state_dict())
+    numbered.load_state_dict(chosen)
+    assert identical(train(numbered_model, numbered, data)[-1], train(model, optimizer, data)[-1])
+    assert "block_size" not in numbered.state_dict()["param_groups"][0]
 
     other_model, other = optimizer_of(block_size=4)
     train(other_model, other, data)
@@ -495,7 +496,7 @@ def test_states_of_optimizers_whose_block_size_was_given():
 @pytest.mark.parametrize("init_first", [False, True])
 def test_a_saved_step_state_keeps_its_block_size(clock, init_first):
     data, start = batches(7), dict(build(wide).named_parameters())
-    expected = by_functional_door(build(wide), data, **AUTO)
+    expected = given(by_functional_door, 7, 16)
     step, params = functional(), snapshot(start)
     half, state = run(step, params, step.init(params, *data[0]), data[:4])
     saved = through_a_file({"params": half[-1], "state": state})
@@ -579,8 +580,6 @@ def test_no_picture_without_matplotlib(monkeypatch, tmp_path):
     report = report_of({"fc": pair(torch.eye(4), torch.eye(4))}, timer=lambda work: 1.0)
     for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
         monkeypatch.delitem(sys.modules, name)
-    find = importlib.util.find_spec
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert find is not None
     with pytest.raises(ImportError, match="draw needs matplotlib"):
         report.draw(tmp_path / "curves.svg")
