@@ -308,6 +308,8 @@ def test_a_number_that_was_given_can_be_read():
     )
     model = thor_fx.compile(build(wide), backend="aot_eager")
     assert thor_fx.Thor(model, **SETTINGS, block_size=None).block_size is None
+    first_order = thor_fx.chain(thor_fx.centralize_gradients())
+    assert thor_fx.compile_step(lambda p: p["w"].sum(), first_order).block_size is None
 
 
 class Noisy(nn.Module):

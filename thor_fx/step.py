@@ -155,7 +155,8 @@ class CompiledStep:
         self.block_size_report: BlockSizeReport | None = None
         self._tx = tx
         self._auto = tx.resolve
-        self._block_size: BlockSize = tx.rules.block_size if tx.resolve is None else "auto"
+        given = tx.rules.block_size if tx.frequency is not None else None
+        self._block_size: BlockSize = given if tx.resolve is None else "auto"
         self._donate = donate
         self._strict = strict
         self._compiler = compiler
@@ -223,7 +224,7 @@ class CompiledStep:
 
     @property
     def block_size(self) -> BlockSize:
-        """The side of the blocks; ``"auto"`` before ``init`` has chosen one, None: factors are whole."""
+        """The side of the blocks; ``"auto"`` before ``init`` has chosen one; None: nothing is cut."""
         return self._block_size
 
     def _choose_block_size(self, params: Params, batch: Sequence[Any]) -> int | None:
