@@ -1,6 +1,8 @@
 """Second-order training (THOR / K-FAC) for PyTorch as a compiler pass."""
 
 from . import presets
+from .block_size import block_size_report
+from .block_size_rule import BlockSizeReport
 from .compile import compile
 from .explain import Report, explain
 from .factors import Kronecker, factors
@@ -16,6 +18,7 @@ from .transform import Signals, Transform, apply_updates, centralize_gradients, 
 from .verify import Certificate, verify
 
 __all__ = [
+    "BlockSizeReport",
     "ByTrace",
     "Certificate",
     "CompiledStep",
@@ -33,6 +36,7 @@ __all__ = [
     "Thor",
     "Transform",
     "apply_updates",
+    "block_size_report",
     "centralize_gradients",
     "chain",
     "compile",

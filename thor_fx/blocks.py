@@ -6,10 +6,15 @@ A side of length ``d`` with block size ``b`` has ``d // b`` full blocks and at m
 Legend: L layers of equal shape, F equal blocks along the diagonal, b their side.
 """
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
 from .passes.sides import Side
+
+BlockSize = int | Literal["auto"] | None
+"""``b``; None: whole factors; ``"auto"``: to be chosen from the first factors (:mod:`thor_fx.block_size`)."""
 
 Blocks = tuple[Tensor, ...]
 """What is kept of L matrices: blocks of their diagonals from top to bottom, by size, each (L, F, b, b);

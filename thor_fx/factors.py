@@ -230,13 +230,20 @@ def factors(
     check_number("loss_scale", loss_scale, positive=True)
     check_sharing("sharing", sharing)
     check_choice("bias", bias, BiasRule)
-    rules = Rules(sharing, bias)
+    layers, moments, terms = measure(loss_fn, params, *batch, rules=Rules(sharing, bias))
+    n = terms if batch_size is None and terms is not None else batch_size or 1
+    return kronecker(moments, layers, n, loss_scale)
+
+
+def measure(
+    loss_fn: LossFn, params: Mapping[str, Tensor], *batch: Any, rules: Rules
+) -> tuple[Mapping[str, Layer], dict[str, Moments], Tensor | None]:
+    """The layers, their moments and the loss terms of one factor step, which is interpreted."""
     step = pipeline.run(trace_step(loss_fn, params, *batch), [canonicalize])
     layers = coverage(find_sites(step), rules).layers
     graph = pipeline.run(step, [partial(emit_factors, rules=rules)])
     results = run_graph(graph, params, *batch)
-    terms = results[Terms()] if batch_size is None and Terms() in results else batch_size or 1
-    return kronecker(moments_of(results), layers, terms, loss_scale)
+    return layers, moments_of(results), results.get(Terms())
 
 
 def run_graph(gm: fx.GraphModule, params: Mapping[str, Tensor], *batch: Any) -> dict[Any, Tensor]:

@@ -1,5 +1,8 @@
 """The links of the chain at the top of :mod:`thor_fx.thor`, for one group of parameters or several."""
 
+from dataclasses import replace
+from typing import Any
+
 from .adam import adam
 from .clips import clip_by_global_norm, clip_by_kl
 from .options import Options
@@ -23,6 +26,8 @@ from .transform import (
 
 def thor_chain(options: Options, groups: ParameterGroups) -> Transform:
     """All links, without the guard against non-finite gradients."""
+    if options.block_size == "auto":
+        return _unresolved(options, groups)
     tx = chain(*_links(options, groups), shared=True)
     if options.fallback == "adamw":
         tx = by_coverage(tx, _adamw(options, groups))
@@ -30,6 +35,22 @@ def thor_chain(options: Options, groups: ParameterGroups) -> Transform:
         return tx
     tx = predict_change(tx, groups.each(lambda _: apply_curvature()), options.loss_scale)
     return tx._replace(adaptive=options.adaptive)
+
+
+def _unresolved(options: Options, groups: ParameterGroups) -> Transform:
+    """The chain before its block size is known; what is measured of a layer does not depend on it."""
+
+    def resolve(block_size: int | None) -> Transform:
+        chosen = thor_chain(replace(options, block_size=block_size), groups)
+        return chosen._replace(rules=options.rules)
+
+    def refuse(*_: Any) -> Any:
+        raise RuntimeError(
+            'block_size="auto" has not been chosen yet: compile_step(...).init(params, *batch) does that; to '
+            "use the transform alone, call tx.resolve(128) first"
+        )
+
+    return resolve(None)._replace(init=refuse, update=refuse, resolve=resolve)
 
 
 def _links(options: Options, groups: ParameterGroups) -> list[Transform]:
@@ -68,11 +89,13 @@ def _direction(options: Options, groups: ParameterGroups) -> Transform:
 
 
 def _preconditioner(options: Options, groups: ParameterGroups) -> Transform:
+    block_size = options.block_size
+    assert block_size != "auto", "thor_chain has seen to it"
     return groups.each(
         lambda own: precondition(
             own["damping"],
             damping_rule=options.damping_rule,
-            block_size=options.block_size,
+            block_size=block_size,
             loss_scale=options.loss_scale,
             batch_size=options.batch_size,
             frequency=options.frequency,

@@ -12,6 +12,9 @@ from torch.utils import _pytree as pytree
 
 from .arguments import check_type, shown
 from .between import run_between
+from .block_size import choose
+from .block_size_rule import BlockSizeReport
+from .blocks import BlockSize
 from .capture import without_dynamo
 from .clips import Clip
 from .collector import Collector
@@ -73,7 +76,8 @@ class Thor(torch.optim.Optimizer):
             are parameters of ``model`` or their names. Everything else forms a last group. A group
             may also set ``grad_centralization=True`` for weights of convolutions.
         damping_rule: ``"factor"``, ``"sqrt"``, ``"pi"`` or ``"relative"``.
-        block_size: side of THOR's diagonal blocks; None: whole factors.
+        block_size: side of THOR's diagonal blocks; None: whole factors; ``"auto"``: see :func:`thor_fx.thor`;
+            chosen in the first step that has factors.
         sharing: ``"expand"`` or ``"reduce"``: see :func:`thor_fx.thor`, as the next three.
         bias: ``"raw"`` or ``"joint"``.
         max_dim: the longest side of a layer with a whole factor.
@@ -92,6 +96,9 @@ class Thor(torch.optim.Optimizer):
             change ``lr`` only.
         preset: ``"thor"`` or ``"recommended"``: values for what is left out here.
         backend: compiles the update: ``"inductor"``, or ``"eager"`` to interpret it; None: as the model.
+
+    Attributes:
+        block_size_report: how ``block_size="auto"`` was decided; None before, and where nothing was measured.
 
     Raises:
         TypeError: ``model`` is not compiled by us, or an argument has a wrong type.
@@ -118,7 +125,7 @@ class Thor(torch.optim.Optimizer):
         *,
         params: Iterable[Mapping[str, Any]] | None = None,
         damping_rule: DampingRule = "factor",
-        block_size: int | None = 128,
+        block_size: BlockSize = 128,
         sharing: Sharing = "expand",
         bias: BiasRule = "raw",
         max_dim: int | None = MAX_DIM,
@@ -169,6 +176,7 @@ class Thor(torch.optim.Optimizer):
         )
         self._backend = self._collector.backend if backend is None else backend
         check_backend(self._backend)
+        self.block_size_report: BlockSizeReport | None = None
         self._schedules: list[dict[str, Schedule]] = []
         self._warned = False
         self._overdue = False
@@ -202,6 +210,8 @@ class Thor(torch.optim.Optimizer):
             group |= {"damping": self._adapted_damping(given["damping"]), "adapts": True}
         if self.param_groups:
             group["step"] = self.param_groups[0]["step"]
+        if self._options.block_size == "auto":
+            group["block_size"] = self.block_size
         self._check_centralization(group)
         super().add_param_group(group)
         self._schedules.append(schedules)
@@ -270,9 +280,11 @@ class Thor(torch.optim.Optimizer):
             raise RuntimeError(NEEDS_CLOSURE)
         if all(p.grad is None for group in self.param_groups for p in group["params"]):
             return loss
+        moments, terms = self._collector.take()
+        if self.block_size == "auto" and moments:
+            self._choose_block_size(moments, terms)
         self._build()
         step: int = self.param_groups[0]["step"]
-        moments, terms = self._collector.take()
         gradients = {name: p.grad for name, p in self._params.items() if p.grad is not None}
         unready = self._unready(gradients)
         if not self._factors_due(step, moments):
@@ -312,13 +324,27 @@ class Thor(torch.optim.Optimizer):
         fallback = {**found.fallback, **dict.fromkeys(others, NO_GRAPH)}
         return replace(found, fallback=fallback, unused=tuple(n for n in found.unused if n not in others))
 
+    @property
+    def block_size(self) -> BlockSize:
+        """The side of the blocks; ``"auto"`` as long as none has been chosen."""
+        if self._options.block_size != "auto" or not self.param_groups:
+            return self._options.block_size
+        return self.param_groups[0].get("block_size", "auto")
+
     def metrics(self) -> dict[str, int]:
         """What went wrong so far, and was caught: :func:`thor_fx.metrics`."""
         return metrics(self._inner)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from a saved state; the momentum and all inverses are restored."""
+        before = self.block_size
         super().load_state_dict(state_dict)
+        if self._options.block_size != "auto":
+            for group in self.param_groups:
+                group.pop("block_size", None)  # was chosen; this time it was given
+        if self.block_size != before:
+            self.block_size_report = None
+            self._forget()
         if self._built_for is not None:
             self._start()
         step: int = self.param_groups[0]["step"]
@@ -335,6 +361,19 @@ class Thor(torch.optim.Optimizer):
         """Ask for factors in step ``due``; None: as ``frequency`` says."""
         for group in self.param_groups:
             group["due"] = due
+
+    def _choose_block_size(self, moments: Mapping[str, Moments], terms: Tensor | None) -> None:
+        """Let the first factors decide; until then factors were whole, and so are the inverses."""
+        assert self._collector.coverage is not None, "there are moments"
+        self.block_size_report = choose(moments, self._collector.coverage.layers, terms)
+        if self.block_size_report is None:
+            return
+        if "block_size" in self.param_groups[0]:  # else the state is one that was saved with a given size
+            for entry in self.state.values():
+                entry.pop("inverses", None)
+        for group in self.param_groups:
+            group["block_size"] = self.block_size_report.chosen
+        self._forget()
 
     def _factors_due(self, step: int, moments: Mapping[str, Moments]) -> bool:
         due = self._overdue or self._scheduled(step)
@@ -482,6 +521,8 @@ class Thor(torch.optim.Optimizer):
             n: last for n, last in self._waiting.items() if n in self._found.layers or n in self._unknown
         }
         self._tx = skip_nonfinite(unscale(thor_chain(self._options, self._groups())))
+        if self._tx.resolve is not None:
+            self._tx = self._tx.resolve(None if self.block_size == "auto" else self.block_size)
         self._start()
 
     def _groups(self) -> ParameterGroups:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from .arguments import check_choice, check_integer, check_number, check_sharing, check_type, shown
+from .blocks import BlockSize
 from .clips import Clip
 from .inverses import Inverse
 from .levenberg_marquardt import LevenbergMarquardt
@@ -40,7 +41,7 @@ class Options:
     enable_clip_grad: bool = False
     frequency: int = 100
     damping_rule: DampingRule = "factor"
-    block_size: int | None = 128
+    block_size: BlockSize = 128
     sharing: Sharing = "expand"
     bias: BiasRule = "raw"
     max_dim: int | None = MAX_DIM
@@ -61,7 +62,7 @@ class Options:
         check_number("loss_scale", self.loss_scale, positive=True)
         check_integer("batch_size", self.batch_size, optional=True)
         check_integer("frequency", self.frequency)
-        check_integer("block_size", self.block_size, optional=True)
+        _check_block_size(self.block_size)
         for name in ("use_nesterov", "enable_clip_grad", "decoupled_weight_decay"):
             check_type(name, getattr(self, name), bool, "True or False")
         if self.decay_filter is not None and not callable(self.decay_filter):
@@ -97,8 +98,9 @@ class Options:
     @property
     def rules(self) -> Rules:
         """What is measured of every layer."""
+        known = None if self.block_size == "auto" else self.block_size
         means = self.inverse == "eva"
-        return Rules(self.sharing, self.bias, self.max_dim, self.long_side, self.block_size, means=means)
+        return Rules(self.sharing, self.bias, self.max_dim, self.long_side, known, means=means)
 
     def decays(self, name: str) -> bool:
         """Whether weight decay applies to the parameter called ``name``."""
@@ -128,6 +130,13 @@ def _check_decay(decay: float | None) -> None:
 def damping_schedule(value: Any) -> Schedule:
     """The schedule of ``damping``; one that adapts itself starts with a constant."""
     return Schedule("damping", value.initial if isinstance(value, LevenbergMarquardt) else value)
+
+
+def _check_block_size(block_size: Any) -> None:
+    if isinstance(block_size, str) and block_size != "auto":
+        raise TypeError(f"block_size must be an integer >= 1, None or 'auto', got {shown(block_size)}")
+    if block_size != "auto":
+        check_integer("block_size", block_size, optional=True)
 
 
 def _check_split_indices(indices: Sequence[int] | None) -> None:

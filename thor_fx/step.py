@@ -14,6 +14,9 @@ from torch.utils import _pytree as pytree
 
 from .arguments import check_type
 from .between import run_between
+from .block_size import choose_by_step
+from .block_size_rule import BlockSizeReport
+from .blocks import BlockSize
 from .capture import Captured, LossCapture, LossFn, Runner
 from .hyper import HyperTensors
 from .inductor import Compiled, check_backend, compile_graph
@@ -37,6 +40,7 @@ class StepState(NamedTuple):
         ready: whether any step so far was not skipped; until then every step is a factor step.
         due: the next factor step, where a refresh rule has set it; None: as ``frequency`` says.
         damping: of the next step, where it adapts itself (:class:`thor_fx.LevenbergMarquardt`).
+        block_size: what ``block_size="auto"`` has become; None where it was given, or nothing can be cut.
     """
 
     step: int
@@ -45,6 +49,7 @@ class StepState(NamedTuple):
     ready: bool = False
     due: int | None = None
     damping: float | None = None
+    block_size: int | None = None
 
 
 class StepOutput(NamedTuple):
@@ -141,6 +146,7 @@ class CompiledStep:
 
     Attributes:
         coverage: which parameters are preconditioned and how; None before ``init``.
+        block_size_report: how ``block_size="auto"`` was decided; None before, and where nothing was measured.
     """
 
     def __init__(
@@ -153,11 +159,16 @@ class CompiledStep:
         strict: bool,
     ) -> None:
         self.coverage: Coverage | None = None
+        self.block_size_report: BlockSizeReport | None = None
         self._tx = tx
+        self._auto = tx.resolve
+        given = tx.rules.block_size if tx.frequency is not None else None
+        self._block_size: BlockSize = given if tx.resolve is None else "auto"
         self._donate = donate
         self._strict = strict
         self._compiler = compiler
         self._hyper = HyperTensors()
+        self._loss_fn, self._dynamic = loss_fn, dynamic
         self._capture = LossCapture(loss_fn, self._compile, dynamic)
         self._params: Params = {}
         self._call: _Call | None = None
@@ -167,9 +178,13 @@ class CompiledStep:
     def init(self, params: Params, *batch: Any, buffers: Any = None) -> StepState:
         """Trace, compile, and return the state for the first step. Nothing runs yet.
 
+        With ``block_size="auto"`` one pass over the batch does run, interpreted, and its factors are inverted
+        at several block sizes; a state that was saved needs no ``init``, and keeps its block size.
+
         Raises:
             TypeError: ``params`` is no mapping of floating-point tensors.
-            ValueError: nothing to train, the loss is no scalar, or it does not depend on ``params``.
+            ValueError: nothing to train, the loss is no scalar, or it does not depend on ``params``; or
+                ``block_size="auto"`` and a factor is not finite on this batch.
             CoverageError: ``strict``, and a weight has no Kronecker pair.
         """
         check_params(params)
@@ -177,16 +192,17 @@ class CompiledStep:
         self._hyper = HyperTensors()
         if not self._donate:  # steps run on copies: Dynamo guards on whether a tensor is the model's own
             params, _ = _copies(params, StepState(0, None))
+        batch = batch if buffers is None else (buffers, *batch)
+        chosen = self._choose_block_size(params, batch)
         try:
-            self._run(params, None, batch if buffers is None else (buffers, *batch))
+            self._run(params, None, batch)
         except _Traced as traced:
             self.coverage = traced.coverage
         if self.coverage is None:
             raise ValueError("the loss does not depend on any of params: it is a constant")
-        inner = self._tx.init(_trained(params, self.coverage), self.coverage)
-        self._shapes = [leaf.shape for leaf in pytree.tree_leaves(inner)]
-        adaptive = self._tx.adaptive
-        return StepState(0, inner, buffers, damping=None if adaptive is None else adaptive.initial)
+        inner = self._first_state(params, self.coverage)
+        damping = None if self._tx.adaptive is None else self._tx.adaptive.initial
+        return StepState(0, inner, buffers, damping=damping, block_size=chosen)
 
     def __call__(self, params: Params, state: StepState, *batch: Any) -> tuple[Params, StepState, StepOutput]:
         """Take one step.
@@ -201,6 +217,8 @@ class CompiledStep:
         """
         if not isinstance(state, StepState):
             raise TypeError(f"state must come from step.init(params, *batch), got {type(state).__name__}")
+        if self._auto is not None and state.block_size != self.block_size:
+            self._resolve(state.block_size, params)
         if not self._donate:
             params, state = _copies(params, state)
         adapted = {} if state.damping is None else {"damping": state.damping}
@@ -213,7 +231,7 @@ class CompiledStep:
         ready = state.ready or metrics(state.inner)["skipped_steps"] <= state.step
         due = self._between(params, state, kind, hyper)
         damping = self._damping(state, loss, call.later)
-        new = StepState(state.step + 1, state.inner, buffers, ready, due, damping)
+        new = state._replace(step=state.step + 1, buffers=buffers, ready=ready, due=due, damping=damping)
         return params, new, StepOutput(loss, aux)
 
     def _between(self, params: Params, state: StepState, kind: Kind, hyper: Sequence[Tensor]) -> int | None:
@@ -231,6 +249,35 @@ class CompiledStep:
         if self._tx.adaptive is None or state.damping is None or later is None:
             return state.damping
         return self._tx.adaptive.after(state.damping, state.inner, before, later)
+
+    @property
+    def block_size(self) -> BlockSize:
+        """The side of the blocks; ``"auto"`` before ``init`` has chosen one; None: nothing is cut."""
+        return self._block_size
+
+    def _choose_block_size(self, params: Params, batch: Sequence[Any]) -> int | None:
+        """What "auto" becomes; None where a block size was given, or nothing can be cut."""
+        if self._auto is None:
+            return None
+        self.block_size_report = choose_by_step(self._loss_fn, params, batch, self._tx.rules)
+        chosen = None if self.block_size_report is None else self.block_size_report.chosen
+        self._resolve(chosen, params)
+        return chosen
+
+    def _resolve(self, block_size: int | None, params: Params) -> None:
+        """Go on with this block size; what was compiled for another is forgotten."""
+        assert self._auto is not None, "the block size was given"
+        if block_size == self._block_size:
+            return
+        self._tx, self._block_size = self._auto(block_size), block_size
+        self._capture = LossCapture(self._loss_fn, self._compile, self._dynamic)
+        if self.coverage is not None:
+            self._first_state(params, self.coverage)
+
+    def _first_state(self, params: Params, found: Coverage) -> State:
+        inner = self._tx.init(_trained(params, found), found)
+        self._shapes = [leaf.shape for leaf in pytree.tree_leaves(inner)]
+        return inner
 
     def _run(self, params: Params, call: _Call | None, batch: Sequence[Any]) -> tuple[Tensor, Any]:
         self._params, self._call = params, call

@@ -30,6 +30,7 @@ section for each option.
 
 from collections.abc import Callable, Sequence
 
+from .blocks import BlockSize
 from .clips import Clip
 from .inverses import Inverse
 from .levenberg_marquardt import LevenbergMarquardt
@@ -62,7 +63,7 @@ def thor(
     frequency: int = 100,
     *,
     damping_rule: DampingRule = "factor",
-    block_size: int | None = 128,
+    block_size: BlockSize = 128,
     sharing: Sharing = "expand",
     bias: BiasRule = "raw",
     max_dim: int | None = MAX_DIM,
@@ -99,7 +100,8 @@ def thor(
         frequency: factors and inverses are renewed in step 0 and every ``frequency`` steps; with
             ``refresh``, factors.
         damping_rule: ``"factor"``, ``"sqrt"``, ``"pi"`` or ``"relative"``: :mod:`thor_fx.precondition`.
-        block_size: side of THOR's diagonal blocks; None: whole factors.
+        block_size: side of THOR's diagonal blocks; None: whole factors; ``"auto"``: measured on the first
+            batch (:func:`thor_fx.block_size_report`), with long sides in blocks of ``max_dim``.
         sharing: ``"expand"``: every position is a row; ``"reduce"``: the positions of one datum are
             averaged (``A``) and summed (``G``) first; or ``name of layer -> "expand" | "reduce"``.
         bias: ``"raw"``: a bias takes the first-order rule; ``"joint"``: it is one more column of its weight.

@@ -4,8 +4,9 @@ The form is optax's. A transform gets what it needs to know of a step through :c
 numbers that change with the step arrive as 0-D tensors, so a compiled update never recompiles.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -84,6 +85,8 @@ class Transform(NamedTuple):
             None: no change. The new state acts from the next step on. None: nothing happens between steps,
             and layers are inverted in every factor step.
         adaptive: changes the schedule ``damping``, by what steps do to the loss; None: nothing does.
+        resolve: where ``block_size="auto"``: the transform for the block size that has been chosen,
+            ``resolve(block_size)``; it has to be called first. None: there is nothing to choose.
     """
 
     init: Callable[[Params, Coverage], State]
@@ -94,6 +97,7 @@ class Transform(NamedTuple):
     inverse: Inverse = "cholesky"
     between: "Between | None" = None
     adaptive: "LevenbergMarquardt | None" = None
+    resolve: "Callable[[int | None], Transform] | None" = None
 
     def hyper(self, step: int) -> dict[str, float]:
         """The value of every schedule in step ``step``."""
@@ -125,6 +129,19 @@ def _rules(transforms: Iterable[Transform]) -> Rules:
 def _inverse(transforms: Iterable[Transform]) -> Inverse:
     """The method of the transforms that want factors."""
     return next((t.inverse for t in transforms if t.frequency is not None), "cholesky")
+
+
+def _resolving(
+    combine: Callable[..., Transform], parts: Sequence[Transform]
+) -> Callable[[int | None], Transform] | None:
+    """How a combination is resolved: part by part; None where no part has to be."""
+    if all(part.resolve is None for part in parts):
+        return None
+
+    def resolve(block_size: int | None) -> Transform:
+        return combine(*(p if p.resolve is None else p.resolve(block_size) for p in parts))
+
+    return resolve
 
 
 def chain(*transforms: Transform, shared: bool = False) -> Transform:
@@ -175,8 +192,9 @@ def chain(*transforms: Transform, shared: bool = False) -> Transform:
 
     hook = between if any(transform.between for transform in transforms) else None
     frequency = next(iter(frequencies), None)
-    rules, inverse = _rules(transforms), _inverse(transforms)
-    return Transform(init, update, schedules, frequency, rules, inverse, hook, next(iter(adaptive), None))
+    resolve = _resolving(partial(chain, shared=shared), transforms)
+    asked = _rules(transforms), _inverse(transforms)
+    return Transform(init, update, schedules, frequency, *asked, hook, next(iter(adaptive), None), resolve)
 
 
 def stateless(
@@ -277,7 +295,7 @@ def unscale(inner: Transform) -> Transform:
             signals = replace(signals, moments=moments)
         return inner.update(updates, state, params, signals)
 
-    return inner._replace(update=update)
+    return inner._replace(update=update, resolve=_resolving(unscale, [inner]))
 
 
 def plain_sums(coverage: Coverage) -> set[str]:
@@ -326,7 +344,8 @@ def skip_nonfinite(inner: Transform) -> Transform:
         new, due = inner.between(state.inner, params, signals, taken)
         return state._replace(inner=new), due
 
-    return inner._replace(init=init, update=update, between=between if inner.between else None)
+    hook, resolve = between if inner.between else None, _resolving(skip_nonfinite, [inner])
+    return inner._replace(init=init, update=update, between=hook, resolve=resolve)
 
 
 def partition(transforms: Mapping[str, Transform], groups: Mapping[str, str]) -> Transform:
@@ -388,7 +407,12 @@ def partition(transforms: Mapping[str, Transform], groups: Mapping[str, str]) ->
     frequencies = {transform.frequency for transform in transforms.values()} - {None}
     every, frequency = transforms.values(), next(iter(frequencies), None)
     hook = between if any(transform.between for transform in every) else None
-    return Transform(init, update, schedules, frequency, _rules(every), _inverse(every), hook)
+
+    def again(*resolved: Transform) -> Transform:
+        return partition(dict(zip(transforms, resolved, strict=True)), groups)
+
+    asked = _rules(every), _inverse(every)
+    return Transform(init, update, schedules, frequency, *asked, hook, resolve=_resolving(again, list(every)))
 
 
 def apply_updates(params: Params, updates: Updates) -> dict[str, Tensor]:
