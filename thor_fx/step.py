@@ -171,7 +171,7 @@ class CompiledStep:
         if not self._donate:  # steps run on copies: Dynamo guards on whether a tensor is the model's own
             params, _ = _copies(params, StepState(0, None))
         try:
-            self._run(params, None, batch if buffers is None else (buffers, *batch))
+            self._run(params, None, batch, buffers)
         except _Traced as traced:
             self.coverage = traced.coverage
         if self.coverage is None:
@@ -198,16 +198,19 @@ class CompiledStep:
         hyper = self._hyper(self._tx.hyper(state.step), params)
         wants_factors = self._tx.wants_factors(state.step) or not (state.ready or self._tx.frequency is None)
         call = _Call(wants_factors, [*self._leaves(state.inner), *hyper])
-        loss, aux = self._run(params, call, batch if state.buffers is None else (state.buffers, *batch))
+        loss, aux = self._run(params, call, batch, state.buffers)
         buffers, aux = (None, aux) if state.buffers is None else aux
         # waits for the device, once: in the first step
         ready = state.ready or metrics(state.inner)["skipped_steps"] <= state.step
         return params, StepState(state.step + 1, state.inner, buffers, ready), StepOutput(loss, aux)
 
-    def _run(self, params: Params, call: _Call | None, batch: Sequence[Any]) -> tuple[Tensor, Any]:
+    def _run(
+        self, params: Params, call: _Call | None, batch: Sequence[Any], buffers: Any
+    ) -> tuple[Tensor, Any]:
         self._params, self._call = params, call
+        given = batch if buffers is None else (buffers, *batch)
         try:
-            return self._capture(params, *batch)
+            return self._capture(params, *given, data=batch)
         finally:
             self._params, self._call = {}, None
 
