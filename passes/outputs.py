@@ -33,7 +33,7 @@ class Param:
 
 @dataclass(frozen=True)
 class Frozen:
-    """An input: the parameter called ``name``, which is not trained."""
+    """An input: the parameter called ``name`` (or a matrix that a model holds), which is not trained."""
 
     name: str
 

@@ -112,6 +112,62 @@ def test_a_merged_adapter_is_the_one_that_is_written_out(trained, scale):
     check(loss_fn, lambda tap, p, x: written_out(tap, p, x, scale), params, trained)
 
 
+@pytest.mark.parametrize("trained", [("a", "b"), ("a",), ("b",)])
+@pytest.mark.parametrize("scale", [1, 0.5])
+def test_what_an_adapter_captures_is_a_frozen_weight(trained, scale):
+    """Plain tensors and no parameters: read as data, a matrix of the adapter would have rows of its own."""
+
+    def loss_fn(p, x):
+        p = {"w": W, "a": A, "b": B, **p}
+        return loss_of(x @ (p["w"] + scale * (p["b"] @ p["a"])).T)
+
+    def forward(tap, p, x):
+        return written_out(tap, {"w": W, "a": A, "b": B, **p}, x, scale)
+
+    check(loss_fn, forward, {name: {"a": A, "b": B}[name] for name in trained}, trained)
+
+
+@pytest.mark.parametrize("frozen", ["a", "b"])
+@pytest.mark.parametrize("how", ["buffers of the step", "buffer", "attribute"])
+def test_an_adapter_in_a_module_is_a_frozen_weight(frozen, how):
+    trained = "b" if frozen == "a" else "a"
+    params = {trained: {"a": A, "b": B}[trained]}
+    expected = oracle.factors(
+        case(lambda tap, p, x: written_out(tap, {"w": W, "a": A, "b": B, **p}, x, 1), params, X, terms=ROWS)
+    )[trained]
+    gradient = oracle.loss_and_gradients(
+        case(lambda _, p, x: loss_of(x @ (W + p["b"] @ p["a"]).T), {"a": A, "b": B}, X, terms=ROWS)
+    )[1][trained]
+    U = solve(expected.A, expected.G, gradient)
+    if how == "buffers of the step":
+
+        def loss_fn(p, buffers, x):
+            p = {**p, **buffers}
+            return loss_of(x @ (W + p["b"] @ p["a"]).T), (buffers, None)
+
+        buffers = {frozen: {"a": A, "b": B}[frozen].clone()}
+        step = thor_fx.compile_step(loss_fn, thor_fx.thor(1.0, 0.3, 0.0), backend="eager", donate=False)
+        new, _, _ = step(params, step.init(params, X, buffers=buffers), X)
+        close(params[trained] - new[trained], U)
+        return
+    module = nn.Module()
+    for name, value in (("w", W), ("a", A), ("b", B)):
+        kept = nn.Buffer(value.clone()) if how == "buffer" else value.clone()
+        setattr(module, name, nn.Parameter(value.clone()) if name == trained else kept)
+    module.forward = lambda x: x @ (module.w + module.b @ module.a).T
+    model = thor_fx.compile(module, backend="aot_eager")
+    optimizer = thor_fx.Thor(model, lr=1.0, damping=0.3, momentum=0.0)
+    loss_of(model(X)).backward()
+    optimizer.step()
+    close(params[trained] - getattr(module, trained).detach(), U)
+
+
+def test_where_a_loss_closes_over_all_of_its_data_they_are_data():
+    found = thor_fx.factors(lambda p: loss_of((X @ p["w"].T).tanh() @ p["v"].T), {"w": W, "v": B.T})
+    assert (found["w"].rows, found["v"].rows) == (ROWS, ROWS)
+    close(found["w"].A, X.T @ X / ROWS)
+
+
 @pytest.mark.parametrize("order", ["left", "right"])
 def test_a_product_of_three(order):
     c = random(8, D, OUT, 3)

@@ -16,7 +16,7 @@ import thor_fx
 from eager_thor import SETTINGS, EagerThor, Optimizer, assert_equal_to_hooks, both, errors, take_step
 from thor_fx.compile import collector_of
 from thor_fx.factors import kronecker
-from training import CLASSES, HIDDEN, IN, batches, build, mlp, snapshot, train
+from training import CLASSES, HIDDEN, IN, batches, build, by_functional_door, mlp, snapshot, train
 
 # plain torch.compile, too, makes torch 2.13 warn about the tensors between two graphs
 BETWEEN_GRAPHS = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
@@ -323,6 +323,29 @@ def test_compiled_regions_inside():
     assert sorted(optimizer.coverage.layers) == ["first.weight", "second._orig_mod.weight", "third.0.weight"]
     assert len(collector_of(model).graphs) == 1
     assert_is_that_of_hooks(model, Regions)
+
+
+def compiled_in_its_parts() -> nn.Module:
+    model = Regions()
+    model.second.compile(backend="aot_eager")
+    model.third.compile(backend="aot_eager")
+    return model
+
+
+@BETWEEN_GRAPHS
+def test_compiled_regions_in_the_functional_step():
+    """They are part of the one graph."""
+    found = by_functional_door(build(compiled_in_its_parts), batches(5), **SETTINGS)[-1]
+    eager = build(Regions)
+    train_plainly(eager, EagerThor(eager, **SETTINGS))
+    worst = errors(found, dict(eager.named_parameters()))
+    assert max(worst.values()) < 1e-10, worst
+
+
+def test_a_wrapped_submodule_in_the_functional_step_is_refused():
+    """Torch cannot put other parameters into the wrapper of ``torch.compile`` while it traces."""
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="get_submodule"):
+        by_functional_door(build(with_compiled_regions), batches(1), **SETTINGS)
 
 
 def assert_is_that_of_hooks(model: nn.Module, make: Callable[[], nn.Module]) -> None:

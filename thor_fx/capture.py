@@ -43,6 +43,8 @@ CompilationFailed = BackendCompilerFailed
 LossFn = Callable[..., Any]
 Runner = Callable[..., Sequence[Any]]
 Handler = Callable[["Captured"], Runner]
+Held = Callable[[Tensor], bool]
+"""Whether a tensor belongs to the model or the loss function, and is no data."""
 
 
 @dataclass(frozen=True)
@@ -86,13 +88,16 @@ class LossCapture:
         self._handler = handler
         self._settings = tracing_settings()()
         self._params: Mapping[str, Tensor] = {}
+        self._data: Sequence[Any] = ()
         self._compiled = torch.compile(
             own_code(_loss_and_detached_aux(loss_fn)), backend=self._backend, fullgraph=True, dynamic=dynamic
         )
 
-    def __call__(self, params: Mapping[str, Tensor], *batch: Any) -> tuple[Tensor, Any]:
-        """Run on these arguments; capture first if no guard fits."""
-        self._params = params
+    def __call__(
+        self, params: Mapping[str, Tensor], *batch: Any, data: Sequence[Any] | None = None
+    ) -> tuple[Tensor, Any]:
+        """Run on these arguments; capture first if no guard fits. ``data`` is ``batch`` unless given."""
+        self._params, self._data = params, batch if data is None else data
         try:
             with torch.enable_grad(), self._settings:
                 return self._compiled(params, *batch)
@@ -102,10 +107,11 @@ class LossCapture:
             error.add_note(ONE_GRAPH)
             raise
         finally:
-            self._params = {}
+            self._params, self._data = {}, ()
 
     def _backend(self, forward: fx.GraphModule, _: Sequence[Any]) -> Runner:
-        captured = _capture(forward, self._params)
+        data = {id(leaf) for leaf in pytree.tree_leaves(self._data)}
+        captured = _capture(forward, self._params, lambda tensor: id(tensor) not in data)
         return without_dynamo(self._handler(captured))
 
 
@@ -171,8 +177,8 @@ def _loss_and_detached_aux(loss_fn: LossFn) -> LossFn:
     return loss_and_aux
 
 
-def _capture(forward: fx.GraphModule, params: Mapping[str, Tensor]) -> Captured:
-    inputs = describe_forward_inputs(forward, params)
+def _capture(forward: fx.GraphModule, params: Mapping[str, Tensor], is_held: Held) -> Captured:
+    inputs = describe_forward_inputs(forward, params, is_held)
     _refuse_sparse_gradients(forward, inputs)
     _refuse_subclasses(forward)
     return Captured(step_graph(_joint_of_loss(forward, inputs)), forward, inputs)
@@ -237,21 +243,36 @@ def _detach(forward: fx.GraphModule, positions: Iterable[int]) -> fx.GraphModule
 
 
 def describe_forward_inputs(
-    forward: fx.GraphModule, params: Mapping[str, Tensor]
+    forward: fx.GraphModule, params: Mapping[str, Tensor], is_held: Held
 ) -> tuple[InputDescriptor, ...]:
-    """What every argument of Dynamo's forward graph is, by identity of the tensors it saw."""
+    """What every argument of Dynamo's forward graph is, by identity of the tensors it saw.
+
+    Matrices that are held count as frozen weights: a low-rank adapter may be no parameter. Where
+    everything is held (a loss function that closes over its data), they count as data.
+    """
     names: dict[int, InputDescriptor] = {
         id(tensor): Param(name) if trainable(tensor) else Frozen(name) for name, tensor in params.items()
     }
-    placeholders = forward.graph.find_nodes(op="placeholder")
-    return tuple(_describe_input(i, node, names) for i, node in enumerate(placeholders))
+    arguments = [
+        (node, None if (argument := node.meta.get("grapharg")) is None else argument.example)
+        for node in forward.graph.find_nodes(op="placeholder")
+    ]
+    others = [e for _, e in arguments if isinstance(e, Tensor) and id(e) not in names]
+    has_data = not all(map(is_held, others))
+
+    def describe(index: int, node: fx.Node, example: Any) -> InputDescriptor:
+        if id(example) in names:
+            return names[id(example)]
+        frozen = isinstance(example, torch.nn.Parameter) or (
+            has_data and _is_matrix(example) and is_held(example)
+        )
+        return Frozen(node.name) if frozen else Input(index)
+
+    return tuple(describe(index, node, example) for index, (node, example) in enumerate(arguments))
 
 
-def _describe_input(index: int, node: fx.Node, names: Mapping[int, InputDescriptor]) -> InputDescriptor:
-    argument = node.meta.get("grapharg")
-    example = None if argument is None else argument.example
-    captured = Frozen(node.name) if isinstance(example, torch.nn.Parameter) else Input(index)
-    return names.get(id(example), captured)
+def _is_matrix(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dim() >= 2 and value.is_floating_point()
 
 
 def export_joint(forward: fx.GraphModule, inputs: Sequence[InputDescriptor]) -> fx.GraphModule:

@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 from .arguments import check_type
 from .capture import (
     CompilationFailed,
+    Held,
     Runner,
     add_slots,
     describe_forward_inputs,
@@ -130,7 +131,10 @@ class _Call:
         def factor_backend(forward: fx.GraphModule, inputs: Sequence[Any]) -> Runner:
             params = dict(model.named_parameters())
             self._captures_rnn |= has_recurrent_operator(forward)
-            build = _FactorCompiler(self.collector, self.collector.rules, backend, mode, options, strict)
+            held = {id(t) for part in model.modules() for t in _tensors_of(part)}
+            build = _FactorCompiler(
+                self.collector, self.collector.rules, backend, mode, options, strict, lambda t: id(t) in held
+            )
             return build(forward, inputs, params)
 
         self._plain = torch.compile(own_code(plain), backend=backend, **settings, **kwargs)
@@ -168,6 +172,12 @@ class _Call:
         return bool(self.collector.graphs) and not self._captures_rnn
 
 
+def _tensors_of(module: nn.Module) -> list[Tensor]:
+    """The buffers and the plain tensors that a module has as attributes."""
+    values = (*module.buffers(recurse=False), *vars(module).values())
+    return [value for value in values if isinstance(value, Tensor)]
+
+
 @dataclass(frozen=True)
 class _FactorCompiler:
     """Compiles one of Dynamo's graphs with slots for its factors."""
@@ -178,11 +188,12 @@ class _FactorCompiler:
     mode: str | None
     options: Mapping[str, Any] | None
     strict: bool
+    is_held: Held
 
     def __call__(
         self, forward: fx.GraphModule, inputs: Sequence[Any], params: Mapping[str, Tensor]
     ) -> Runner:
-        described = describe_forward_inputs(forward, params)
+        described = describe_forward_inputs(forward, params, self.is_held)
         if not any(isinstance(descriptor, Param) for descriptor in described):
             return self._compile(forward, inputs, lambda _gm, **_: None, key="")
         found = coverage(find_sites(export_joint(forward, described)), self.rules)

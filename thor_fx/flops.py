@@ -35,7 +35,7 @@ def _flops_of(node: fx.Node) -> int:
         return 0
 
 
-def _convolution_backward(g: Tensor, x: Tensor, weight: Tensor, *settings: Any, **_: Any) -> int:
+def _convolution_backward(g: Tensor, x: Tensor, weight: Tensor, *settings: Any, **_result: Any) -> int:
     """Either gradient takes as much as forward: every entry of the weight once for every place of the kernel.
 
     The kernel of a transposed convolution has a place for every pixel of the input, not of the output.

@@ -192,10 +192,9 @@ class CompiledStep:
         self._hyper = HyperTensors()
         if not self._donate:  # steps run on copies: Dynamo guards on whether a tensor is the model's own
             params, _ = _copies(params, StepState(0, None))
-        batch = batch if buffers is None else (buffers, *batch)
-        chosen = self._choose_block_size(params, batch)
+        chosen = self._choose_block_size(params, batch if buffers is None else (buffers, *batch))
         try:
-            self._run(params, None, batch)
+            self._run(params, None, batch, buffers)
         except _Traced as traced:
             self.coverage = traced.coverage
         if self.coverage is None:
@@ -225,7 +224,7 @@ class CompiledStep:
         hyper = self._hyper({**self._tx.hyper(state.step), **adapted}, params)
         kind = kind_of(self._tx, state.step, state.due, ready=state.ready)
         call = _Call(kind, [*self._leaves(state.inner), *hyper])
-        loss, aux = self._run(params, call, batch if state.buffers is None else (state.buffers, *batch))
+        loss, aux = self._run(params, call, batch, state.buffers)
         buffers, aux = (None, aux) if state.buffers is None else aux
         # waits for the device, once: in the first step
         ready = state.ready or metrics(state.inner)["skipped_steps"] <= state.step
@@ -279,10 +278,13 @@ class CompiledStep:
         self._shapes = [leaf.shape for leaf in pytree.tree_leaves(inner)]
         return inner
 
-    def _run(self, params: Params, call: _Call | None, batch: Sequence[Any]) -> tuple[Tensor, Any]:
+    def _run(
+        self, params: Params, call: _Call | None, batch: Sequence[Any], buffers: Any
+    ) -> tuple[Tensor, Any]:
         self._params, self._call = params, call
+        given = batch if buffers is None else (buffers, *batch)
         try:
-            return self._capture(params, *batch)
+            return self._capture(params, *given, data=batch)
         finally:
             self._params, self._call = {}, None
 
