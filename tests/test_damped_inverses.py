@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from thor_fx.inverses.cholesky import damped_inverse
+from thor_fx.inverses import cholesky, eigen, newton_schulz
 from thor_fx.inverses.pair import damped_reciprocal
 
 
