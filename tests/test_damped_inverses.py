@@ -1,10 +1,17 @@
-"""Inverses that cannot fail silently."""
+"""Inverses that cannot fail silently, whatever the method."""
 
 import pytest
 import torch
 
-from thor_fx.inverses.cholesky import damped_inverse
+from thor_fx.inverses import cholesky, eigen, newton_schulz
 from thor_fx.inverses.pair import damped_reciprocal
+
+
+@pytest.fixture(
+    params=[cholesky, eigen, newton_schulz], ids=lambda method: method.__name__.rpartition(".")[2]
+)
+def damped_inverse(request):
+    return request.param.damped_inverse
 
 
 def matrices(*shape: int, dtype=torch.float64) -> torch.Tensor:
@@ -19,7 +26,7 @@ def previous(m: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("side", [2, 5, 16])
 @pytest.mark.parametrize("damping", [1e-3, 0.5])
-def test_equals_the_inverse_of_the_damped_matrix(side, damping):
+def test_equals_the_inverse_of_the_damped_matrix(damped_inverse, side, damping):
     m = matrices(3, side, side)
     strength = torch.tensor(damping, dtype=m.dtype)
     inverse, failed = damped_inverse(m, strength, previous(m))
@@ -30,7 +37,7 @@ def test_equals_the_inverse_of_the_damped_matrix(side, damping):
     assert failed.dim() == 0
 
 
-def test_every_matrix_has_its_damping():
+def test_every_matrix_has_its_damping(damped_inverse):
     m, damping = matrices(3, 4, 4), torch.tensor([0.1, 1.0, 10.0])[:, None, None]
     inverse, _ = damped_inverse(m, damping, previous(m))
     for got, one, strength in zip(inverse, m, damping.flatten(), strict=True):
@@ -59,7 +66,7 @@ def singular(m):
     [bad_entry(float("nan")), bad_entry(float("inf")), bad_entry(-float("inf")), indefinite, singular],
     ids=["nan", "inf", "-inf", "indefinite", "singular"],
 )
-def test_a_matrix_without_an_inverse_keeps_the_previous_one_and_is_counted(spoil):
+def test_a_matrix_without_an_inverse_keeps_the_previous_one_and_is_counted(damped_inverse, spoil):
     m = matrices(3, 4, 4)
     before, clean = previous(m), damped_inverse(m, torch.tensor(0.5), previous(m))[0]
     spoil(m)
@@ -70,21 +77,21 @@ def test_a_matrix_without_an_inverse_keeps_the_previous_one_and_is_counted(spoil
 
 
 @pytest.mark.parametrize("damping", [float("nan"), float("inf")])
-def test_a_damping_that_is_no_number_fails_all(damping):
+def test_a_damping_that_is_no_number_fails_all(damped_inverse, damping):
     m = matrices(3, 4, 4)
     inverse, failed = damped_inverse(m, torch.tensor(damping), previous(m))
     assert failed == 3
     assert torch.equal(inverse, previous(m))
 
 
-def test_an_inverse_that_overflows_is_a_failure():
+def test_an_inverse_that_overflows_is_a_failure(damped_inverse):
     m = torch.full((1, 1, 1), 1e-40)
     inverse, failed = damped_inverse(m, torch.tensor(0.0), torch.ones_like(m))
     assert failed == 1
     assert inverse == 1
 
 
-def test_arguments_are_left_alone():
+def test_arguments_are_left_alone(damped_inverse):
     m = matrices(2, 3, 3)
     kept, before = m.clone(), previous(m)
     damped_inverse(m, torch.tensor(0.1), before)

@@ -1,16 +1,22 @@
 """Eigenbasis and second moments, against dense solves and a loop by hand."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
 import oracle
-from stacks import BLOCK, KINDS, LAMBDA, TERMS, Stacked, random, tensors
+from stacks import BLOCK, KINDS, LAMBDA, TERMS, Stacked, layer, random, tensors
 from thor_fx.inverses import METHODS, Stack
 from thor_fx.inverses.eigen import decompose, eigh
 from thor_fx.inverses.ekfac import DECAY
+from thor_fx.layers import Coverage
+from thor_fx.passes.sides import Side
+from thor_fx.precondition import precondition
+from thor_fx.schedule import Schedule
+from thor_fx.transform import Signals
 
 METHOD = METHODS["ekfac"]
 
@@ -40,14 +46,14 @@ def test_every_step_is_that_of_a_loop_by_hand(kinds):
     for step in range(5):
         gradients, lam = random(step, *case.gradients.shape), LAMBDA * (1 + step)
         update, state = METHOD.apply(state, gradients, TERMS, lam)
-        for layer, (q_a, q_g, s) in enumerate(by_hand):
-            p = q_g.T @ gradients[layer] @ q_a
+        for place, (q_a, q_g, s) in enumerate(by_hand):
+            p = q_g.T @ gradients[place] @ q_a
             scaled = torch.zeros_like(p)
             for i, j in itertools.product(*map(range, p.shape)):
                 scaled[i, j] = p[i, j] / (s[i, j] + lam)
                 s[i, j] = DECAY * s[i, j] + (1 - DECAY) * TERMS * p[i, j] ** 2
             expected = q_g @ scaled @ q_a.T
-            torch.testing.assert_close(update[layer], expected, rtol=1e-10, atol=1e-10)
+            torch.testing.assert_close(update[place], expected, rtol=1e-10, atol=1e-10)
 
 
 def test_where_the_basis_diagonalises_the_fisher_matrix_the_step_is_its_inverse():
@@ -114,6 +120,28 @@ def test_moments_that_overflow_are_a_failure():
 def test_without_factors_of_either_side_it_needs_no_refresh():
     case = Stacked("ekfac", "no side")
     torch.testing.assert_close(case.apply(case.state), case.gradients / (1 + LAMBDA))
+
+
+def test_a_layer_without_a_gradient_keeps_its_moments():
+    """Of two layers of one shape, in a plain step."""
+    params = {name: random(i, 3, 2) for i, name in enumerate("ab")}
+    layers = {name: replace(layer(Side(3), Side(2)), name=name, param=name) for name in params}
+    signals = Signals(Coverage(layers, (), {}), {"damping": LAMBDA})
+    tx = precondition(Schedule("damping", 0.2), inverse="ekfac")
+    state = tx.init(params, signals.coverage)
+    ((key, _),) = state.inverses.items()
+    known, _ = Stacked("ekfac", "dense").refresh()
+    state = state._replace(inverses={key: known}, terms=TERMS)
+    gradients = {"b": random(7, 3, 2)}
+    updates, after = tx.update(gradients, state, params, signals)
+    expected, moved = METHOD.apply(
+        known, torch.stack([torch.zeros(3, 2).double(), gradients["b"]]), TERMS, LAMBDA
+    )
+    torch.testing.assert_close(updates["b"], expected[1])
+    (old,), (new,) = known.moments, after.inverses[key].moments
+    assert torch.equal(new[0], old[0])
+    torch.testing.assert_close(new[1], moved.moments[0][1])
+    assert not torch.equal(new[1], old[1])
 
 
 # --- the decomposition that it shares with ``eigen`` ---------------------------------------------------

@@ -160,6 +160,12 @@ class Coverage:
         """The parameters that belong to a layer."""
         return frozenset(name for layer in self.layers.values() for name in layer.params)
 
+    @property
+    def plain_sums(self) -> frozenset[str]:
+        """The names of sums whose cotangents are not squared."""
+        every = (sums for layer in self.layers.values() for sums in layer.sums)
+        return frozenset(sums.name for sums in every if sums.output.kind == "mean")
+
     def check(self, dims: Mapping[str, int]) -> None:
         """Refuse a coverage in which a weight takes the first-order rule.
 

@@ -286,7 +286,7 @@ def unscale(inner: Transform) -> Transform:
         if signals.gradient_scale is not None:
             updates = {name: u / signals.gradient_scale for name, u in updates.items()}
         if signals.loss_scale is not None and signals.moments is not None:
-            scale, plain = signals.loss_scale, plain_sums(signals.coverage)
+            scale, plain = signals.loss_scale, signals.coverage.plain_sums
             powers = {name: scale if name in plain else scale**2 for name in signals.moments}
             moments = {
                 name: m if m.cotangents is None else m._replace(cotangents=m.cotangents / powers[name])
@@ -296,12 +296,6 @@ def unscale(inner: Transform) -> Transform:
         return inner.update(updates, state, params, signals)
 
     return inner._replace(update=update, resolve=_resolving(unscale, [inner]))
-
-
-def plain_sums(coverage: Coverage) -> set[str]:
-    """The names of sums of cotangents, and not of their squares."""
-    every = (sums for layer in coverage.layers.values() for sums in layer.sums)
-    return {sums.name for sums in every if sums.output.kind == "mean"}
 
 
 class SkipState(NamedTuple):

@@ -75,7 +75,7 @@ def damped_inverse(matrices: Tensor, damping: Tensor, previous: Tensor) -> tuple
 
 def _bound(damped: Tensor) -> Tensor:
     """At least the largest eigenvalue, and no square that may overflow: (N, 1, 1)."""
-    trace = damped.diagonal(dim1=-2, dim2=-1).sum(-1)
+    trace = damped.flatten(1)[:, :: damped.shape[-1] + 1].sum(-1)
     return trace.minimum(damped.abs().sum(-1).amax(-1))[:, None, None]
 
 
