@@ -271,6 +271,18 @@ def test_a_measuring_step_inverts_nothing(monkeypatch):
     assert averages == {"plain": 0, "measure": 4, "refresh": 4}
 
 
+def test_a_plain_step_writes_what_it_changes(monkeypatch):
+    """Parameters, momentum and the counter of skipped steps: no inverse, no average."""
+    seen = []
+    compile_graph = thor_fx.step.compile_graph
+    monkeypatch.setattr(
+        "thor_fx.step.compile_graph", lambda gm, *a, **k: seen.append(gm) or compile_graph(gm, *a, **k)
+    )
+    make_step(ByTrace(), factor_decay=DECAY)
+    writes = [node for node in seen[0].graph.nodes if node.target is torch.ops.aten.copy_.default]
+    assert len(writes) == 4 + 4 + 1
+
+
 def test_kinds_of_steps(monkeypatch):
     assert kinds_of(monkeypatch, None, batches(5)) == "rprpr"
     assert kinds_of(monkeypatch, Every(4), batches(5)) == "rpmpm"

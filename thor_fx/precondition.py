@@ -127,8 +127,8 @@ def precondition(
         groups = by_shape(signals.coverage, params)
         terms = _terms(batch_size, signals.terms, state.terms)
         state = state if terms is state.terms else state._replace(terms=terms)
-        if signals.moments and groups:
-            present = _present(signals)
+        present = _present(signals)
+        if signals.moments and present:
             renewed = present if signals.refreshes is None else present & signals.refreshes
             if isinstance(state.memory, Memory):
                 memory, lost = remember(state, signals, renewed)
