@@ -1,6 +1,7 @@
 """``refresh=``: which inverses are recomputed, and after which step."""
 
 import io
+import itertools
 from collections.abc import Iterable
 from typing import Any
 
@@ -563,6 +564,23 @@ def test_of_several_the_earliest_step_counts():
     state, due = run_hook(partition(parts, {"a": "x", "b": "y", "c": "z"}), ["a", "b", "c"])
     assert (due, {label: int(count) for label, count in state.items()}) == (9, {"x": 1, "y": 1, "z": 1})
     assert run_hook(chain(counting(None)))[1] is None
+
+
+def test_beside_a_transform_without_a_rule(monkeypatch):
+    """It inverts in every factor step and gets its factors at its frequency, whatever the rule wants."""
+    own = {"damping": 0.1, "momentum": 0.9, "lr": 0.0, "frequency": 2}
+    parts = {"x": thor_fx.thor(**own, refresh=ByTrace(0.1, 0.1)), "y": thor_fx.thor(**own)}
+    groups = {name: "x" if name.startswith("0") else "y" for name in dict(build(mlp).named_parameters())}
+    model = build(mlp)
+    step = thor_fx.compile_step(classifier_loss(model), partition(parts, groups), backend="eager")
+    params, data = snapshot(dict(model.named_parameters())), batches(1)
+    state, inverses = step.init(params, *data[0]), []
+    for batch in [*data * 4, *batches(5)]:
+        params, state, _ = step(params, state, *batch)
+        inverses.append([leaf.clone() for leaf in pytree.tree_leaves(state.inner["y"].inner)][:2])
+    changed = [not torch.equal(a[0], b[0]) for a, b in itertools.pairwise(inverses)]
+    assert thor_fx.metrics(state)["frozen"] == 1
+    assert [i + 1 for i, new in enumerate(changed) if new] == [6, 8]
 
 
 @pytest.mark.inductor

@@ -129,7 +129,7 @@ def precondition(
         state = state if terms is state.terms else state._replace(terms=terms)
         present = _present(signals)
         if signals.moments and present:
-            renewed = present if signals.refreshes is None else present & signals.refreshes
+            renewed = renewal.inverted(present, signals.refreshes)
             if isinstance(state.memory, Memory):
                 memory, lost = remember(state, signals, renewed)
                 state = state._replace(memory=memory, failures=state.failures + lost)
