@@ -178,7 +178,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "joint biases": {"bias": "joint", "batch_size": 50, "loss_scale": 8.0},
     "long sides": {"max_dim": 5, "block_size": 2},
     "diagonals": {"max_dim": 5, "long_side": "diagonal"},
-    "one side": {"max_dim": 5, "long_side": "identity"},
+    "one side": {"max_dim": 5, "long_side": "identity", "refresh": thor_fx.Staggered(2)},
 }
 
 
@@ -248,6 +248,22 @@ def test_micro_batches_are_one_batch():
         optimizer.zero_grad()
         found.append(snapshot(dict(model.named_parameters())))
     assert_same(found, expected, rtol=1e-10)
+
+
+def test_a_changing_loss_scale_changes_nothing():
+    """Every batch enters without the scale it was measured with."""
+    data = batches(7)
+    expected = by_functional_door(build(mlp), data, **SETTINGS, factor_decay=DECAY, refresh=thor_fx.Every(4))
+    model = thor_fx.compile(build(mlp), backend="aot_eager")
+    optimizer = thor_fx.Thor(model, **SETTINGS, factor_decay=DECAY, refresh=thor_fx.Every(4))
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=1)
+    for (x, y), after in zip(data, expected, strict=True):
+        scaler.scale(F.cross_entropy(model(x), y)).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        assert_same([snapshot(dict(model.named_parameters()))], [after])
+    assert scaler.get_scale() == 4 * 2**7
 
 
 class Broken(nn.Module):

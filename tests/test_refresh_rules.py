@@ -1,6 +1,7 @@
 """``refresh=``: which inverses are recomputed, and after which step."""
 
 import io
+import itertools
 from collections.abc import Iterable
 from typing import Any
 
@@ -271,8 +272,19 @@ def test_a_measuring_step_inverts_nothing(monkeypatch):
     assert averages == {"plain": 0, "measure": 4, "refresh": 4}
 
 
+def test_a_plain_step_writes_what_it_changes(monkeypatch):
+    """Parameters, momentum and the counter of skipped steps: no inverse, no average."""
+    seen = []
+    compile_graph = thor_fx.step.compile_graph
+    monkeypatch.setattr(
+        "thor_fx.step.compile_graph", lambda gm, *a, **k: seen.append(gm) or compile_graph(gm, *a, **k)
+    )
+    make_step(ByTrace(), factor_decay=DECAY)
+    writes = [node for node in seen[0].graph.nodes if node.target is torch.ops.aten.copy_.default]
+    assert len(writes) == 4 + 4 + 1
+
+
 def test_kinds_of_steps(monkeypatch):
-    assert kinds_of(monkeypatch, None, batches(5)) == "rprpr"
     assert kinds_of(monkeypatch, Every(4), batches(5)) == "rpmpm"
     nan = [(x * torch.nan, y) for x, y in batches(2)]
     assert kinds_of(monkeypatch, Every(4), [*nan, *batches(3)]) == "rrrpm", "until a step was not skipped"
@@ -332,10 +344,9 @@ def both_doors(data: list[Batch], **settings: Any) -> list[Parameters]:
 
 
 SCHEDULES = {
-    Every(4): {4: LAYERS, 8: LAYERS},
     Every(5): {5: LAYERS, 10: LAYERS},
+    # 6^3 + 5^3 before 3^3 + 6^3
     Staggered(2, steps=4): {4: ["0.weight"], 6: ["2.weight"], 8: ["0.weight"], 10: ["2.weight"]},
-    Staggered(2): {s: [LAYERS[(s - 2) % 2]] for s in range(2, 12)},  # 6^3 + 5^3 before 3^3 + 6^3
 }
 
 
@@ -354,7 +365,8 @@ def test_a_rule_without_averages_inverts_the_last_batch():
     expected = slow_trajectory(
         build(mlp), data, decay=0.0, after=lambda step: LAYERS if step % 4 == 0 else [], **SETTINGS
     )
-    assert_same(both_doors(data, refresh=Every(4)), expected, rtol=1e-10)
+    found = by_functional_door(build(mlp), data, **SETTINGS, refresh=Every(4))
+    assert_same(found, expected, rtol=1e-10)
 
 
 class TraceThor(AveragedThor):
@@ -416,10 +428,8 @@ def test_a_skipped_step_freezes_nothing():
     """It leaves the traces as they were: that is no sign of rest."""
     data = batches(5)
     data[2] = data[2][0] * torch.nan, data[2][1]
-    for door in (by_functional_door, by_drop_in_door):
-        found = door(build(mlp), data, **SETTINGS, refresh=ByTrace(0.0001, 0.0001))
-        kept = door(build(mlp), data, **SETTINGS, refresh=ByTrace(0.0001, 0.0))
-        assert_same(found, kept)
+    found = by_drop_in_door(build(mlp), data, **SETTINGS, refresh=ByTrace(0.0001, 0.0001))
+    assert_same(found, by_functional_door(build(mlp), data, **SETTINGS, refresh=ByTrace(0.0001, 0.0)))
 
 
 # --- programs -------------------------------------------------------------------------------------
@@ -476,7 +486,7 @@ def test_groups_of_parameters():
 
 # --- saving and loading ---------------------------------------------------------------------------
 
-RULES = [Every(4), Staggered(2, steps=4), ByTrace(0.05, 0.02, growth=2)]
+RULES = [Staggered(2, steps=4), ByTrace(0.05, 0.02, growth=2)]
 
 
 def through_a_file(state: Any, weights_only: bool = True) -> Any:
@@ -554,6 +564,23 @@ def test_of_several_the_earliest_step_counts():
     state, due = run_hook(partition(parts, {"a": "x", "b": "y", "c": "z"}), ["a", "b", "c"])
     assert (due, {label: int(count) for label, count in state.items()}) == (9, {"x": 1, "y": 1, "z": 1})
     assert run_hook(chain(counting(None)))[1] is None
+
+
+def test_beside_a_transform_without_a_rule(monkeypatch):
+    """It inverts in every factor step and gets its factors at its frequency, whatever the rule wants."""
+    own = {"damping": 0.1, "momentum": 0.9, "lr": 0.0, "frequency": 2}
+    parts = {"x": thor_fx.thor(**own, refresh=ByTrace(0.1, 0.1)), "y": thor_fx.thor(**own)}
+    groups = {name: "x" if name.startswith("0") else "y" for name in dict(build(mlp).named_parameters())}
+    model = build(mlp)
+    step = thor_fx.compile_step(classifier_loss(model), partition(parts, groups), backend="eager")
+    params, data = snapshot(dict(model.named_parameters())), batches(1)
+    state, inverses = step.init(params, *data[0]), []
+    for batch in [*data * 4, *batches(5)]:
+        params, state, _ = step(params, state, *batch)
+        inverses.append([leaf.clone() for leaf in pytree.tree_leaves(state.inner["y"].inner)][:2])
+    changed = [not torch.equal(a[0], b[0]) for a, b in itertools.pairwise(inverses)]
+    assert thor_fx.metrics(state)["frozen"] == 1
+    assert [i + 1 for i, new in enumerate(changed) if new] == [6, 8]
 
 
 @pytest.mark.inductor

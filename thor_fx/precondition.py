@@ -94,9 +94,7 @@ def precondition(
     renewal = Renewal(factor_decay or 0.0, refresh_rule, frequency, block_size)
     remembers = factor_decay is not None or refresh_rule is not None
     method = METHODS[inverse]
-    made = _Preconditioner(
-        method, renewal if remembers else None, damping_rule, block_size, loss_scale, batch_size
-    )
+    made = _Preconditioner(method, renewal, remembers, damping_rule, block_size, loss_scale, batch_size)
     hook = None if refresh_rule is None else made.between
     return Transform(made.init, made.update, {"damping": damping}, frequency, rules, inverse, hook)
 
@@ -106,7 +104,8 @@ class _Preconditioner:
     """The functions of :func:`precondition`; all of them are pure."""
 
     method: Method
-    renewal: Renewal | None
+    renewal: Renewal
+    remembers: bool
     damping_rule: DampingRule
     block_size: int | None
     loss_scale: float
@@ -121,7 +120,7 @@ class _Preconditioner:
         any_param = _accumulator(next(iter(params.values())))
         terms = torch.full_like(any_param, self.batch_size or 1)
         like = {name: _accumulator(params[layer.param]) for name, layer in coverage.layers.items()}
-        memory = self.renewal.init(coverage.layers, like) if self.renewal and like else ()
+        memory = self.renewal.init(coverage.layers, like) if self.remembers and like else ()
         return PreconditionState(inverses, terms, torch.zeros_like(terms, dtype=torch.int64), memory)
 
     def update(
@@ -130,7 +129,7 @@ class _Preconditioner:
         lam, groups = signals.hyper["damping"], by_shape(signals.coverage, params)
         terms = _terms(self.batch_size, signals.terms, state.terms)
         state = state if terms is state.terms else state._replace(terms=terms)
-        if signals.moments and groups:
+        if _present(signals):
             state = self._measured(state, groups, signals)
         new = {name: u / self.loss_scale for name, u in updates.items()}
         for name in set(signals.coverage.norms) & set(updates):
@@ -148,7 +147,6 @@ class _Preconditioner:
     ) -> tuple[PreconditionState, int | None]:
         if not isinstance(state.memory, Memory):  # no layers
             return state, None
-        assert self.renewal is not None
         lam = signals.hyper["damping"]
         wanted, memory, due = self.renewal.choose(state.memory, signals.coverage.layers, lam, taken)
         state = state._replace(memory=memory)
@@ -160,10 +158,9 @@ class _Preconditioner:
     ) -> PreconditionState:
         """The state after the factors of a step, with the inverses that are recomputed in it."""
         lam, present = signals.hyper["damping"], _present(signals)
-        chosen = present if signals.refreshes is None else present & signals.refreshes
+        chosen = self.renewal.inverted(present, signals.refreshes)
         if not isinstance(state.memory, Memory):
             return self._renewed(state, groups, chosen, self._factors(signals, state.terms), lam)
-        assert self.renewal is not None
         # a number of terms that is given ends in the product itself
         factors = self._factors(signals, self.batch_size or state.terms)
         layers = signals.coverage.layers

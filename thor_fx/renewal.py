@@ -71,6 +71,10 @@ class Renewal:
         """The layers with the sides that their averages are kept in."""
         return {key: [as_kept(layer, self.block_size) for layer in layers] for key, layers in groups.items()}
 
+    def inverted(self, present: set[str], refreshes: frozenset[str] | None) -> set[str]:
+        """The layers to invert in a step, of those that have factors; without a rule all."""
+        return present if self.rule is None or refreshes is None else present & refreshes
+
     def measure(
         self,
         memory: Memory,

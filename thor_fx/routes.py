@@ -10,7 +10,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from .layers import Coverage
-from .transform import Params, Signals, State, Taken, Transform, Updates, chain, earliest
+from .transform import Params, Signals, State, Taken, Transform, Updates, after, chain, earliest
 
 NOTHING = chain()
 """The transform that changes nothing."""
@@ -58,11 +58,9 @@ def by_coverage(layers: Transform, others: Transform) -> Transform:
     ) -> tuple[RouteState, int | None]:
         states, dues = [], []
         for tx, old, own in zip((layers, others), state, _split(params, signals.coverage), strict=True):
-            after, due = old, None
-            if own and tx.between is not None:
-                told = replace(signals, coverage=signals.coverage.restrict(frozenset(own)))
-                after, due = tx.between(old, own, told, taken)
-            states.append(after)
+            told = replace(signals, coverage=signals.coverage.restrict(frozenset(own)))
+            new, due = after(tx, old, own, told, taken) if own else (old, None)
+            states.append(new)
             dues.append(due)
         return RouteState(*states), earliest(dues)
 

@@ -113,6 +113,16 @@ class Transform(NamedTuple):
 Between = Callable[[State, Params, Signals, Taken], tuple[State, int | None]]
 
 
+def after(
+    transform: Transform, state: State, params: Params, signals: Signals, taken: Taken
+) -> tuple[State, int | None]:
+    """What a transform does between steps; one without a hook wants factors at its frequency."""
+    if transform.between is not None:
+        return transform.between(state, params, signals, taken)
+    every = transform.frequency if taken.measured else None
+    return state, None if every is None else taken.step + every - taken.step % every
+
+
 def earliest(steps: Iterable[int | None]) -> int | None:
     """The first of the steps in which factors are due; None: nobody has named one."""
     return min((step for step in steps if step is not None), default=None)
@@ -187,7 +197,7 @@ def chain(*transforms: Transform, shared: bool = False) -> Transform:
         state: State, params: Params, signals: Signals, taken: Taken
     ) -> tuple[tuple[State, ...], int | None]:
         links = zip(transforms, state, strict=True)
-        results = [t.between(s, params, signals, taken) if t.between else (s, None) for t, s in links]
+        results = [after(transform, own, params, signals, taken) for transform, own in links]
         return tuple(new for new, _ in results), earliest(due for _, due in results)
 
     hook = between if any(transform.between for transform in transforms) else None
@@ -392,10 +402,10 @@ def partition(transforms: Mapping[str, Transform], groups: Mapping[str, str]) ->
     def between(state: State, params: Params, signals: Signals, taken: Taken) -> tuple[State, int | None]:
         new_state, dues = dict(state), []
         for label, inner in state.items():
-            hook, own = transforms[label].between, members(label, params)
-            if hook is not None:
-                new_state[label], due = hook(inner, own, restrict(label, own, signals), taken)
-                dues.append(due)
+            own = members(label, params)
+            known = restrict(label, own, signals)
+            new_state[label], due = after(transforms[label], inner, own, known, taken)
+            dues.append(due)
         return new_state, earliest(dues)
 
     frequencies = {transform.frequency for transform in transforms.values()} - {None}
