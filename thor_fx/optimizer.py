@@ -1,5 +1,6 @@
 """The drop-in door's optimizer: a shell around :func:`thor_fx.thor`, without mathematics of its own."""
 
+import itertools
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -178,6 +179,7 @@ class Thor(torch.optim.Optimizer):
         check_backend(self._backend)
         self.block_size_report: BlockSizeReport | None = None
         self._schedules: list[dict[str, Schedule]] = []
+        self._adapts: list[bool] = []  # whether the damping of a group follows the loss
         self._warned = False
         self._overdue = False
         self._waiting: dict[str, int] = {}  # layers and parameters without factors, and until when
@@ -206,8 +208,9 @@ class Thor(torch.optim.Optimizer):
             del given["fallback_lr"]
         schedules = {name: SCHEDULES[name](value) for name, value in given.items()}
         group |= {name: schedule(0) for name, schedule in schedules.items()}
-        if isinstance(given["damping"], LevenbergMarquardt):
-            group |= {"damping": self._adapted_damping(given["damping"]), "adapts": True}
+        adapts = isinstance(given["damping"], LevenbergMarquardt)
+        if adapts:
+            group["damping"] = self._adapted_damping(given["damping"])
         if self.param_groups:
             group["step"] = self.param_groups[0]["step"]
         if self._options.block_size == "auto":
@@ -216,6 +219,7 @@ class Thor(torch.optim.Optimizer):
         super().add_param_group(group)
         self._schedules.append(schedules)
         self._set_due(None)
+        self._adapts.append(adapts)
         self._forget()
 
     def _with_rest(self, groups: list[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -461,16 +465,15 @@ class Thor(torch.optim.Optimizer):
         later = loss_again(closure, self._params.values(), self._collector)
         damping = self._adapted_damping(adaptive)
         damping = adaptive.after(damping, self._inner, before, later)
-        for group in self.param_groups:
-            if group.get("adapts"):
-                group["damping"] = damping
+        for group in itertools.compress(self.param_groups, self._adapts):
+            group["damping"] = damping
 
     def _adapted_damping(self, rule: LevenbergMarquardt) -> float:
         """The damping of the groups that follow the rule."""
         if rule is not self._options.adaptive:
             raise ValueError("LevenbergMarquardt adapts one damping: pass it to Thor, not to a group")
-        known = (group["damping"] for group in self.param_groups if group.get("adapts"))
-        return float(next(known, rule.initial))
+        known = itertools.compress(self.param_groups, self._adapts)
+        return float(next((group["damping"] for group in known), rule.initial))
 
     def _rates(self) -> list[Tensor]:
         """The hyper-parameters of this step, as tensors in the order of their names."""
