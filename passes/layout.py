@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
+from torch import Tensor
+
 from .biases import Bias
 from .lookups import Bag, OneHot
 from .operands import Operand, Pooled
@@ -20,6 +22,9 @@ from .walk import Site
 SharingName = Literal["expand", "reduce"]
 Sharing = SharingName | Callable[[str], SharingName]
 BiasRule = Literal["raw", "joint"]
+Fisher = Literal["empirical", "sampled", "exact"]
+LikelihoodName = Literal["categorical", "bernoulli", "gaussian"]
+Likelihood = LikelihoodName | Callable[[Tensor], Tensor]
 LongSide = Literal["blocks", "diagonal", "identity"]
 
 
@@ -34,6 +39,10 @@ class Rules:
         max_dim: the longest side with a whole factor; None: no limit.
         long_side: what a longer side keeps: diagonal ``"blocks"``, its ``"diagonal"``, or nothing.
         block_size: of those blocks; None: ``max_dim``.
+        fisher: where cotangents come from: ``"empirical"``: from the loss; ``"sampled"`` and ``"exact"``: from
+            the likelihood of the model's output, :mod:`thor_fx.passes.scores`.
+        likelihood: its name, or a function that draws scores; None: as read off the loss.
+        loss_scale: what the loss is multiplied by inside of the graph.
     """
 
     sharing: Sharing = "expand"
@@ -41,6 +50,9 @@ class Rules:
     max_dim: int | None = None
     long_side: LongSide = "blocks"
     block_size: int | None = 128
+    fisher: Fisher = "empirical"
+    likelihood: Likelihood | None = None
+    loss_scale: float = 1.0
 
 
 @dataclass(frozen=True)

@@ -52,6 +52,7 @@ from .passes.outputs import (
 )
 
 CompilationFailed = BackendCompilerFailed
+GraphBreak = Unsupported
 LossFn = Callable[..., Any]
 Runner = Callable[..., Sequence[Any]]
 Handler = Callable[["Captured"], Runner]

@@ -20,7 +20,7 @@ from .layers import Coverage
 from .metrics import metrics
 from .optimizer_state import layers_with_inverses, parts, restore, views
 from .options import MAX_DIM, Options, number_schedule
-from .passes.layout import BiasRule, LongSide, Sharing, layer_of
+from .passes.layout import BiasRule, Fisher, Likelihood, LongSide, Sharing, layer_of
 from .refresh import DampingRule
 from .scaling import Scaler, scales_of
 from .schedule import Schedule, Value
@@ -64,6 +64,9 @@ class Thor(torch.optim.Optimizer):
         bias: ``"raw"`` or ``"joint"``.
         max_dim: the longest side of a layer with a whole factor.
         long_side: what a longer side keeps: ``"blocks"``, ``"diagonal"`` or ``"identity"``.
+        fisher: ``"empirical"``, ``"sampled"`` or ``"exact"``: see :func:`thor_fx.thor`. The last two need the
+            model as one graph, and a ``likelihood`` where it does not return its loss itself.
+        likelihood: ``"categorical"``, ``"bernoulli"``, ``"gaussian"``, a callable or None.
         backend: compiles the update: ``"inductor"``, or ``"eager"`` to interpret it; None: as the model.
 
     Raises:
@@ -95,6 +98,8 @@ class Thor(torch.optim.Optimizer):
         bias: BiasRule = "raw",
         max_dim: int | None = MAX_DIM,
         long_side: LongSide = "blocks",
+        fisher: Fisher = "empirical",
+        likelihood: Likelihood | None = None,
         backend: str | None = None,
     ) -> None:
         self._model = model
@@ -115,6 +120,8 @@ class Thor(torch.optim.Optimizer):
             bias=bias,
             max_dim=max_dim,
             long_side=long_side,
+            fisher=fisher,
+            likelihood=likelihood,
         )
         self._backend = self._collector.backend if backend is None else backend
         check_backend(self._backend)
@@ -293,7 +300,13 @@ class Thor(torch.optim.Optimizer):
         self, gradients: Mapping[str, Tensor], moments: Mapping[str, Moments], terms: Tensor | None
     ) -> None:
         measured = [] if terms is None else [terms]
-        scales = scales_of(self, self._scaler, self._inner.skipped.device, HyperTensors.dtype(self._params))
+        scales = scales_of(
+            self,
+            self._scaler,
+            self._inner.skipped.device,
+            HyperTensors.dtype(self._params),
+            of_factors=self._options.fisher == "empirical",
+        )
         key = tuple(gradients), tuple(moments), terms is not None, tuple(scales)
         if key not in self._compiled:
             self._compiled[key] = self._compile(gradients, moments, terms, scales)

@@ -1,11 +1,11 @@
 """The arguments of THOR, checked once for both doors."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from .arguments import check_choice, check_integer, check_number, check_sharing, check_type, shown
-from .passes.layout import BiasRule, LongSide, Rules, Sharing
+from .arguments import check_choice, check_integer, check_likelihood, check_number, check_sharing, check_type, shown
+from .passes.layout import BiasRule, Fisher, Likelihood, LongSide, Rules, Sharing
 from .refresh import DampingRule
 from .schedule import Schedule
 
@@ -34,6 +34,8 @@ class Options:
     bias: BiasRule = "raw"
     max_dim: int | None = MAX_DIM
     long_side: LongSide = "blocks"
+    fisher: Fisher = "empirical"
+    likelihood: Likelihood | None = None
 
     def __post_init__(self) -> None:
         check_number("loss_scale", self.loss_scale, positive=True)
@@ -49,12 +51,18 @@ class Options:
         check_choice("bias", self.bias, BiasRule)
         check_integer("max_dim", self.max_dim, optional=True)
         check_choice("long_side", self.long_side, LongSide)
+        check_choice("fisher", self.fisher, Fisher)
+        check_likelihood("likelihood", self.likelihood)
         _check_split_indices(self.split_indices)
 
     @property
     def rules(self) -> Rules:
         """What is measured of every layer."""
-        return Rules(self.sharing, self.bias, self.max_dim, self.long_side, self.block_size)
+        rules = Rules(self.sharing, self.bias, self.max_dim, self.long_side, self.block_size)
+        if self.fisher == "empirical":
+            return rules
+        scale = float(self.loss_scale)
+        return replace(rules, fisher=self.fisher, likelihood=self.likelihood, loss_scale=scale)
 
     def decays(self, name: str) -> bool:
         """Whether weight decay applies to the parameter called ``name``."""

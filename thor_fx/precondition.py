@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from . import blocks
-from .factors import factor_pair
+from .factors import cotangent_scale, factor_pair
 from .layers import Coverage, Layer
 from .passes.layout import Rules
 from .passes.reindex import put, take
@@ -87,7 +87,9 @@ def precondition(
         terms = _terms(batch_size, signals.terms, state.terms)
         state = state if terms is state.terms else state._replace(terms=terms)
         if signals.moments and groups:
-            measured = partial(factor_pair, signals.moments, terms=terms, loss_scale=loss_scale)
+            n = terms if signals.terms is None else signals.terms
+            scale = cotangent_scale(rules.fisher, terms, n, loss_scale)
+            measured = partial(factor_pair, signals.moments, scale=scale)
             present = {
                 key: [any(sums.name in signals.moments for sums in layer.sums) for layer in layers]
                 for key, layers in groups.items()

@@ -15,7 +15,7 @@ and none of it where a gradient is not finite.
 from collections.abc import Callable, Sequence
 
 from .options import MAX_DIM, Options, number_schedule
-from .passes.layout import BiasRule, LongSide, Sharing
+from .passes.layout import BiasRule, Fisher, Likelihood, LongSide, Sharing
 from .precondition import precondition
 from .refresh import DampingRule
 from .schedule import Schedule, Value
@@ -52,6 +52,8 @@ def thor(
     bias: BiasRule = "raw",
     max_dim: int | None = MAX_DIM,
     long_side: LongSide = "blocks",
+    fisher: Fisher = "empirical",
+    likelihood: Likelihood | None = None,
 ) -> Transform:
     """THOR as a pure transform, for :func:`thor_fx.compile_step`.
 
@@ -77,6 +79,12 @@ def thor(
         max_dim: the longest side of a layer with a whole factor; None: no limit.
         long_side: what a longer side keeps: ``"blocks"`` of ``block_size``, its ``"diagonal"``, or
             nothing (``"identity"``: the gradient is preconditioned from the other side only).
+        fisher: where the rows of ``G`` come from: ``"empirical"``: from the gradients of the loss (free);
+            ``"sampled"``: from labels drawn from the model's own predictive distribution (one more backward
+            in a factor step); ``"exact"``: from all directions of a small output (one more for each):
+            the generalised Gauss-Newton matrix. See ``docs/curvature.md``.
+        likelihood: for the last two, of the model's output: ``"categorical"``, ``"bernoulli"``,
+            ``"gaussian"``, a callable ``z -> dNLL/dz`` of drawn labels, or None: as read off the loss.
 
     Returns:
         A transform whose updates are added to the parameters.
@@ -106,6 +114,8 @@ def thor(
         bias=bias,
         max_dim=max_dim,
         long_side=long_side,
+        fisher=fisher,
+        likelihood=likelihood,
     )
     return skip_nonfinite(
         thor_chain(
