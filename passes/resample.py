@@ -56,14 +56,14 @@ def resample(
         if node not in order:
             node.meta[DRAW] = True
     last = {node: i for i, node in enumerate(gm.graph.nodes)}
-    start = max((c for row in directions for c in row if c is not None), key=last.__getitem__)
+    start = max((c for row in directions for c in row.values()), key=last.__getitem__)
     starts = [head.cotangent for head in heads]
     wanted = upstream(node for site in report.sites for node in site.cotangent.nodes)
     region = [n for n in gm.graph.nodes if n in downstream(starts) & wanted and n not in starts]
     blocked = downstream(seeds(gm))
     copier = _Copier(region, blocked, start, last, insert)
     return [
-        copier.copy({head.cotangent: c for head, c in zip(heads, row, strict=True) if c is not None})
+        copier.copy({heads[i].cotangent: c for i, c in row.items()})
         for row in directions
     ]
 
@@ -107,7 +107,8 @@ class _Copier:
                 self.cursor = copies[node] = node.graph.node_copy(node, inputs.__getitem__)
             self.cursor.meta = {key: value for key, value in node.meta.items() if key != KEY}
             # NOTE: values of their own, for tracers tell tensors apart by identity
-            self.cursor.meta["val"] = tree_map_only(torch.Tensor, _another, node.meta.get("val"))
+            if "val" in node.meta:
+                self.cursor.meta["val"] = tree_map_only(torch.Tensor, _another, node.meta["val"])
         return copies
 
     def _stand_in(self, source: fx.Node, copies: Copies) -> fx.Node:

@@ -31,8 +31,8 @@ from torch import Tensor
 from .heads import Head
 from .operands import widened
 
-Directions = list[list[Tensor | None]]
-"""For every direction the cotangent of every head; None for zero."""
+Directions = list[dict[int, Tensor]]
+"""For every direction the cotangents of heads, by number; there is none where it is zero."""
 
 
 def cotangents(heads: Sequence[Head], estimator: Literal["sampled", "exact"], *values: Tensor) -> Directions:
@@ -49,13 +49,10 @@ def cotangents(heads: Sequence[Head], estimator: Literal["sampled", "exact"], *v
     roots = [(widened(terms) * w).sqrt() for w in _weights(heads, own)]
     if estimator == "sampled":
         found = [root * sampled(head, v[0]) for head, root, v in zip(heads, roots, own, strict=True)]
-        return [[_like(c, v[1]) for c, v in zip(found, own, strict=True)]]
+        return [{i: _like(c, v[1]) for i, (c, v) in enumerate(zip(found, own, strict=True))}]
     result: Directions = []
     for i, (head, root, v) in enumerate(zip(heads, roots, own, strict=True)):
-        for score in exact(head, v[0]):
-            row: list[Tensor | None] = [None] * len(heads)
-            row[i] = _like(root * score, v[1])
-            result.append(row)
+        result += [{i: _like(root * score, v[1])} for score in exact(head, v[0])]
     return result
 
 
