@@ -8,7 +8,6 @@ Of a layer with several uses, those that the output depends on count.
 
 from dataclasses import replace
 
-import torch
 from torch import fx
 
 from .heads import Head
@@ -17,7 +16,6 @@ from .likelihoods import LikelihoodError, find_heads
 from .nodes import downstream
 from .scores import sizes
 from .sites import SiteReport, find_sites, nearest
-from .walk import Site
 
 ELSEWHERE = "its gradient comes from a part of the loss that the likelihood does not describe"
 MAX_DIRECTIONS = 64
@@ -35,7 +33,7 @@ def survey(gm: fx.GraphModule, rules: Rules) -> SiteReport:
         return report
     heads = find_heads(gm, report, rules.likelihood, rules.loss_scale)
     if rules.fisher == "exact":
-        _check_directions(heads)
+        directions(heads)
     return replace(_below(gm, report, heads), heads=heads)
 
 
@@ -56,24 +54,32 @@ def _below(gm: fx.GraphModule, report: SiteReport, heads: tuple[Head, ...]) -> S
     )
 
 
-def _check_directions(heads: tuple[Head, ...]) -> None:
-    total = 0
-    for head in heads:
-        value = head.output.meta["val"]
-        if head.kind == "custom":
-            raise LikelihoodError(
-                "fisher='exact' needs the likelihood by name: a callable only draws, so pass fisher='sampled'"
-            )
-        count = sizes(head, value)
-        if not all(isinstance(size, int) for size in count):
-            raise LikelihoodError(
-                f"fisher='exact' needs an output of a fixed size, and the positions of {tuple(value.shape)} "
-                "change: pass fisher='sampled'"
-            )
-        total += count[0] * count[1]
+def directions(heads: tuple[Head, ...]) -> int:
+    """How many backward passes ``fisher="exact"`` takes: one per element of a datum's output.
+
+    Raises:
+        LikelihoodError: it cannot be done, or takes too many.
+    """
+    total = sum(_directions(head) for head in heads)
     if total > MAX_DIRECTIONS:
         shapes = ", ".join(str(tuple(head.output.meta["val"].shape)) for head in heads)
         raise LikelihoodError(
             f"fisher='exact' runs one backward pass per element of a datum's output, {total} for shape {shapes}; "
             f"at most {MAX_DIRECTIONS} are allowed: pass fisher='sampled'"
         )
+    return total
+
+
+def _directions(head: Head) -> int:
+    value = head.output.meta["val"]
+    if head.kind == "custom":
+        raise LikelihoodError(
+            "fisher='exact' needs the likelihood by name: a callable only draws, so pass fisher='sampled'"
+        )
+    positions, features = sizes(head, value)
+    if not isinstance(positions, int) or not isinstance(features, int):
+        raise LikelihoodError(
+            f"fisher='exact' needs an output of a fixed size, and the positions of {tuple(value.shape)} "
+            "change: pass fisher='sampled'"
+        )
+    return positions * features
