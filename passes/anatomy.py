@@ -72,7 +72,9 @@ def anatomy(gm: fx.GraphModule) -> Anatomy:
         if isinstance(node.meta.get(KEY), Param) or any(arg in model for arg in _read(node)):
             model.add(node)
     starts = seeds(gm)
-    results = [n for d, n in output_nodes(gm).items() if isinstance(d, Loss | Output | Mutation) and n is not None]
+    results = [
+        n for d, n in output_nodes(gm).items() if isinstance(d, Loss | Output | Mutation) and n is not None
+    ]
     return Anatomy(
         frozenset(model), frozenset(downstream(starts)), frozenset(upstream(results)), tuple(starts)
     )

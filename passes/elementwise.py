@@ -113,7 +113,9 @@ def _arithmetic(node: fx.Node, way: _Way, parts: Anatomy) -> tuple[fx.Node, _Way
         return None
     if target(node) in ADDS:
         return one, replace(way, shifted=True)
-    factor = "numel" if isinstance(other, fx.Node) and not isinstance(other.meta["val"], torch.Tensor) else other
+    factor = (
+        "numel" if isinstance(other, fx.Node) and not isinstance(other.meta["val"], torch.Tensor) else other
+    )
     return one, way.over(factor) if target(node) in DIVIDES else way.times(factor)
 
 

@@ -32,6 +32,7 @@ from .walk import Site
 
 aten = torch.ops.aten
 
+
 class LikelihoodError(ValueError):
     """No likelihood is known for the loss, or not one that the estimator can use."""
 
@@ -108,7 +109,9 @@ def _complete(head: Head, report: SiteReport, parts: Anatomy, loss_scale: float)
                 "loss as a scalar, or pass likelihood= by name and compute the loss outside of the model"
             ) from None
         scale = None
-    return replace(head, scale=loss_scale if scale is None else scale, positions=_positions(head.output, report))
+    return replace(
+        head, scale=loss_scale if scale is None else scale, positions=_positions(head.output, report)
+    )
 
 
 # --- a likelihood by name ----------------------------------------------------------------------------

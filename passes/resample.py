@@ -47,7 +47,9 @@ def resample(
     order = {node: i for i, node in enumerate(gm.graph.nodes)}
     heads = report.heads
     values = [terms, *(node for head in heads for node in head.nodes)]
-    results = [n for d, n in output_nodes(gm).items() if n is not None and isinstance(d, Loss | Output | Mutation)]
+    results = [
+        n for d, n in output_nodes(gm).items() if n is not None and isinstance(d, Loss | Output | Mutation)
+    ]
     # NOTE: behind all of forward, so that the model's own random draws come first
     anchor = max([*values, *upstream(results)], key=order.__getitem__)
     assert rules.fisher != "empirical", "the empirical Fisher needs no other cotangents"
@@ -62,10 +64,7 @@ def resample(
     region = [n for n in gm.graph.nodes if n in downstream(starts) & wanted and n not in starts]
     blocked = downstream(seeds(gm))
     copier = _Copier(region, blocked, start, last, insert)
-    return [
-        copier.copy({heads[i].cotangent: c for i, c in row.items()})
-        for row in directions
-    ]
+    return [copier.copy({heads[i].cotangent: c for i, c in row.items()}) for row in directions]
 
 
 def is_draw(node: fx.Node) -> bool:

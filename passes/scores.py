@@ -72,7 +72,9 @@ def sampled(head: Head, output: Tensor) -> Tensor:
     score: Any = head.sampler(output)
     if not isinstance(score, Tensor) or score.shape != output.shape:
         got = tuple(score.shape) if isinstance(score, Tensor) else type(score).__name__
-        raise ValueError(f"likelihood(z) must return scores of the shape of z, {tuple(output.shape)}: got {got}")
+        raise ValueError(
+            f"likelihood(z) must return scores of the shape of z, {tuple(output.shape)}: got {got}"
+        )
     return widened(score)
 
 

@@ -66,9 +66,15 @@ def _check_outputs(gm: fx.GraphModule) -> None:
 
 def _check_values(gm: fx.GraphModule) -> None:
     for node in gm.graph.nodes:
-        absent = node.target is operator.getitem  # an output that the operator was told not to compute
+        # an output that the operator was told not to compute, or an operator without any: a check of values
+        absent = node.target is operator.getitem or _returns_nothing(node)
         if node.op == "call_function" and "val" not in node.meta and not absent:
             raise SpecError(f"node {node.name!r} ({node.target}) has no value in meta['val']")
+
+
+def _returns_nothing(node: fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and not schema.returns
 
 
 def _check_shapes(gm: fx.GraphModule) -> None:

@@ -27,7 +27,9 @@ def hessian(loss, z: Tensor) -> Tensor:
 
 def jacobian(z: Tensor, leaf: Tensor) -> Tensor:
     """``dz/dleaf``: (numel of z, numel of leaf)."""
-    rows = [torch.autograd.grad(entry, leaf, retain_graph=True, allow_unused=True)[0] for entry in z.flatten()]
+    rows = [
+        torch.autograd.grad(entry, leaf, retain_graph=True, allow_unused=True)[0] for entry in z.flatten()
+    ]
     return torch.stack([torch.zeros(leaf.numel()).to(z) if row is None else row.flatten() for row in rows])
 
 

@@ -121,6 +121,10 @@ WRONG = [
     ("max_dim", 0, ValueError),
     ("long_side", None, TypeError),
     ("long_side", "nothing", ValueError),
+    ("fisher", True, TypeError),
+    ("fisher", "mc", ValueError),
+    ("likelihood", 1, TypeError),
+    ("likelihood", "poisson", ValueError),
 ]
 
 

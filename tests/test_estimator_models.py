@@ -243,7 +243,10 @@ def test_part_of_the_loss_that_has_no_likelihood_is_left_out_of_the_curvature():
 
     params = {**seeded(pooled_params), "aux": seeded(lambda: data(2, 5))}
     found = thor_fx.factors(loss_fn, params, X, fisher="exact")
-    assert_pairs(found, ggn.factors(lambda tap, p, x: pooled(tap, p, x), params, cross_entropy, X.mean(1, keepdim=True)))
+    assert_pairs(
+        found,
+        ggn.factors(lambda tap, p, x: pooled(tap, p, x), params, cross_entropy, X.mean(1, keepdim=True)),
+    )
     report = thor_fx.explain(loss_fn, params, X, tx=thor_fx.thor(0.1, 0.1, 0.9, fisher="exact"))
     assert report.coverage.fallback["aux"] == ELSEWHERE
 
@@ -320,7 +323,9 @@ def test_cross_entropy_needs_no_loss_scale():
 
 def test_batch_size_does_not_change_what_has_no_scale():
     params = seeded(pooled_params)
-    assert_pairs(exact(pooled, params, cross_entropy, X, batch_size=7), exact(pooled, params, cross_entropy, X))
+    assert_pairs(
+        exact(pooled, params, cross_entropy, X, batch_size=7), exact(pooled, params, cross_entropy, X)
+    )
 
 
 # --- reports -----------------------------------------------------------------------------------------

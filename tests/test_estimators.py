@@ -65,7 +65,9 @@ LOSSES = {
     "bce_both": lambda z: F.binary_cross_entropy_with_logits(
         2 * z, SOFT, weight=CLASS_WEIGHTS, pos_weight=CLASS_WEIGHTS + 1
     ),
-    "bce_none": lambda z: (CLASS_WEIGHTS * F.binary_cross_entropy_with_logits(z, SOFT, reduction="none")).mean(),
+    "bce_none": lambda z: (
+        CLASS_WEIGHTS * F.binary_cross_entropy_with_logits(z, SOFT, reduction="none")
+    ).mean(),
     "mse": lambda z: F.mse_loss(z, TARGETS),
     "mse_swapped": lambda z: F.mse_loss(TARGETS, z),
     "mse_sum": lambda z: F.mse_loss(z, TARGETS, reduction="sum") / N,
@@ -77,7 +79,9 @@ LOSSES = {
     "no_target": lambda z: z.square().mean(),
     "masked_squares": lambda z: ((SOFT > 0.5) * (z - TARGETS)).square().sum() / 7,
     "chosen_squares": lambda z: torch.where(SOFT > 0.5, z - TARGETS, 0.0).pow(2).mean(),
-    "two_heads": lambda z: F.cross_entropy(z[:3], LABELS[:3]) * 0.6 + F.cross_entropy(z[3:], LABELS[3:]) * 0.4,
+    "two_heads": lambda z: (
+        F.cross_entropy(z[:3], LABELS[:3]) * 0.6 + F.cross_entropy(z[3:], LABELS[3:]) * 0.4
+    ),
     "mixed": lambda z: F.cross_entropy(z, LABELS) + 0.3 * F.mse_loss(z, TARGETS),
 }
 

@@ -26,6 +26,8 @@ WRONG_TYPES = {
     "bias": [True, None],
     "max_dim": ["8192", 8192.0, True],
     "long_side": [None, 3],
+    "fisher": [None, 1, True],
+    "likelihood": [1, ["categorical"]],
 }
 WRONG_VALUES = {
     **{name: [-0.1, NAN, INF, -INF] for name in NUMBERS},
@@ -38,6 +40,8 @@ WRONG_VALUES = {
     "bias": ["none"],
     "max_dim": [0, -1],
     "long_side": ["nothing"],
+    "fisher": ["true", ""],
+    "likelihood": ["poisson", ""],
 }
 RIGHT = {
     **{name: [0.5, 1] for name in NUMBERS},
@@ -57,6 +61,8 @@ RIGHT = {
     "bias": ["raw", "joint"],
     "max_dim": [None, 1, 8192],
     "long_side": ["blocks", "diagonal", "identity"],
+    "fisher": ["empirical", "sampled", "exact"],
+    "likelihood": [None, "categorical", "bernoulli", "gaussian", torch.zeros_like],
 }
 
 

@@ -4,7 +4,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from .arguments import check_choice, check_integer, check_likelihood, check_number, check_sharing, check_type, shown
+from .arguments import (
+    check_choice,
+    check_integer,
+    check_likelihood,
+    check_number,
+    check_sharing,
+    check_type,
+    shown,
+)
 from .passes.layout import BiasRule, Fisher, Likelihood, LongSide, Rules, Sharing
 from .refresh import DampingRule
 from .schedule import Schedule

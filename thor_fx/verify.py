@@ -139,7 +139,9 @@ def verify(
     check_choice("bias", bias, BiasRule)
     check_choice("fisher", fisher, Fisher)
     if fisher == "sampled":
-        raise ValueError("fisher='sampled' is random, so nothing can be verified: pass fisher='exact', its mean")
+        raise ValueError(
+            "fisher='sampled' is random, so nothing can be verified: pass fisher='exact', its mean"
+        )
     check_likelihood("likelihood", likelihood)
     check_integer("max_size", max_size)
     params, batch = _converted((dict(params), batch), dtype)
