@@ -39,7 +39,7 @@ class Rules:
         max_dim: the longest side with a whole factor; None: no limit.
         long_side: what a longer side keeps: diagonal ``"blocks"``, its ``"diagonal"``, or nothing.
         block_size: of those blocks; None: ``max_dim``.
-        fisher: where cotangents come from: ``"empirical"``: from the loss; ``"sampled"`` and ``"exact"``: from
+        fisher: where cotangents come from: ``"empirical"``: from the loss; ``"sampled"``, ``"exact"``: from
             the likelihood of the model's output, :mod:`thor_fx.passes.scores`.
         likelihood: its name, or a function that draws scores; None: as read off the loss.
         loss_scale: what the loss is multiplied by inside of the graph.

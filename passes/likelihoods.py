@@ -12,15 +12,15 @@ The condition on ``g`` says that the loss is linear in log-probabilities, or qua
 loss is neither, and is not recognised.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from .anatomy import Anatomy, anatomy, tangents
-from .elementwise import axis_of, elementwise_heads
+from .elementwise import elementwise_heads
 from .heads import Head, KindOfHead, OfClasses, Unmasked
 from .layout import Likelihood
 from .nodes import CASTS, PERMUTES, RESHAPES, arguments, chain, downstream, shape, source, target
@@ -55,10 +55,10 @@ def find_heads(
     parts = anatomy(gm)
     seen = list(_recognised(gm, parts))
     if likelihood is None and not seen:
-        raise LikelihoodError(f"{_not_recognised(gm)}: pass likelihood='categorical', 'bernoulli', 'gaussian' or "
-                              "a callable")  # fmt: skip
+        names = "'categorical', 'bernoulli', 'gaussian'"
+        raise LikelihoodError(f"{_not_recognised(gm)}: pass likelihood={names} or a callable")
     wanted = [head for head in seen if likelihood in {None, head.kind}]
-    if not wanted:
+    if likelihood is not None and not wanted:
         return (_named(gm, report, likelihood, seen),)
     return tuple(_complete(head, report, parts, loss_scale) for head in wanted)
 
@@ -117,15 +117,15 @@ def _complete(head: Head, report: SiteReport, parts: Anatomy, loss_scale: float)
 # --- a likelihood by name ----------------------------------------------------------------------------
 
 
-def _named(gm: fx.GraphModule, report: SiteReport, likelihood: Any, seen: list[Head]) -> Head:
+def _named(gm: fx.GraphModule, report: SiteReport, likelihood: Likelihood, seen: list[Head]) -> Head:
     """The model's output with a likelihood that the user names."""
-    kind: KindOfHead = likelihood if isinstance(likelihood, str) else "custom"
-    sampler = None if isinstance(likelihood, str) else likelihood
+    kind: KindOfHead = "custom" if callable(likelihood) else likelihood
+    sampler = likelihood if callable(likelihood) else None
     output, cotangent = _output(gm, report, seen)
     axis = _class_axis(output, report.nearest) if len(shape(output)) > 1 else None
     if axis is None and kind in {"categorical", "custom"}:
         raise LikelihoodError(
-            f"likelihood={likelihood!r} needs an output with rows, and {output.name!r} has shape {shape(output)}"
+            f"likelihood={likelihood!r} needs an output with rows; the model's has shape {shape(output)}"
         )
     curvature = 2.0 if kind == "gaussian" else 1.0  # of the mean over all elements
     weights = Unmasked(cotangent, curvature, elementwise=kind in {"gaussian", "bernoulli"})

@@ -16,7 +16,6 @@ import torch
 from torch import fx
 from torch.utils._pytree import tree_map_only
 
-from .heads import Head
 from .layout import Rules, Use
 from .nodes import downstream, upstream
 from .operands import Operand, Pooled
@@ -139,7 +138,7 @@ def _mapped(operand: Operand, copies: Copies) -> Operand | None:
         return replace(operand, node=parts[0].node, parts=parts) if parts else None
     if not any(node in copies for node in operand.nodes):
         return None
-    changed = {}
+    changed: dict[str, Any] = {}
     for field in fields(operand):
         value = getattr(operand, field.name)
         if isinstance(value, fx.Node):

@@ -26,7 +26,7 @@ from itertools import product
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from .heads import Head
 from .operands import widened
@@ -99,10 +99,7 @@ def exact(head: Head, output: Tensor) -> Iterator[Tensor]:
     p = z.softmax(axis) if head.kind == "categorical" else _root_of_curvature(head, z)
     for t, k in product(range(positions), range(features)):
         unit = (number == k).to(p.dtype)
-        if head.kind == "categorical":
-            score = p.narrow(axis, k, 1).sqrt() * (p - unit)
-        else:
-            score = p * unit
+        score = p.narrow(axis, k, 1).sqrt() * (p - unit) if head.kind == "categorical" else p * unit
         yield score if positions == 1 else score * (place == t).to(p.dtype)
 
 
@@ -148,8 +145,7 @@ def _weights(heads: Sequence[Head], own: list[list[Tensor]]) -> list[Tensor]:
         given = rest[: len(head.weights.nodes)]
         weights = head.weights.read(z, head.axis, *given)
         if head.weights.scaled and not normalised:
-            scale = rest[-1] if len(rest) > len(given) else head.scale
-            weights = weights / (widened(scale).abs() if isinstance(scale, Tensor) else scale)
+            weights = weights / _scale(head, rest)
         found.append(weights)
     if not normalised:
         return found
@@ -157,11 +153,15 @@ def _weights(heads: Sequence[Head], own: list[list[Tensor]]) -> list[Tensor]:
     return [torch.where(total > 0, weights / total, torch.zeros_like(weights)) for weights in found]
 
 
+def _scale(head: Head, values: list[Tensor]) -> Tensor | float:
+    return widened(values[-1]).abs() if isinstance(head.scale, fx.Node) else head.scale
+
+
 def _like(value: Tensor, cotangent: Tensor) -> Tensor:
     """The value as the backward expects it: shape, dtype and order of axes of the cotangent."""
     value = value.expand(cotangent.shape).to(cotangent.dtype)
     if cotangent.is_contiguous():
         return value.contiguous()
-    order = sorted(range(cotangent.dim()), key=lambda axis: -cotangent.stride(axis))
+    order = sorted(range(cotangent.dim()), key=cotangent.stride, reverse=True)
     back = sorted(range(len(order)), key=order.__getitem__)
     return value.permute(order).contiguous().permute(back)

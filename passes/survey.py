@@ -64,7 +64,7 @@ def directions(heads: tuple[Head, ...]) -> int:
     if total > MAX_DIRECTIONS:
         shapes = ", ".join(str(tuple(head.output.meta["val"].shape)) for head in heads)
         raise LikelihoodError(
-            f"fisher='exact' runs one backward pass per element of a datum's output, {total} for shape {shapes}; "
+            f"fisher='exact' runs a backward pass per element of one output, {total} for shape {shapes}; "
             f"at most {MAX_DIRECTIONS} are allowed: pass fisher='sampled'"
         )
     return total

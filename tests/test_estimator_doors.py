@@ -1,4 +1,4 @@
-"""``fisher=`` in both doors: the same parameters, scalers, accumulation, draws under every backend, errors."""
+"""``fisher=`` in both doors: the same parameters, scalers, accumulation, draws, errors."""
 
 import copy
 
@@ -58,7 +58,9 @@ class WithLoss(nn.Module):
 def functional(model, loss, data, **settings):
     params = {name: p.detach().clone() for name, p in model.named_parameters()}
     step = thor_fx.compile_step(
-        lambda p, x, y: loss(functional_call(model, p, (x,)), y), thor_fx.thor(**PLAIN, **settings), backend="eager"
+        lambda p, x, y: loss(functional_call(model, p, (x,)), y),
+        thor_fx.thor(**PLAIN, **settings),
+        backend="eager",
     )
     state = step.init(params, *data[0])
     for batch in data:
@@ -143,10 +145,13 @@ def watched(likelihood, model=None, backend="eager", fisher="exact"):
     return compiled
 
 
+def factors_of(net, loss, x, y, **options):
+    params = dict(net.named_parameters())
+    return thor_fx.factors(lambda p, x, y: loss(functional_call(net, p, (x,)), y), params, x, y, **options)
+
+
 def whole(loss, x, y, fisher="exact"):
-    model = make()
-    params = dict(model.named_parameters())
-    return thor_fx.factors(lambda p, x, y: loss(functional_call(model, p, (x,)), y), params, x, y, fisher=fisher)
+    return factors_of(make(), loss, x, y, fisher=fisher)
 
 
 def assert_pairs(found, expected, tolerance=1e-10):
@@ -256,7 +261,9 @@ def test_a_callable_draws_scores(door):
                 fisher="sampled", likelihood=scores,
             )  # fmt: skip
             total = total + found["2.weight"].G / draws
-    assert float((total - exact["2.weight"].G).norm() / exact["2.weight"].G.norm()) < (0.15 if draws > 99 else 0.6)
+    assert float((total - exact["2.weight"].G).norm() / exact["2.weight"].G.norm()) < (
+        0.15 if draws > 99 else 0.6
+    )
 
 
 # --- draws under every backend -----------------------------------------------------------------------
@@ -315,7 +322,9 @@ def test_the_functional_door_draws_anew_in_every_step_under_inductor():
 
 def test_a_loss_outside_of_the_model_needs_a_name():
     model = watched(None)
-    with pytest.raises(LikelihoodError, match="computed outside of the compiled model: pass likelihood='categ"):
+    with pytest.raises(
+        LikelihoodError, match="computed outside of the compiled model: pass likelihood='categ"
+    ):
         model(batches(1)[0][0])
 
 
@@ -330,7 +339,7 @@ def test_a_model_of_two_graphs_is_refused():
             return self.net(x)
 
     model = watched("categorical", Broken())
-    with pytest.raises(Exception, match="graph_break") as caught:  # noqa: PT011
+    with pytest.raises(Exception, match="graph_break") as caught:
         model(batches(1)[0][0])
     assert "must be one graph" in "".join(caught.value.__notes__)
 
@@ -339,10 +348,7 @@ def test_exact_is_refused_where_it_is_large():
     x, y = batches(1)[0]
     net = make(last=65)
     with pytest.raises(LikelihoodError, match=r"65 for shape \(6, 65\); at most 64 .*fisher='sampled'"):
-        thor_fx.factors(
-            lambda p, x, y: F.cross_entropy(functional_call(net, p, (x,)), y), dict(net.named_parameters()), x, y,
-            fisher="exact",
-        )  # fmt: skip
+        factors_of(net, F.cross_entropy, x, y, fisher="exact")
 
 
 def test_exact_needs_a_likelihood_by_name():
@@ -356,10 +362,7 @@ def test_a_callable_must_return_scores(wrong):
     x, y = batches(1)[0]
     net = make()
     with pytest.raises(Exception, match=r"likelihood\(z\) must return scores of the shape of z, \(6, 3\)"):
-        thor_fx.factors(
-            lambda p, x, y: F.cross_entropy(functional_call(net, p, (x,)), y), dict(net.named_parameters()), x, y,
-            fisher="sampled", likelihood=wrong,
-        )  # fmt: skip
+        factors_of(net, F.cross_entropy, x, y, fisher="sampled", likelihood=wrong)
 
 
 def test_a_name_finds_the_output_of_a_loss_that_is_not_recognised():
@@ -374,7 +377,12 @@ def test_a_name_finds_the_output_of_a_loss_that_is_not_recognised():
 
     params = dict(net.named_parameters())
     found = thor_fx.factors(
-        lambda p, x, y: focal(functional_call(net, p, (x,)), y), params, x, y, fisher="exact", likelihood="categorical"
+        lambda p, x, y: focal(functional_call(net, p, (x,)), y),
+        params,
+        x,
+        y,
+        fisher="exact",
+        likelihood="categorical",
     )
     assert_pairs(found, whole(F.cross_entropy, x, y))
     with pytest.raises(LikelihoodError, match="neg <- mean <- mul"):
@@ -389,7 +397,10 @@ def test_the_optimizer_saves_and_loads_with_an_estimator():
         F.cross_entropy(model(x), y).backward()
         optimizer.step()
         optimizer.zero_grad()
-    saved, weights = copy.deepcopy(optimizer.state_dict()), {n: p.detach().clone() for n, p in model.state_dict().items()}
+    saved, weights = (
+        copy.deepcopy(optimizer.state_dict()),
+        {n: p.detach().clone() for n, p in model.state_dict().items()},
+    )
     other = thor_fx.compile(make(), backend="eager")
     other.load_state_dict(weights)
     again = thor_fx.Thor(other, **PLAIN, fisher="exact", likelihood="categorical")

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 import ggn
 import oracle
 import thor_fx
-from thor_fx.passes import Factor, canonicalize, drop_factors, emit_factors, find_sites, outputs, pipeline
+from thor_fx.passes import Factor, canonicalize, drop_factors, emit_factors, outputs, pipeline
 from thor_fx.passes.layout import Rules
 from thor_fx.passes.survey import ELSEWHERE
 
@@ -245,7 +245,7 @@ def test_part_of_the_loss_that_has_no_likelihood_is_left_out_of_the_curvature():
     found = thor_fx.factors(loss_fn, params, X, fisher="exact")
     assert_pairs(
         found,
-        ggn.factors(lambda tap, p, x: pooled(tap, p, x), params, cross_entropy, X.mean(1, keepdim=True)),
+        ggn.factors(pooled, params, cross_entropy, X.mean(1, keepdim=True)),
     )
     report = thor_fx.explain(loss_fn, params, X, tx=thor_fx.thor(0.1, 0.1, 0.9, fisher="exact"))
     assert report.coverage.fallback["aux"] == ELSEWHERE
@@ -360,7 +360,7 @@ def first_labels(p, x):
 
 
 def test_verify_refuses_what_is_random():
-    with pytest.raises(ValueError, match="fisher='sampled' is random.*'exact'"):
+    with pytest.raises(ValueError, match=r"fisher='sampled' is random.*'exact'"):
         thor_fx.verify(first_labels, seeded(tokens_params), X, fisher="sampled")
 
 

@@ -178,8 +178,8 @@ class _Call:
 
 
 ONE_GRAPH = (
-    "thor_fx: fisher={!r} draws cotangents of the model's output and follows them through its backward, so the "
-    "model must be one graph: see TORCH_LOGS=graph_breaks, or pass fisher='empirical'"
+    "thor_fx: fisher={!r} draws cotangents of the model's output and follows them through its backward, so "
+    "the model must be one graph: see TORCH_LOGS=graph_breaks, or pass fisher='empirical'"
 )
 
 

@@ -1,8 +1,8 @@
 """The dense generalised Gauss-Newton matrix of a traced loss, by autograd: slow, independent of the passes.
 
-``J^T H J`` with ``J = dz/dtheta`` and ``H = d^2 L/dz^2``, both differentiated from the forward nodes of a step
-graph. Only *where* the output ``z`` is comes from the analysis of the graph. Parts of the loss that do not
-depend on ``z`` are left out.
+``J^T H J`` with ``J = dz/dtheta`` and ``H = d^2 L/dz^2``, both differentiated from the forward nodes of a
+step graph. Only *where* the output ``z`` is comes from the analysis of the graph. Parts of the loss that do
+not depend on ``z`` are left out.
 """
 
 from collections.abc import Mapping, Sequence
