@@ -169,7 +169,7 @@ class Head:
     axis: int | None
     weights: Weights
     scale: fx.Node | float = 1.0
-    positions: int | None = None
+    positions: Any = None
     sampler: Sampler | None = None
 
     @property

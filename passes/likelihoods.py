@@ -12,6 +12,7 @@ The condition on ``g`` says that the loss is linear in log-probabilities, or qua
 loss is neither, and is not recognised.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -24,6 +25,7 @@ from .elementwise import elementwise_heads
 from .heads import Head, KindOfHead, OfClasses, Unmasked
 from .layout import Likelihood
 from .nodes import CASTS, PERMUTES, RESHAPES, arguments, chain, downstream, shape, source, target
+from .operands import Matrix
 from .outputs import Loss, Output, output_nodes
 from .patches import Pixels
 from .preactivation import preactivation
@@ -162,32 +164,18 @@ def _class_axis(output: fx.Node, nearest: Site | None) -> int:
     return fitting[0] if len(fitting) == 1 else usual
 
 
-def _positions(output: fx.Node, report: SiteReport) -> int | None:
+def _positions(output: fx.Node, report: SiteReport) -> Any:
     """Rows per datum, where an output (rows, features) was (data, positions, features) before."""
     if len(shape(output)) != 2:
         return None
     node = output
     while target(node) in CASTS | RESHAPES | PERMUTES and len(shape(node)) == 2:
         node = source(node)
-    if len(shape(node)) > 2 and node.meta["val"].numel() == output.meta["val"].numel():
-        return _per_datum(output, shape(node)[0])
-    if report.nearest is None:
-        return None
-    rows = shape(report.nearest.activation.node)
-    known = len(rows) > 2 and not isinstance(report.nearest.cotangent, Pixels)
-    return _per_datum(output, rows[0]) if known and _rows(rows) == shape(output)[0] else None
-
-
-def _rows(sizes: tuple[int, ...]) -> Any:
-    product = 1
-    for size in sizes[:-1]:
-        product *= size
-    return product
-
-
-def _per_datum(output: fx.Node, data: Any) -> int | None:
-    rows = shape(output)[0]
-    return rows // data if isinstance(rows, int) and isinstance(data, int) else None
+    if len(shape(node)) == 2 and report.nearest is not None and isinstance(report.nearest.activation, Matrix):
+        node = report.nearest.activation.node
+    sizes = shape(node)
+    positions = math.prod(sizes[1:-1])
+    return positions if len(sizes) > 2 and sizes[0] * positions == shape(output)[0] else None
 
 
 def _not_recognised(gm: fx.GraphModule) -> str:

@@ -411,3 +411,39 @@ def test_the_optimizer_saves_and_loads_with_an_estimator():
             opt.step()
             opt.zero_grad()
     assert_same(dict(model.state_dict()), dict(other.state_dict()))
+
+
+@pytest.mark.parametrize("fisher", ["sampled", "exact"])
+def test_another_batch_size_recompiles_once_and_is_right(fisher):
+    """Rows (data x positions, classes): the positions stay a number where the batch is a symbol."""
+
+    def net(p, x):
+        return (((x @ x.mT).softmax(-1) @ x).flatten(0, 1)) @ p["w"].T
+
+    def loss_fn(p, x, y):
+        return F.cross_entropy(net(p, x), y.flatten())
+
+    torch.manual_seed(0)
+    params = {"w": torch.randn(C, D, dtype=torch.float64)}
+    tx = thor_fx.thor(lr=0.1, damping=0.1, momentum=0.0, frequency=1, fisher=fisher)
+    step = thor_fx.compile_step(loss_fn, tx, backend="eager", donate=False)
+    first = torch.randn(3, 2, D, dtype=torch.float64), torch.randint(C, (3, 2))
+    state = step.init(params, *first)
+    for size in (3, 5, 4):
+        x, y = torch.randn(size, 2, D, dtype=torch.float64), torch.randint(C, (size, 2))
+        torch.manual_seed(5)
+        new, _, _ = step(params, state, x, y)
+        static = thor_fx.compile_step(loss_fn, tx, backend="eager", donate=False, dynamic=False)
+        static_state = static.init(params, x, y)
+        torch.manual_seed(5)
+        expected, _, _ = static(params, static_state, x, y)
+        assert_same(new, expected)
+
+
+def test_another_batch_size_in_the_drop_in_door():
+    model = watched("categorical")
+    for size in (6, 4, 5):
+        x, y = torch.randn(size, D, dtype=torch.float64), torch.randint(C, (size,))
+        F.cross_entropy(model(x), y).backward()
+        assert_pairs(collected(model), whole(F.cross_entropy, x, y))
+        collector_of(model).wanted = True
