@@ -54,8 +54,9 @@ def emit_factors(
     report = report or survey(gm, rules)
     insert = partial(splice, decompositions=decompositions)
     uses = [use for layout in arrange(report, rules).values() for use in layout.uses]
-    terms = None if report.nearest is None else _terms(gm, report.nearest, insert, early=bool(report.heads))
-    if terms is not None and report.heads:
+    terms = None
+    if report.nearest is not None and report.heads:
+        terms = _terms(gm, report.nearest, insert, early=True)
         directions = resample(gm, report, terms, rules, insert)
         uses = [with_copies(use, directions) for use in uses]
     last = {node: position for position, node in enumerate(gm.graph.nodes)}
@@ -64,7 +65,9 @@ def emit_factors(
         read = _nodes((*use.activations, *use.cotangents))
         anchor = max((*(site.gradient for site in use.sites), *read), key=last.__getitem__)
         new += _moments(use, anchor, insert)
-    append(gm, new if terms is None else [*new, (Terms(), terms)])
+    if report.nearest is not None:
+        new.append((Terms(), terms or _terms(gm, report.nearest, insert, early=False)))
+    append(gm, new)
 
 
 def _terms(gm: fx.GraphModule, nearest: Site, insert: Callable[..., fx.Node], *, early: bool) -> fx.Node:

@@ -39,6 +39,10 @@ class LikelihoodError(ValueError):
     """No likelihood is known for the loss, or not one that the estimator can use."""
 
 
+class UnknownLossError(LikelihoodError):
+    """The loss, or the output that it is a function of, is not found in the graph."""
+
+
 def find_heads(
     gm: fx.GraphModule, report: SiteReport, likelihood: Likelihood | None, loss_scale: float = 1.0
 ) -> tuple[Head, ...]:
@@ -52,13 +56,14 @@ def find_heads(
         loss_scale: what the loss is multiplied by inside of the graph.
 
     Raises:
-        LikelihoodError: the loss is not recognised, and ``likelihood`` is None; or no output is found.
+        UnknownLossError: the loss is not recognised, and ``likelihood`` is None; or no output is found.
+        LikelihoodError: the scale of the loss, or the rows of the output, are not known.
     """
     parts = anatomy(gm)
     seen = list(_recognised(gm, parts))
     if likelihood is None and not seen:
         names = "'categorical', 'bernoulli', 'gaussian'"
-        raise LikelihoodError(f"{_not_recognised(gm)}: pass likelihood={names} or a callable")
+        raise UnknownLossError(f"{_not_recognised(gm)}: pass likelihood={names} or a callable")
     wanted = [head for head in seen if likelihood in {None, head.kind}]
     if likelihood is not None and not wanted:
         return (_named(gm, report, likelihood, seen),)
@@ -137,17 +142,18 @@ def _named(gm: fx.GraphModule, report: SiteReport, likelihood: Likelihood, seen:
 
 def _output(gm: fx.GraphModule, report: SiteReport, seen: list[Head]) -> tuple[fx.Node, fx.Node]:
     """The model's output and its cotangent."""
-    results = output_nodes(gm)
-    for index, tangent in tangents(gm).items():
+    results, given = output_nodes(gm), tangents(gm)
+    for index, tangent in given.items():
         output = results.get(Output(index))
-        if output is not None and len(shape(output)) > 0:
+        loss_inside = any(shape(other) == () for other in given.values())  # then this one is zero
+        if output is not None and not loss_inside:
             return output, tangent
     logits = [head for head in seen if head.kind != "gaussian"]
     if logits:
         return logits[0].output, logits[0].cotangent
     found = None if report.nearest is None else preactivation(gm, report.nearest)
     if found is None:
-        raise LikelihoodError(
+        raise UnknownLossError(
             f"{_not_recognised(gm)}, and the model's output is not found: compute the loss from logits with "
             "torch.nn.functional.cross_entropy or the like, or train with thor_fx.compile(model)"
         )
@@ -165,17 +171,25 @@ def _class_axis(output: fx.Node, nearest: Site | None) -> int:
 
 
 def _positions(output: fx.Node, report: SiteReport) -> Any:
-    """Rows per datum, where an output (rows, features) was (data, positions, features) before."""
-    if len(shape(output)) != 2:
+    """Rows per datum, where the rows of all data lie in one axis and that was not so before."""
+    dims = len(shape(output))
+    if dims > 2:
         return None
     node = output
-    while target(node) in CASTS | RESHAPES | PERMUTES and len(shape(node)) == 2:
+    while target(node) in CASTS | RESHAPES | PERMUTES and len(shape(node)) == dims:
         node = source(node)
-    if len(shape(node)) == 2 and report.nearest is not None and isinstance(report.nearest.activation, Matrix):
-        node = report.nearest.activation.node
+    if (
+        len(shape(node)) == dims
+        and report.nearest is not None
+        and isinstance(report.nearest.activation, Matrix)
+    ):
+        node, features = report.nearest.activation.node, 1  # the last axis
+    else:
+        features = dims - 1
     sizes = shape(node)
-    positions = math.prod(sizes[1:-1])
-    return positions if len(sizes) > 2 and sizes[0] * positions == shape(output)[0] else None
+    rows = sizes[: len(sizes) - features]
+    positions = math.prod(rows[1:])
+    return positions if len(rows) > 1 and rows[0] * positions == shape(output)[0] else None
 
 
 def _not_recognised(gm: fx.GraphModule) -> str:

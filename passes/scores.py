@@ -18,7 +18,8 @@ there are T times as many directions, each zero in all positions but one.
 
 The weights: where all heads are categorical, ``sum_r w_r = 1``, whatever the loss is multiplied by.
 Elsewhere they are those of the loss itself, divided by its scale: what one unit of ``z`` is worth is
-nothing that could be normalised away. Either way ``G`` carries no loss scale.
+nothing that could be normalised away. Either way ``G`` carries no loss scale. Of a negative weight (a
+policy gradient's) the absolute value counts.
 """
 
 from collections.abc import Iterator, Sequence
@@ -89,11 +90,12 @@ def _drawn(p: Tensor) -> Tensor:
 def exact(head: Head, output: Tensor) -> Iterator[Tensor]:
     """Scores whose outer products add up to the Hessian of every row, :func:`count` of them."""
     z = widened(output)
+    positions, features = sizes(head, output)
     if head.axis is None:
-        yield _root_of_curvature(head, z)
+        number = torch.arange(len(z), device=z.device) % positions
+        yield from (_root_of_curvature(head, z) * (number == t).to(z.dtype) for t in range(positions))
         return
     axis = _axis(head)
-    positions, features = sizes(head, output)
     place = _positions(head, z)
     number = torch.arange(features, device=z.device).reshape([-1 if a == axis else 1 for a in range(z.dim())])
     p = z.softmax(axis) if head.kind == "categorical" else _root_of_curvature(head, z)
@@ -106,7 +108,7 @@ def exact(head: Head, output: Tensor) -> Iterator[Tensor]:
 def sizes(head: Head, output: Tensor) -> tuple[int, int]:
     """How many positions a datum has, and how many elements a row."""
     if head.axis is None:
-        return 1, 1
+        return head.positions or 1, 1
     axis = _axis(head)
     rest = [size for a, size in enumerate(output.shape) if a != axis][1:]
     positions = 1

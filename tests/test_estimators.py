@@ -79,6 +79,8 @@ LOSSES = {
     "no_target": lambda z: z.square().mean(),
     "masked_squares": lambda z: ((SOFT > 0.5) * (z - TARGETS)).square().sum() / 7,
     "chosen_squares": lambda z: torch.where(SOFT > 0.5, z - TARGETS, 0.0).pow(2).mean(),
+    "one_output": lambda z: F.mse_loss(z[:, 0], TARGETS[:, 0]),
+    "one_logit": lambda z: F.binary_cross_entropy_with_logits(z.sum(-1), SOFT[:, 0]),
     "two_heads": lambda z: (
         F.cross_entropy(z[:3], LABELS[:3]) * 0.6 + F.cross_entropy(z[3:], LABELS[3:]) * 0.4
     ),

@@ -17,7 +17,7 @@ from .layers import Coverage, Layer, coverage
 from .parameters import trainable
 from .passes import Site, canonicalize, find_sites, pipeline
 from .passes.layout import Rules
-from .passes.likelihoods import LikelihoodError
+from .passes.likelihoods import UnknownLossError
 from .passes.nodes import target as operator_of
 from .passes.sites import SiteReport
 from .passes.survey import directions, survey
@@ -188,10 +188,11 @@ def _surveyed(step: fx.GraphModule, rules: Rules, *, inside: bool) -> tuple[Site
     """The sites and the estimator in words; the loss of a module may be outside of what was traced."""
     try:
         report = survey(step, rules)
-    except LikelihoodError:
-        if inside or rules.likelihood is not None:
+    except UnknownLossError:
+        if inside:
             raise
-        return find_sites(step), f"{rules.fisher}, of a loss outside of the module: it needs likelihood="
+        named = "it needs likelihood=" if rules.likelihood is None else f"{rules.likelihood}"
+        return find_sites(step), f"{rules.fisher}, of a loss outside of the module: {named}"
     if not report.heads:
         return report, rules.fisher
     heads = " and ".join(dict.fromkeys(str(head) for head in report.heads))
