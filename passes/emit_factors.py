@@ -29,9 +29,12 @@ from torch import Tensor, fx
 from .layout import Rules, Use, arrange, one_hot
 from .operands import Matrix, Operand
 from .outputs import Factor, OutputDescriptor, Rows, Terms, append, select
+from .resample import is_draw, resample, with_copies
 from .sides import Side, widen
-from .sites import SiteReport, find_sites
+from .sites import SiteReport
 from .splice import Decompositions, splice
+from .survey import survey
+from .walk import Site
 
 
 def emit_factors(
@@ -46,29 +49,40 @@ def emit_factors(
     Args:
         gm: a step graph or joint graph with descriptors.
         rules: what may be chosen about factors.
-        report: what :func:`find_sites` says of ``gm``, where the caller knows it already.
+        report: what :func:`~thor_fx.passes.survey.survey` says of ``gm``, where the caller knows it already.
         decompositions: the table that ``gm`` was traced with.
     """
-    report = report or find_sites(gm)
-    last = {node: position for position, node in enumerate(gm.graph.nodes)}
+    report = report or survey(gm, rules)
     insert = partial(splice, decompositions=decompositions)
+    uses = [use for layout in arrange(report, rules).values() for use in layout.uses]
+    terms = None
+    if report.nearest is not None and report.heads:
+        terms = _terms(gm, report.nearest, insert, early=True)
+        directions = resample(gm, report, terms, rules, insert)
+        uses = [with_copies(use, directions) for use in uses]
+    last = {node: position for position, node in enumerate(gm.graph.nodes)}
     new: list[tuple[OutputDescriptor, fx.Node]] = []
-    for layout in arrange(report, rules).values():
-        for use in layout.uses:
-            read = _nodes((*use.activations, *use.cotangents))
-            anchor = max((*(site.gradient for site in use.sites), *read), key=last.__getitem__)
-            new += _moments(use, anchor, insert)
+    for use in uses:
+        read = _nodes((*use.activations, *use.cotangents))
+        anchor = max((*(site.gradient for site in use.sites), *read), key=last.__getitem__)
+        new += _moments(use, anchor, insert)
     if report.nearest is not None:
-        terms = report.nearest.activation
-        anchor = max((report.nearest.gradient, *terms.nodes), key=last.__getitem__)
-        new.append((Terms(), insert(anchor, terms_of(terms), *terms.nodes)))
+        new.append((Terms(), terms or _terms(gm, report.nearest, insert, early=False)))
     append(gm, new)
+
+
+def _terms(gm: fx.GraphModule, nearest: Site, insert: Callable[..., fx.Node], *, early: bool) -> fx.Node:
+    """The node of ``n``: beside the site nearest the loss or, where draws need it, ``early``."""
+    last = {node: position for position, node in enumerate(gm.graph.nodes)}
+    rows = nearest.activation
+    anchor = max(rows.nodes if early else (nearest.gradient, *rows.nodes), key=last.__getitem__)
+    return insert(anchor, terms_of(rows), *rows.nodes)
 
 
 def drop_factors(gm: fx.GraphModule) -> None:
     """Undo :func:`emit_factors`: the graph is, node for node, what it was before."""
     select(gm, lambda descriptor: not isinstance(descriptor, Factor | Rows | Terms))
-    gm.graph.eliminate_dead_code()
+    gm.graph.eliminate_dead_code(lambda node: node.is_impure() and not is_draw(node))
 
 
 def _moments(

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
+from torch import Tensor
+
 from .biases import Bias
 from .lookups import Bag, OneHot
 from .operands import Operand, Pooled
@@ -20,6 +22,9 @@ from .walk import Site
 SharingName = Literal["expand", "reduce"]
 Sharing = SharingName | Callable[[str], SharingName]
 BiasRule = Literal["raw", "joint"]
+Fisher = Literal["empirical", "sampled", "exact"]
+LikelihoodName = Literal["categorical", "bernoulli", "gaussian"]
+Likelihood = LikelihoodName | Callable[[Tensor], Tensor]
 LongSide = Literal["blocks", "diagonal", "identity"]
 
 
@@ -35,6 +40,10 @@ class Rules:
         long_side: what a longer side keeps: diagonal ``"blocks"``, its ``"diagonal"``, or nothing.
         block_size: of those blocks; None: ``max_dim``.
         means: every side keeps the mean of its rows, and no side is too long.
+        fisher: where cotangents come from: ``"empirical"``: from the loss; ``"sampled"``, ``"exact"``: from
+            the likelihood of the model's output, :mod:`thor_fx.passes.scores`.
+        likelihood: its name, or a function that draws scores; None: as read off the loss.
+        loss_scale: what the loss is multiplied by inside of the graph.
     """
 
     sharing: Sharing = "expand"
@@ -43,6 +52,9 @@ class Rules:
     long_side: LongSide = "blocks"
     block_size: int | None = 128
     means: bool = False
+    fisher: Fisher = "empirical"
+    likelihood: Likelihood | None = None
+    loss_scale: float = 1.0
 
 
 @dataclass(frozen=True)

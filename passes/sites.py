@@ -16,6 +16,7 @@ from torch import fx
 
 from .biases import Bias, find_biases
 from .contractions import SWAP_GROUPED, WEIGHTS
+from .heads import Head
 from .nodes import arguments, downstream, shape, target, upstream, use_of
 from .norms import is_norm
 from .outputs import KEY, Frozen, Grad, Input, Loss, Output, Param, Tangent, input_nodes, output_nodes
@@ -38,6 +39,7 @@ class SiteReport:
         nearest: the site nearest the loss; its rows are the terms that the loss averages over.
         biases: the bias that is added to what a layer makes, by layer.
         lines: the line of Python that uses a parameter, by parameter, as far as it is known.
+        heads: the outputs whose likelihood the cotangents come from; () for those of the loss itself.
     """
 
     sites: tuple[Site, ...]
@@ -46,6 +48,7 @@ class SiteReport:
     nearest: Site | None
     biases: Mapping[str, Bias] = field(default_factory=dict)
     lines: Mapping[str, str] = field(default_factory=dict)
+    heads: tuple[Head, ...] = ()
 
     @property
     def layers(self) -> dict[str, tuple[Site, ...]]:
@@ -87,7 +90,7 @@ def find_sites(gm: fx.GraphModule) -> SiteReport:
                 reasons[name] = f"a vector: {reason}" if len(shape(gradient)) < 2 else str(reason)
                 if len(shape(gradient)) < 2:
                     vectors[name] = gradient
-    report = SiteReport(tuple(sites), tuple(norms), reasons, _nearest(gm, sites))
+    report = SiteReport(tuple(sites), tuple(norms), reasons, nearest(gm, sites))
     return replace(report, biases=find_biases(report.layers, vectors, walk), lines=lines)
 
 
@@ -142,7 +145,7 @@ def _swap(path: Path, sizes: tuple[int, ...]) -> Permute:
     return SWAP_GROUPED if take(path, torch.empty(sizes, device="meta")).dim() == 3 else SWAP
 
 
-def _nearest(gm: fx.GraphModule, sites: list[Site]) -> Site | None:
+def nearest(gm: fx.GraphModule, sites: list[Site]) -> Site | None:
     """The site whose cotangent is the fewest operations away from where backward of the loss starts.
 
     A model that returns its loss may return more (the keys that it caches): the loss is the scalar.

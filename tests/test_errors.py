@@ -136,6 +136,10 @@ WRONG = [
     ("fallback_lr", -0.1, ValueError),
     ("preset", 1, TypeError),
     ("preset", "fast", ValueError),
+    ("fisher", True, TypeError),
+    ("fisher", "mc", ValueError),
+    ("likelihood", 1, TypeError),
+    ("likelihood", "poisson", ValueError),
 ]
 
 

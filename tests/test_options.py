@@ -38,6 +38,8 @@ WRONG_TYPES = {
     "fallback": [None, torch.optim.AdamW],
     "fallback_lr": ["0.1", [0.1], True, 1j],
     "preset": [1, {"damping": 0.1}],
+    "fisher": [None, 1, True],
+    "likelihood": [1, ["categorical"]],
 }
 WRONG_VALUES = {
     **{name: [-0.1, NAN, INF, -INF] for name in NUMBERS},
@@ -61,6 +63,8 @@ WRONG_VALUES = {
     "fallback": ["adam"],
     "fallback_lr": [-0.1, NAN, INF],
     "preset": ["fast", ""],
+    "fisher": ["true", ""],
+    "likelihood": ["poisson", ""],
 }
 RIGHT = {
     **{name: [0.5, 1] for name in NUMBERS},
@@ -95,6 +99,8 @@ RIGHT = {
     "fallback": ["sgd", "adamw"],
     "fallback_lr": [None, 0, 0.5, torch.tensor([0.1, 0.2]), lambda step: 0.1],
     "preset": [None, "thor", "recommended"],
+    "fisher": ["empirical", "sampled", "exact"],
+    "likelihood": [None, "categorical", "bernoulli", "gaussian", torch.zeros_like],
 }
 
 

@@ -80,3 +80,52 @@ def test_a_grouped_convolution_is_a_pair_per_group_where_curvlinops_is_wrong(cur
         assert oracle.relative_error(torch.kron(pair.G[group], pair.A[group]), fisher) < 1e-10
         own = slice(18 * group, 18 * group + 18)
         assert oracle.relative_error(dense[own, own], fisher) > 0.1
+
+
+# --- estimators --------------------------------------------------------------------------------------
+
+PEER_LOSSES = {
+    "categorical": (nn.CrossEntropyLoss(), lambda y: y),
+    "gaussian": (nn.MSELoss(), lambda y: F.one_hot(y, 3).double()),
+    "bernoulli": (nn.BCEWithLogitsLoss(), lambda y: F.one_hot(y, 3).double()),
+}
+
+
+def dense(curvlinops, model, loss, x, y, **settings):
+    """The dense K-FAC matrix of curvlinops over all weights."""
+    weights = [p for p in model.parameters() if p.dim() > 1]
+    operator = curvlinops.KFACLinearOperator(
+        model, loss, weights, [(x, y)], check_deterministic=False, **settings
+    )
+    return torch.as_tensor(operator @ torch.eye(sum(p.numel() for p in weights), dtype=x.dtype))
+
+
+def blocks(model, loss, x, y, **options):
+    """The diagonal blocks of ours, in one matrix."""
+
+    def loss_fn(p, x, y):
+        return loss(functional_call(model, p, (x,)), y)
+
+    params = {name: p for name, p in model.named_parameters() if p.dim() > 1}
+    found = thor_fx.factors(loss_fn, params, x, y, **options)
+    return torch.block_diag(*(torch.kron(pair.G, pair.A) for pair in found.values()))
+
+
+@pytest.mark.parametrize("sharing", ["expand", "reduce"])
+@pytest.mark.parametrize("make", [mlp, cnn])
+@pytest.mark.parametrize("name", PEER_LOSSES)
+def test_exact_blocks_equal_those_of_type_2(curvlinops, name, make, sharing):
+    model, x, y = case(make)
+    loss, targets = PEER_LOSSES[name]
+    expected = dense(curvlinops, model, loss, x, targets(y), fisher_type="type-2", kfac_approx=sharing)
+    got = blocks(model, loss, x, targets(y), fisher="exact", sharing=sharing)
+    assert oracle.relative_error(got, expected) < 1e-10
+
+
+def test_exact_blocks_are_the_mean_of_their_samples(curvlinops):
+    model, x, y = case(mlp)
+    loss = nn.CrossEntropyLoss()
+    settings = {"fisher_type": "mc", "kfac_approx": "expand", "mc_samples": 1000, "seed": 0}
+    sampled = dense(curvlinops, model, loss, x, y, **settings)
+    exact = blocks(model, loss, x, y, fisher="exact")
+    assert float((sampled - exact).norm() / exact.norm()) < 0.05

@@ -4,6 +4,8 @@ import math
 import numbers
 from typing import Any, get_args
 
+from .passes.layout import LikelihoodName
+
 
 def check_number(name: str, value: Any, *, positive: bool = False) -> None:
     """Refuse what is no finite number of the right sign."""
@@ -48,6 +50,17 @@ def check_sharing(name: str, value: Any) -> None:
         raise TypeError(f"{name} must be 'expand', 'reduce' or a callable name -> str, got {shown(value)}")
     if value not in {"expand", "reduce"}:
         raise ValueError(f"{name} must be 'expand', 'reduce' or a callable, got {value!r}")
+
+
+def check_likelihood(name: str, value: Any) -> None:
+    """Refuse what is neither None nor the name of a likelihood nor a function."""
+    if value is None or callable(value):
+        return
+    allowed = [*get_args(LikelihoodName), None]
+    if not isinstance(value, str):
+        raise TypeError(f"{name} must be one of {allowed} or a callable z -> score, got {shown(value)}")
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {allowed} or a callable z -> score, got {value!r}")
 
 
 def shown(value: Any) -> str:

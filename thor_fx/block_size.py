@@ -134,7 +134,7 @@ def whole_factors(
     for name, layer in layers.items():
         if not any(sums.name in moments for sums in layer.sums):
             continue
-        a, g = factor_pair(moments, layer, 1.0 if terms is None else terms, loss_scale=1.0)
+        a, g = factor_pair(moments, layer, 1.0 if terms is None else terms)
         if a is not None and layer.input.kind == "dense":
             found[Factor(name, "A")] = a.reshape(-1, layer.in_, layer.in_)
         if g is not None and layer.output.kind == "dense":

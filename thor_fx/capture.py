@@ -40,6 +40,7 @@ from .passes.outputs import Frozen, Input, InputDescriptor, Param, Tangent
 from .recurrent import trainable_rnns
 
 CompilationFailed = BackendCompilerFailed
+GraphBreak = Unsupported
 LossFn = Callable[..., Any]
 Runner = Callable[..., Sequence[Any]]
 Handler = Callable[["Captured"], Runner]

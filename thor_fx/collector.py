@@ -6,6 +6,9 @@ of terms ``n`` that the loss averages over does not: two runs in one pass (a los
 terms of one loss, two passes (micro-batches) have terms of their own. So ``n`` is the largest over the
 runs of a pass, and adds up over passes. Of several graphs in one pass the first that backward reaches
 counts: it is nearest to the loss.
+
+That is so for the empirical Fisher, whose cotangents say how the loss combines the runs. The other
+estimators make terms of equal weight in every run: all of them count.
 """
 
 from collections.abc import Mapping
@@ -68,15 +71,22 @@ def _turned(descriptor: OutputDescriptor, layers: set[str]) -> OutputDescriptor:
 
 @dataclass
 class LossTerms:
-    """How many terms the loss averages over; see NOTE: [Runs and passes]."""
+    """How many terms the loss averages over; see NOTE: [Runs and passes].
 
+    Attributes:
+        all_runs: the terms of all runs of a pass add up.
+    """
+
+    all_runs: bool = False
     _passes: dict[int, tuple[str | None, Tensor]] = field(default_factory=dict)
 
     def add(self, backward: int, layer: str | None, terms: Tensor) -> None:
         """A run was reached by a backward pass; ``layer`` is where its ``terms`` were read."""
         nearest, known = self._passes.get(backward, (layer, terms))
-        if nearest == layer:
-            self._passes[backward] = nearest, terms.maximum(known)
+        if nearest == layer or self.all_runs:
+            first = backward not in self._passes
+            more = known + terms if self.all_runs and not first else terms.maximum(known)
+            self._passes[backward] = nearest, more
 
     def take(self) -> Tensor | None:
         """The terms of all passes since the last call, 0-D; None if there was none."""
@@ -116,6 +126,7 @@ class Collector:
         if rules != self.rules:
             self.clear()
             self.rules, self.graphs, self.coverage = rules, [], None
+            self._terms = LossTerms(all_runs=rules.fisher != "empirical")
             self._overlapping.clear()
             self.generation += 1
 

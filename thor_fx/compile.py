@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 from .arguments import check_type
 from .capture import (
     CompilationFailed,
+    GraphBreak,
     Held,
     Runner,
     add_slots,
@@ -31,10 +32,12 @@ from .inductor import JointPass, check_backend, compile_differentiable
 from .joint_graphs import describe_joint
 from .layers import Coverage, CoverageError, coverage
 from .parameters import check_params
-from .passes import emit_factors, find_sites, outputs
+from .passes import emit_factors, outputs
 from .passes.layout import Rules
+from .passes.likelihoods import LikelihoodError
 from .passes.outputs import Factor, Input, InputDescriptor, Param, Rows, Terms
 from .passes.splice import Decompositions
+from .passes.survey import survey
 from .recurrent import has_recurrent_operator, trainable_rnns
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -140,7 +143,8 @@ class _Call:
         self._plain = torch.compile(own_code(plain), backend=backend, **settings, **kwargs)
 
         def compile_factor() -> Callable[..., Any]:
-            return torch.compile(own_code(factor), backend=factor_backend, **kwargs)
+            whole = {} if self.collector.rules.fisher == "empirical" else {"fullgraph": True}
+            return torch.compile(own_code(factor), backend=factor_backend, **{**kwargs, **whole})
 
         self._compile_factor = compile_factor
         self._factor = compile_factor()
@@ -159,8 +163,13 @@ class _Call:
             try:
                 return self._factor(*args, **kwargs)
             except CompilationFailed as error:
-                if isinstance(error.inner_exception, CoverageError):
+                if isinstance(error.inner_exception, CoverageError | LikelihoodError):
                     raise error.inner_exception from None
+                raise
+            except GraphBreak as error:
+                fisher = self.collector.rules.fisher
+                if fisher != "empirical":
+                    error.add_note(ONE_GRAPH.format(fisher))
                 raise
 
     def _breaks_at_rnn(self) -> bool:
@@ -176,6 +185,12 @@ def _tensors_of(module: nn.Module) -> list[Tensor]:
     """The buffers and the plain tensors that a module has as attributes."""
     values = (*module.buffers(recurse=False), *vars(module).values())
     return [value for value in values if isinstance(value, Tensor)]
+
+
+ONE_GRAPH = (
+    "thor_fx: fisher={!r} draws cotangents of the model's output and follows them through its backward, so "
+    "the model must be one graph: see TORCH_LOGS=graph_breaks, or pass fisher='empirical'"
+)
 
 
 @dataclass(frozen=True)
@@ -196,7 +211,7 @@ class _FactorCompiler:
         described = describe_forward_inputs(forward, params, self.is_held)
         if not any(isinstance(descriptor, Param) for descriptor in described):
             return self._compile(forward, inputs, lambda _gm, **_: None, key="")
-        found = coverage(find_sites(export_joint(forward, described)), self.rules)
+        found = coverage(survey(export_joint(forward, described), self.rules), self.rules)
         if self.strict:
             found.check({name: p.dim() for name, p in params.items()})
         used = {d.name: params[d.name] for d in described if isinstance(d, Param)}
@@ -211,7 +226,7 @@ class _FactorCompiler:
         return without_dynamo(_runner(compiled, graph, self.collector))
 
     def _compile(
-        self, forward: fx.GraphModule, inputs: Sequence[Any], joint_pass: JointPass, key: str
+        self, forward: fx.GraphModule, inputs: Sequence[Any], joint_pass: JointPass, key: str | None
     ) -> Runner:
         backend, mode, options = self.backend, self.mode, self.options
         with trainable_rnns():
@@ -220,8 +235,10 @@ class _FactorCompiler:
             )
 
 
-def _key(fill: "_FillSlots", found: Coverage) -> str:
-    """All that the compiled graph depends on, without the address of a function in it."""
+def _key(fill: "_FillSlots", found: Coverage) -> str | None:
+    """All that the compiled graph depends on, without the address of a function in it; None: not known."""
+    if callable(fill.rules.likelihood):
+        return None
     sharing = tuple(layer.sharing for layer in found.layers.values())
     return repr((fill.inputs, fill.slots, replace(fill.rules, sharing="expand"), sharing))
 

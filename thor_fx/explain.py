@@ -16,6 +16,10 @@ from .flops import count_flops
 from .layers import Coverage, Layer, coverage
 from .parameters import trainable
 from .passes import Site, canonicalize, find_sites, pipeline
+from .passes.layout import Rules
+from .passes.likelihoods import UnknownLossError
+from .passes.sites import SiteReport
+from .passes.survey import directions, survey
 from .thor import DEFAULTS
 from .trace import trace_step
 from .transform import Transform
@@ -34,6 +38,7 @@ class Report:
         lines: the line of Python that uses a parameter, by parameter, as far as it is known.
         costs: what every layer adds to a step, by layer.
         plain_flops: floating-point operations of forward and backward alone.
+        estimator: where the rows of ``G`` come from.
     """
 
     coverage: Coverage
@@ -44,6 +49,7 @@ class Report:
     lines: Mapping[str, str] = field(default_factory=dict)
     costs: Mapping[str, Cost] = field(default_factory=dict)
     plain_flops: int = 0
+    estimator: str = "empirical"
 
     @property
     def graph(self) -> nx.DiGraph:
@@ -89,7 +95,8 @@ class Report:
         for name, shape, size, flops, how in rows:
             left = f"{name:<{widths[0]}}  {shape:>{widths[1]}}"
             lines.append(f"{left}  {size:>{widths[2]}}  {flops:>{widths[3]}}  {how}")
-        return "\n".join([*lines, self.summary])
+        likelihood = [] if self.estimator == "empirical" else [f"fisher: {self.estimator}"]
+        return "\n".join([*lines, self.summary, *likelihood])
 
     def _row(self, name: str) -> tuple[str, str, str, str, str]:
         layers = [layer.name for layer in self.coverage.layers.values() if layer.param == name]
@@ -142,7 +149,8 @@ def explain(
 
     Raises:
         TypeError: ``target`` is neither, or ``params`` are missing or not floating-point.
-        ValueError: nothing in it is differentiable.
+        ValueError: nothing in it is differentiable, or the estimator of ``tx`` needs a likelihood and
+            the loss shows none.
 
     Example:
         >>> report = explain(torch.nn.Linear(3, 2, bias=False), torch.ones(5, 3))
@@ -163,7 +171,7 @@ def explain(
         raise TypeError(f"explain takes a module or a loss function, got {type(target).__name__}")
     rules, inverse = (DEFAULTS.rules, DEFAULTS.inverse) if tx is None else (tx.rules, tx.inverse)
     step = pipeline.run(trace_step(loss_fn, params, *batch), [canonicalize])
-    sites = find_sites(step)
+    sites, estimator = _surveyed(step, rules, inside=not isinstance(target, nn.Module))
     frozen = tuple(name for name, p in params.items() if not trainable(p))
     found = coverage(sites, rules, frozen)
     costs = {
@@ -172,7 +180,23 @@ def explain(
     }
     terms = None if sites.nearest is None else int(sites.nearest.activation.rows)
     shapes = {name: tuple(p.shape) for name, p in params.items()}
-    return Report(found, sites.sites, terms, step, shapes, sites.lines, costs, count_flops(step))
+    return Report(found, sites.sites, terms, step, shapes, sites.lines, costs, count_flops(step), estimator)
+
+
+def _surveyed(step: fx.GraphModule, rules: Rules, *, inside: bool) -> tuple[SiteReport, str]:
+    """The sites and the estimator in words; the loss of a module may be outside of what was traced."""
+    try:
+        report = survey(step, rules)
+    except UnknownLossError:
+        if inside:
+            raise
+        named = "it needs likelihood=" if rules.likelihood is None else f"{rules.likelihood}"
+        return find_sites(step), f"{rules.fisher}, of a loss outside of the module: {named}"
+    if not report.heads:
+        return report, rules.fisher
+    heads = " and ".join(dict.fromkeys(str(head) for head in report.heads))
+    count = f", {directions(report.heads)} backward passes" if rules.fisher == "exact" else ""
+    return report, f"{rules.fisher}, {heads}{count}"
 
 
 def to_networkx(gm: fx.GraphModule) -> nx.DiGraph:

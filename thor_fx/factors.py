@@ -26,6 +26,11 @@ For a plain Linear ``R = n``, and ``g`` is the mean of the gradients ``n g_r`` o
 2023, section 3). For other weights the root keeps ``g`` in the units of ``G``: by Jensen's inequality
 ``a a^T <= A`` and ``g g^T <= G``, whatever ``R``. Vectors of both uses of a tied weight are added in the same
 way, ``(a + g'/sqrt(pi)) / sqrt(2)`` and ``(g + sqrt(pi) a') / sqrt(2)``, which keeps the inequality.
+This is the *empirical* Fisher, from the labels of the data. For the other estimators the ``g_r`` come from
+the likelihood of the model's output (:mod:`thor_fx.passes.scores`), are those of single terms and carry no
+scale; with ``n`` as the graph has it, whatever ``batch_size`` says::
+
+    G = (1/n) sum_r g_r g_r^T
 """
 
 from collections.abc import Mapping
@@ -37,13 +42,14 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from .arguments import check_choice, check_integer, check_number, check_sharing
+from .arguments import check_choice, check_integer, check_likelihood, check_number, check_sharing
 from .capture import LossFn
 from .layers import Layer, coverage
-from .passes import canonicalize, emit_factors, find_sites, outputs, pipeline
-from .passes.layout import BiasRule, Rules, Sharing
+from .passes import canonicalize, emit_factors, outputs, pipeline
+from .passes.layout import BiasRule, Fisher, Likelihood, Rules, Sharing
 from .passes.outputs import Factor, Rows, Terms
 from .passes.sides import Side, trace, widen, without_bias
+from .passes.survey import survey
 from .trace import trace_step
 
 
@@ -83,19 +89,33 @@ class Kronecker:
     groups: int = 1
 
 
+def cotangent_scale(
+    fisher: Fisher, terms: Tensor | float, measured: Tensor | float, loss_scale: float
+) -> Tensor | float:
+    """What sums of ``g_r g_r^T`` are multiplied by to be ``G``.
+
+    Args:
+        fisher: the estimator.
+        terms: ``n``, as the user says.
+        measured: ``n``, as the graph does.
+        loss_scale: ``s``.
+    """
+    return terms / loss_scale**2 if fisher == "empirical" else 1 / measured
+
+
 def factor_pair(
-    moments: Mapping[str, Moments], layer: Layer, terms: Tensor | float, loss_scale: float
+    moments: Mapping[str, Moments], layer: Layer, scale: Tensor | float
 ) -> tuple[Tensor | None, Tensor | None]:
     """``A`` and ``G`` of a layer over all of its uses, in the shapes of its sides.
 
-    None in place of a factor of which nothing is kept.
+    None in place of a factor of which nothing is kept. ``scale``: see :func:`cotangent_scale`.
     """
     measured = [sums for sums in layer.sums if sums.name in moments]
     pairs = []
     for sums in measured:
         m = moments[sums.name]
         a = None if m.activations is None else m.activations / _like(m.rows.clamp(min=1), m.activations)
-        g = None if m.cotangents is None else _cotangents(m, sums.output, m.cotangents, terms, loss_scale)
+        g = None if m.cotangents is None else _cotangents(m, sums.output, m.cotangents, scale)
         a = without_bias(a, sums.input) if a is not None and layer.bias is None else a
         sides = (g, sums.output), (a, sums.input)
         pairs.append(sides if sums.flipped else sides[::-1])
@@ -108,11 +128,11 @@ def factor_pair(
     return a, g
 
 
-def _cotangents(m: Moments, side: Side, value: Tensor, terms: Tensor | float, loss_scale: float) -> Tensor:
+def _cotangents(m: Moments, side: Side, value: Tensor, scale: Tensor | float) -> Tensor:
     """``G``, or the vector ``g``."""
     if side.kind == "mean":
-        return value * _like((terms / m.rows.clamp(min=1)) ** 0.5, value) / loss_scale
-    return value * (terms / loss_scale**2)
+        return value * _like((scale / m.rows.clamp(min=1)) ** 0.5, value)
+    return value * scale
 
 
 _Measured = tuple[Tensor | None, Side]
@@ -152,12 +172,12 @@ def kronecker(
     moments: Mapping[str, Moments],
     layers: Mapping[str, Layer],
     terms: Tensor | float,
-    loss_scale: float = 1.0,
+    scale: Tensor | float | None = None,
 ) -> dict[str, Kronecker]:
-    """The factor pairs of all layers, by name."""
+    """The factor pairs of all layers, by name; ``scale`` is :func:`cotangent_scale`, by default ``terms``."""
     result = {}
     for name, layer in layers.items():
-        a, g = factor_pair(moments, layer, terms, loss_scale)
+        a, g = factor_pair(moments, layer, terms if scale is None else scale)
         assert a is not None, "without max_dim everything is kept"
         assert g is not None, "without max_dim everything is kept"
         rows = sum(int(moments[sums.name].rows.sum()) for sums in layer.sums)
@@ -192,6 +212,8 @@ def factors(
     loss_scale: float = 1.0,
     sharing: Sharing = "expand",
     bias: BiasRule = "raw",
+    fisher: Fisher = "empirical",
+    likelihood: Likelihood | None = None,
 ) -> dict[str, Kronecker]:
     """The Kronecker factors of every layer on one batch: undamped and not cut into blocks.
 
@@ -206,6 +228,8 @@ def factors(
         sharing: ``"expand"``: every position is a row; ``"reduce"``: the positions of one datum are
             averaged (``A``) and summed (``G``) to one row; or ``name -> "expand" | "reduce"``.
         bias: ``"joint"``: the last row and column of ``A`` are those of the bias; ``"raw"``: without it.
+        fisher: ``"empirical"``, ``"sampled"`` or ``"exact"``: as in :func:`thor_fx.thor`.
+        likelihood: of the model's output; None: as read off the loss. As in :func:`thor_fx.thor`.
 
     Returns:
         ``Kronecker(A, G, rows, n, kind, groups)`` by name of layer, in the definitions at the top of
@@ -215,7 +239,8 @@ def factors(
 
     Raises:
         TypeError: an argument has a wrong type.
-        ValueError: an argument has a wrong value, or the loss does not depend on ``params``.
+        ValueError: an argument has a wrong value, the loss does not depend on ``params``, or the
+            estimator needs a likelihood and none is known.
 
     Example:
         >>> x = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
@@ -230,9 +255,13 @@ def factors(
     check_number("loss_scale", loss_scale, positive=True)
     check_sharing("sharing", sharing)
     check_choice("bias", bias, BiasRule)
-    layers, moments, terms = measure(loss_fn, params, *batch, rules=Rules(sharing, bias))
-    n = terms if batch_size is None and terms is not None else batch_size or 1
-    return kronecker(moments, layers, n, loss_scale)
+    check_choice("fisher", fisher, Fisher)
+    check_likelihood("likelihood", likelihood)
+    rules = Rules(sharing, bias, fisher=fisher, likelihood=likelihood, loss_scale=float(loss_scale))
+    layers, moments, found = measure(loss_fn, params, *batch, rules=rules)
+    measured = 1 if found is None else found
+    terms = measured if batch_size is None else batch_size
+    return kronecker(moments, layers, terms, cotangent_scale(fisher, terms, measured, loss_scale))
 
 
 def measure(
@@ -240,7 +269,7 @@ def measure(
 ) -> tuple[Mapping[str, Layer], dict[str, Moments], Tensor | None]:
     """The layers, their moments and the loss terms of one factor step, which is interpreted."""
     step = pipeline.run(trace_step(loss_fn, params, *batch), [canonicalize])
-    layers = coverage(find_sites(step), rules).layers
+    layers = coverage(survey(step, rules), rules).layers
     graph = pipeline.run(step, [partial(emit_factors, rules=rules)])
     results = run_graph(graph, params, *batch)
     return layers, moments_of(results), results.get(Terms())

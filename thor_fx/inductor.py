@@ -72,7 +72,7 @@ def compile_differentiable(
     inputs: Sequence[Any],
     joint_pass: JointPass,
     *,
-    key: str,
+    key: str | None,
     backend: str = "inductor",
     mode: str | None = None,
     options: Mapping[str, Any] | None = None,
@@ -83,7 +83,7 @@ def compile_differentiable(
         forward: Dynamo's graph.
         inputs: its example inputs.
         joint_pass: called once with the joint graph, before any of Inductor's own passes.
-        key: all that the effect of ``joint_pass`` depends on; part of the cache key.
+        key: all that the effect of ``joint_pass`` depends on; part of the cache key. None: do not cache.
         backend: as in :func:`compile_graph`.
         mode: as in ``torch.compile``.
         options: Inductor settings, as in ``torch.compile``.
@@ -108,7 +108,7 @@ def _interpret(gm: fx.GraphModule, _: Sequence[Any]) -> Compiled:
 class _OnJointGraph(CustomGraphPass):
     """A pass of ours, and then the user's, where there is one. One object: torch 2.11 takes no list."""
 
-    def __init__(self, joint_pass: JointPass, key: str, users: Any) -> None:
+    def __init__(self, joint_pass: JointPass, key: str | None, users: Any) -> None:
         self._joint_pass, self._key, self._users = joint_pass, key, users
 
     def __call__(self, graph: fx.Graph) -> None:
@@ -118,7 +118,7 @@ class _OnJointGraph(CustomGraphPass):
                 users(graph)
 
     def uuid(self) -> Any:
-        if self._users is not None:
+        if self._users is not None or self._key is None:
             return None  # not ours to name: do not cache
         return f"{_source_hash()}:{self._key}"
 

@@ -31,7 +31,7 @@ from .metrics import metrics
 from .optimizer_state import counters_of, layers_with_inverses, restore, views
 from .options import MAX_DIM, Fallback, MomentumOn, Options, damping_schedule, number_schedule
 from .parameter_groups import ParameterGroups
-from .passes.layout import BiasRule, LongSide, Sharing, layer_of
+from .passes.layout import BiasRule, Fisher, Likelihood, LongSide, Sharing, layer_of
 from .presets import Preset, takes_preset
 from .refresh import DampingRule
 from .refresh_rules import RefreshRule
@@ -96,6 +96,9 @@ class Thor(torch.optim.Optimizer):
         fallback_lr: its learning rate, given like ``lr``, also by group; None: ``lr``. torch's schedulers
             change ``lr`` only.
         preset: ``"thor"`` or ``"recommended"``: values for what is left out here.
+        fisher: ``"empirical"``, ``"sampled"`` or ``"exact"``: see :func:`thor_fx.thor`. The last two need the
+            model as one graph, and a ``likelihood`` where it does not return its loss itself.
+        likelihood: ``"categorical"``, ``"bernoulli"``, ``"gaussian"``, a callable or None.
         backend: compiles the update: ``"inductor"``, or ``"eager"`` to interpret it; None: as the model.
 
     Attributes:
@@ -143,6 +146,8 @@ class Thor(torch.optim.Optimizer):
         fallback: Fallback = "sgd",
         fallback_lr: Value | None = None,
         preset: Preset | None = None,  # noqa: ARG002 - takes_preset has used it
+        fisher: Fisher = "empirical",
+        likelihood: Likelihood | None = None,
         backend: str | None = None,
     ) -> None:
         self._model = model
@@ -174,6 +179,8 @@ class Thor(torch.optim.Optimizer):
             decoupled_weight_decay=decoupled_weight_decay,
             fallback=fallback,
             adaptive=damping if isinstance(damping, LevenbergMarquardt) else None,
+            fisher=fisher,
+            likelihood=likelihood,
         )
         self._backend = self._collector.backend if backend is None else backend
         check_backend(self._backend)
@@ -433,7 +440,13 @@ class Thor(torch.optim.Optimizer):
     ) -> None:
         refreshes = frozenset(map(layer_of, moments)) & unready if self._tx.between else None
         measured = [] if terms is None else [terms]
-        scales = scales_of(self, self._scaler, self._inner.skipped.device, HyperTensors.dtype(self._params))
+        scales = scales_of(
+            self,
+            self._scaler,
+            self._inner.skipped.device,
+            HyperTensors.dtype(self._params),
+            of_factors=self._options.fisher == "empirical",
+        )
         key = tuple(gradients), tuple(moments), terms is not None, tuple(scales), refreshes, compares
         if key not in self._compiled:
             self._compiled[key] = self._compile(gradients, moments, terms, scales, refreshes, compares)

@@ -1,15 +1,23 @@
 """The arguments of THOR, checked once for both doors."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
-from .arguments import check_choice, check_integer, check_number, check_sharing, check_type, shown
+from .arguments import (
+    check_choice,
+    check_integer,
+    check_likelihood,
+    check_number,
+    check_sharing,
+    check_type,
+    shown,
+)
 from .blocks import BlockSize
 from .clips import Clip
 from .inverses import Inverse
 from .levenberg_marquardt import LevenbergMarquardt
-from .passes.layout import BiasRule, LongSide, Rules, Sharing
+from .passes.layout import BiasRule, Fisher, Likelihood, LongSide, Rules, Sharing
 from .refresh import DampingRule
 from .refresh_rules import RefreshRule, check_refresh
 from .schedule import Schedule
@@ -57,6 +65,8 @@ class Options:
     decoupled_weight_decay: bool = False
     fallback: Fallback = "sgd"
     adaptive: LevenbergMarquardt | None = None
+    fisher: Fisher = "empirical"
+    likelihood: Likelihood | None = None
 
     def __post_init__(self) -> None:
         check_number("loss_scale", self.loss_scale, positive=True)
@@ -83,7 +93,14 @@ class Options:
             check_choice("step_norm", self.step_norm, StepNorm)
         check_choice("momentum_on", self.momentum_on, MomentumOn)
         check_choice("fallback", self.fallback, Fallback)
+        check_choice("fisher", self.fisher, Fisher)
+        check_likelihood("likelihood", self.likelihood)
         _check_split_indices(self.split_indices)
+        if self.inverse == "eva" and self.fisher != "empirical":
+            raise ValueError(
+                f"inverse='eva' takes the mean of the cotangents, and that of drawn labels is zero: "
+                f"fisher={self.fisher!r} needs another inverse="
+            )
         if self.adaptive is not None and self.inverse not in INVERTS_SIDES:
             raise ValueError(
                 f"damping=LevenbergMarquardt(...) needs the inverses of both sides: inverse= must be one of "
@@ -100,7 +117,11 @@ class Options:
         """What is measured of every layer."""
         known = None if self.block_size == "auto" else self.block_size
         means = self.inverse == "eva"
-        return Rules(self.sharing, self.bias, self.max_dim, self.long_side, known, means=means)
+        rules = Rules(self.sharing, self.bias, self.max_dim, self.long_side, known, means=means)
+        if self.fisher == "empirical":
+            return rules
+        scale = float(self.loss_scale)
+        return replace(rules, fisher=self.fisher, likelihood=self.likelihood, loss_scale=scale)
 
     def decays(self, name: str) -> bool:
         """Whether weight decay applies to the parameter called ``name``."""

@@ -32,11 +32,11 @@ import torch
 from torch import Tensor
 
 from .averages import average
-from .factors import factor_pair
+from .factors import cotangent_scale, factor_pair
 from .inverses import METHODS, Inverse, Method, Pair, State, replace, select
 from .layers import Coverage, Layer
 from .matrices import matrices, put_back
-from .passes.layout import Rules
+from .passes.layout import Fisher, Rules
 from .precision import wide
 from .refresh import DampingRule, by_shape, per_side, refresh, root, spans
 from .refresh_rules import RefreshRule
@@ -94,7 +94,9 @@ def precondition(
     renewal = Renewal(factor_decay or 0.0, refresh_rule, frequency, block_size)
     remembers = factor_decay is not None or refresh_rule is not None
     method = METHODS[inverse]
-    made = _Preconditioner(method, renewal, remembers, damping_rule, block_size, loss_scale, batch_size)
+    made = _Preconditioner(
+        method, renewal, remembers, damping_rule, block_size, rules.fisher, loss_scale, batch_size
+    )
     hook = None if refresh_rule is None else made.between
     return Transform(made.init, made.update, {"damping": damping}, frequency, rules, inverse, hook)
 
@@ -108,6 +110,7 @@ class _Preconditioner:
     remembers: bool
     damping_rule: DampingRule
     block_size: int | None
+    fisher: Fisher
     loss_scale: float
     batch_size: int | None
 
@@ -170,7 +173,9 @@ class _Preconditioner:
 
     def _factors(self, signals: Signals, terms: Tensor | float) -> Callable[[Layer], Pair]:
         assert signals.moments is not None
-        return partial(factor_pair, signals.moments, terms=terms, loss_scale=self.loss_scale)
+        measured = terms if signals.terms is None else signals.terms
+        scale = cotangent_scale(self.fisher, terms, measured, self.loss_scale)
+        return partial(factor_pair, signals.moments, scale=scale)
 
     def _renewed(
         self,

@@ -2,7 +2,8 @@
 
 ``scaler.step(optimizer)`` sets two attributes, 0-D tensors, on an optimizer that says it handles them:
 ``found_inf``, and ``grad_scale``, which is None where ``scaler.unscale_`` has divided the gradients
-already. Factors come from the cotangents of the scaled loss and carry its scale in any case.
+already. The empirical Fisher's factors come from the cotangents of the scaled loss and carry its scale in any
+case; those of the other estimators never do.
 """
 
 from typing import Any, Protocol, runtime_checkable
@@ -24,7 +25,12 @@ class Scaler(Protocol):
 
 
 def scales_of(
-    optimizer: Any, scaler: Scaler | None, device: torch.device, dtype: torch.dtype
+    optimizer: Any,
+    scaler: Scaler | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    of_factors: bool = True,
 ) -> dict[str, Tensor]:
     """What is known of this step, by the names in :data:`SCALES`; nothing if no scaler is in use.
 
@@ -33,6 +39,7 @@ def scales_of(
         scaler: the one that scaled the loss, if the user has said so.
         device: of the results.
         dtype: of the results.
+        of_factors: whether factors carry a scale, so that it has to be known.
 
     Raises:
         RuntimeError: the gradients have been divided, and ``scaler`` is None.
@@ -40,7 +47,7 @@ def scales_of(
     found = getattr(optimizer, "found_inf", None)
     gradient = getattr(optimizer, "grad_scale", None)
     loss = gradient if scaler is None else scaler.scale(torch.ones((), device=device, dtype=dtype))
-    if found is not None and loss is None:
+    if found is not None and loss is None and of_factors:
         raise RuntimeError(
             "scaler.unscale_ was called before the step, so that the gradients no longer carry the scale of "
             "the loss, but the factors do: create the optimizer with Thor(..., loss_scale=scaler)"

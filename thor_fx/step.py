@@ -24,8 +24,9 @@ from .kinds import Kind, kind_of, kinds
 from .layers import Coverage, coverage
 from .metrics import metrics
 from .parameters import check_params, trainable
-from .passes import accumulate, canonicalize, emit_factors, find_sites, outputs, pipeline
+from .passes import accumulate, canonicalize, emit_factors, outputs, pipeline
 from .passes.layout import Rules
+from .passes.survey import survey
 from .transform import Params, State, Taken, Transform
 from .update import append_update, loss_alone, return_forward
 
@@ -368,7 +369,7 @@ def _trained(params: Params, found: Coverage) -> dict[str, Tensor]:
 
 
 def _coverage(graph: fx.GraphModule, params: Params, rules: Rules) -> Coverage:
-    found = coverage(find_sites(graph), rules)
+    found = coverage(survey(graph, rules), rules)
     seen = found.trained | set(found.unused)
     unused = tuple(name for name, p in params.items() if name not in seen and trainable(p))
     frozen = tuple(name for name, p in params.items() if not trainable(p))

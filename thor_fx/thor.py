@@ -37,7 +37,7 @@ from .levenberg_marquardt import LevenbergMarquardt
 from .links import thor_chain
 from .options import MAX_DIM, Fallback, MomentumOn, Options, damping_schedule, number_schedule
 from .parameter_groups import ParameterGroups
-from .passes.layout import BiasRule, LongSide, Sharing
+from .passes.layout import BiasRule, Fisher, Likelihood, LongSide, Sharing
 from .presets import Preset, takes_preset
 from .refresh import DampingRule
 from .refresh_rules import RefreshRule
@@ -80,6 +80,8 @@ def thor(
     fallback: Fallback = "sgd",
     fallback_lr: Value | None = None,
     preset: Preset | None = None,  # noqa: ARG001 - takes_preset has used it
+    fisher: Fisher = "empirical",
+    likelihood: Likelihood | None = None,
 ) -> Transform:
     """THOR as a pure transform, for :func:`thor_fx.compile_step`.
 
@@ -125,6 +127,12 @@ def thor(
         fallback: the rule of what belongs to no layer: ``"sgd"`` (norms: elementwise) or ``"adamw"``.
         fallback_lr: its learning rate, given like ``lr``; None: ``lr``.
         preset: ``"thor"`` or ``"recommended"``: values for what is left out here: :mod:`thor_fx.presets`.
+        fisher: where the rows of ``G`` come from: ``"empirical"``: from the gradients of the loss (free);
+            ``"sampled"``: from labels drawn from the model's own predictive distribution (one more backward
+            in a factor step); ``"exact"``: from all directions of a small output (one more for each):
+            the generalised Gauss-Newton matrix. See ``docs/curvature.md``.
+        likelihood: for the last two, of the model's output: ``"categorical"``, ``"bernoulli"``,
+            ``"gaussian"``, a callable ``z -> dNLL/dz`` of drawn labels, or None: as read off the loss.
 
     Returns:
         A transform whose updates are added to the parameters.
@@ -165,6 +173,8 @@ def thor(
         decoupled_weight_decay=decoupled_weight_decay,
         fallback=fallback,
         adaptive=damping if isinstance(damping, LevenbergMarquardt) else None,
+        fisher=fisher,
+        likelihood=likelihood,
     )
     schedules = {
         "lr": Schedule("lr", lr),

@@ -289,13 +289,15 @@ def unscale(inner: Transform) -> Transform:
 
     Gradients are divided by ``signals.gradient_scale``; sums of squares of cotangents, and with them
     ``G``, by the square of ``signals.loss_scale``; plain sums of cotangents by it. The two differ where
-    somebody has divided the gradients already, to clip them.
+    somebody has divided the gradients already, to clip them. Only the empirical Fisher carries the scale of
+    the loss.
     """
+    carries = inner.rules.fisher == "empirical"
 
     def update(updates: Updates, state: State, params: Params, signals: Signals) -> tuple[Updates, State]:
         if signals.gradient_scale is not None:
             updates = {name: u / signals.gradient_scale for name, u in updates.items()}
-        if signals.loss_scale is not None and signals.moments is not None:
+        if carries and signals.loss_scale is not None and signals.moments is not None:
             scale, plain = signals.loss_scale, signals.coverage.plain_sums
             powers = {name: scale if name in plain else scale**2 for name in signals.moments}
             moments = {

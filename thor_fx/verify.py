@@ -4,7 +4,8 @@ For every layer, in float64 and on a small batch of B examples:
 
 * *gradient*: of the step graph, against eager autograd;
 * *Fisher*: ``|A (x) G - F| / |F|`` in the Frobenius norm, where ``F = (1/B) sum_i vec(g_i) vec(g_i)^T`` is
-  the dense empirical Fisher block of the gradients ``g_i`` of single examples, and *cosine*, the cosine
+  the dense empirical Fisher block of the gradients ``g_i`` of single examples (for ``fisher="exact"``: the
+  dense generalised Gauss-Newton block of the whole batch, :mod:`thor_fx.ggn`), and *cosine*, the cosine
   of the angle between the two. A Kronecker product is an approximation: the error is zero where it is
   exact (one example without shared weights, linear networks, ...), not in general;
 * invariances of ``A`` and ``G``, which hold exactly where examples do not influence each other: a batch
@@ -16,20 +17,22 @@ import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple, dataclass, fields, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from .arguments import check_choice, check_integer, check_sharing
+from .arguments import check_choice, check_integer, check_likelihood, check_sharing
 from .capture import LossFn
-from .factors import Kronecker, Moments, kronecker, moments_of, run_graph
+from .factors import Kronecker, Moments, cotangent_scale, kronecker, moments_of, run_graph
+from .ggn import curvature_rows
 from .layers import Layer, coverage
 from .parameters import check_params, trainable
-from .passes import Grad, canonicalize, emit_factors, find_sites, pipeline
-from .passes.layout import BiasRule, Rules, Sharing
+from .passes import Grad, Terms, canonicalize, emit_factors, pipeline
+from .passes.layout import BiasRule, Fisher, LikelihoodName, Rules, Sharing
 from .passes.reindex import take
+from .passes.survey import survey
 from .trace import trace_step
 
 Batch = tuple[Any, ...]
@@ -41,7 +44,7 @@ class Errors:
 
     Attributes:
         gradient: of the step graph, against eager autograd.
-        fisher: of ``A (x) G`` against the dense empirical Fisher block; NaN where that is too large.
+        fisher: of ``A (x) G`` against the dense Fisher block; NaN where that is too large.
         cosine: between the two; 1 where they agree up to a factor.
         repeated: of the factors, when the batch is doubled.
         order: when its examples are in reverse order.
@@ -94,6 +97,8 @@ def verify(
     *batch: Any,
     sharing: Sharing = "expand",
     bias: BiasRule = "raw",
+    fisher: Fisher = "empirical",
+    likelihood: LikelihoodName | None = None,
     dtype: torch.dtype | None = torch.float64,
     max_size: int = 2048,
 ) -> Certificate:
@@ -107,6 +112,8 @@ def verify(
             tensors with a first axis of that length are cut with it.
         sharing: as in :func:`thor_fx.factors`.
         bias: as in :func:`thor_fx.factors`.
+        fisher: ``"empirical"`` or ``"exact"``, which is what ``"sampled"`` is on average.
+        likelihood: as in :func:`thor_fx.factors`, by name.
         dtype: what floating-point arguments are converted to; None: left as they are. What ``loss_fn``
             refers to besides (the buffers of a module) must be of that dtype.
         max_size: the largest number of weights in a layer whose dense Fisher block is formed.
@@ -116,7 +123,7 @@ def verify(
 
     Raises:
         TypeError: an argument has a wrong type.
-        ValueError: the batch has less than two examples.
+        ValueError: the batch has less than two examples, or ``fisher="sampled"``: draws have no invariances.
 
     Example:
         >>> def loss_fn(params, x, y):
@@ -130,26 +137,32 @@ def verify(
     check_params(params)
     check_sharing("sharing", sharing)
     check_choice("bias", bias, BiasRule)
+    check_choice("fisher", fisher, Fisher)
+    if fisher == "sampled":
+        raise ValueError(
+            "fisher='sampled' is random, so nothing can be verified: pass fisher='exact', its mean"
+        )
+    check_likelihood("likelihood", likelihood)
     check_integer("max_size", max_size)
     params, batch = _converted((dict(params), batch), dtype)
     count = _examples(batch)
-    graphs = _Graphs(loss_fn, params, Rules(sharing, bias))
-    found, gradients, layers = graphs.measure(batch, count)
+    graphs = _Graphs(loss_fn, params, Rules(sharing, bias, fisher=fisher, likelihood=likelihood))
+    whole = graphs.measure(batch)
+    layers, found = whole.layers, graphs.pairs(whole, count)
     repeated = graphs.factors(_map(batch, count, lambda t: torch.cat([t, t])), 2 * count)
     order = graphs.factors(_map(batch, count, lambda t: t.flip(0)), count)
     summed = graphs.scaled(count).factors(batch, count, loss_scale=count)
     cuts = [slice(0, count // 2), slice(count // 2, count)]
-    halves = [(c.stop - c.start, graphs.moments(_map(batch, count, operator.itemgetter(c)))[0]) for c in cuts]
-    split = kronecker(_added(halves, count), layers, count)
-    examples = [_map(batch, count, operator.itemgetter(slice(i, i + 1))) for i in range(count)]
-    single = [_gradients(loss_fn, params, example) for example in examples]
+    halves = [(c.stop - c.start, graphs.measure(_map(batch, count, operator.itemgetter(c)))) for c in cuts]
+    split = graphs.pairs(_added(halves, count, fisher), count)
+    vectors = graphs.curvature(batch, count)
     eager = _gradients(loss_fn, params, batch)
     result = {}
     for name, layer in layers.items():
-        fisher, cosine = _against_fisher(layer, found[name], single, max_size)
+        error, cosine = _against_fisher(layer, found[name], vectors, max_size)
         result[name] = Errors(
-            max(_error(gradients[p], eager[p]) for p in layer.params),
-            fisher,
+            max(_error(whole.gradients[p], eager[p]) for p in layer.params),
+            error,
             cosine,
             _difference(repeated[name], found[name]),
             _difference(order[name], found[name]),
@@ -162,6 +175,15 @@ def verify(
 # --- what is compared ------------------------------------------------------------------------------
 
 
+class _Measured(NamedTuple):
+    """What one run of a step graph gives: sums by name, gradients by parameter, the layers, and ``n``."""
+
+    moments: Mapping[str, Moments]
+    gradients: Mapping[str, Tensor]
+    layers: Mapping[str, Layer]
+    terms: Tensor | float
+
+
 @dataclass(frozen=True)
 class _Graphs:
     """Factors and gradients by the step graph; every example is one term of the loss."""
@@ -170,28 +192,36 @@ class _Graphs:
     params: Mapping[str, Tensor]
     rules: Rules
 
-    def moments(self, batch: Batch) -> tuple[dict[str, Moments], dict[str, Tensor], Mapping[str, Layer]]:
-        """Sums by name, gradients by parameter, and the layers."""
+    def measure(self, batch: Batch) -> _Measured:
+        """Run the step graph of a batch."""
         step = pipeline.run(trace_step(self.loss_fn, self.params, *batch), [canonicalize])
-        layers = coverage(find_sites(step), self.rules).layers
+        layers = coverage(survey(step, self.rules), self.rules).layers
         graph = pipeline.run(step, [partial(emit_factors, rules=self.rules)])
         torch.manual_seed(0)
         results = run_graph(graph, self.params, *batch)
         gradients = {
             d.param: v for d, v in results.items() if isinstance(d, Grad) and isinstance(d.param, str)
         }
-        return moments_of(results), gradients, layers
+        return _Measured(moments_of(results), gradients, layers, results.get(Terms(), 1))
 
-    def measure(
-        self, batch: Batch, terms: float, loss_scale: float = 1.0
-    ) -> tuple[dict[str, Kronecker], dict[str, Tensor], Mapping[str, Layer]]:
-        """Factors by layer, gradients by parameter, and the layers."""
-        moments, gradients, layers = self.moments(batch)
-        return kronecker(moments, layers, terms, loss_scale), gradients, layers
+    def pairs(self, measured: _Measured, terms: float, loss_scale: float = 1.0) -> dict[str, Kronecker]:
+        """Factors by layer."""
+        scale = cotangent_scale(self.rules.fisher, terms, measured.terms, loss_scale)
+        return kronecker(measured.moments, measured.layers, terms, scale)
 
     def factors(self, batch: Batch, terms: float, loss_scale: float = 1.0) -> dict[str, Kronecker]:
         """Factors by layer."""
-        return self.measure(batch, terms, loss_scale)[0]
+        return self.pairs(self.measure(batch), terms, loss_scale)
+
+    def curvature(self, batch: Batch, count: int) -> list[dict[str, Tensor]]:
+        """Vectors whose outer products add up to the dense Fisher, each by parameter."""
+        if self.rules.fisher == "exact":
+            step = pipeline.run(trace_step(self.loss_fn, self.params, *batch), [canonicalize])
+            heads = [head.output for head in survey(step, self.rules).heads]
+            return curvature_rows(step, heads, self.params, *batch)
+        examples = [_map(batch, count, operator.itemgetter(slice(i, i + 1))) for i in range(count)]
+        single = [_gradients(self.loss_fn, self.params, example) for example in examples]
+        return [{name: g / count**0.5 for name, g in gradients.items()} for gradients in single]
 
     def scaled(self, scale: float) -> "_Graphs":
         """The same of the loss times a number."""
@@ -200,7 +230,7 @@ class _Graphs:
             out = self.loss_fn(*args)
             return (scale * out[0], out[1]) if isinstance(out, tuple) else scale * out
 
-        return replace(self, loss_fn=loss_fn)
+        return replace(self, loss_fn=loss_fn, rules=replace(self.rules, loss_scale=scale))
 
 
 def _gradients(loss_fn: LossFn, params: Mapping[str, Tensor], batch: Batch) -> dict[str, Tensor]:
@@ -218,13 +248,13 @@ def _gradients(loss_fn: LossFn, params: Mapping[str, Tensor], batch: Batch) -> d
 
 
 def _against_fisher(
-    layer: Layer, pair: Kronecker, single: Sequence[Mapping[str, Tensor]], max_size: int
+    layer: Layer, pair: Kronecker, vectors: Sequence[Mapping[str, Tensor]], max_size: int
 ) -> tuple[float, float]:
     """Relative error and cosine of ``A (x) G`` against the dense Fisher block, over all groups."""
     if layer.out * layer.in_ > max_size:
         return float("nan"), float("nan")
-    rows = torch.stack([_as_rows(layer, gradients) for gradients in single])  # (B, E, out in)
-    fisher = torch.einsum("bei,bej->eij", rows, rows) / len(single)
+    rows = torch.stack([_as_rows(layer, gradients) for gradients in vectors])  # (K, E, out in)
+    fisher = torch.einsum("kei,kej->eij", rows, rows)
     a = torch.diag_embed(pair.A) if layer.input.kind == "diagonal" else pair.A
     a, g = (factor if factor.dim() == 3 else factor[None] for factor in (a, pair.G))
     product = torch.stack([torch.kron(g_e, a_e) for a_e, g_e in zip(a, g, strict=True)])
@@ -241,7 +271,7 @@ def _as_rows(layer: Layer, gradients: Mapping[str, Tensor]) -> Tensor:
     return matrices.flatten(1)
 
 
-def _added(parts: Sequence[tuple[int, Mapping[str, Moments]]], count: int) -> dict[str, Moments]:
+def _added(parts: Sequence[tuple[int, _Measured]], count: int, fisher: Fisher) -> _Measured:
     """The sums of a whole batch from those of its parts, whose losses average over fewer examples."""
 
     def total(values: Sequence[Tensor | None]) -> Tensor | None:
@@ -249,12 +279,13 @@ def _added(parts: Sequence[tuple[int, Mapping[str, Moments]]], count: int) -> di
         return torch.stack(known).sum(0) if known else None
 
     added = {}
-    for name, first in parts[0][1].items():
-        every = [(size / count, part[name]) for size, part in parts]
+    _, one = parts[0]
+    for name, first in one.moments.items():
+        every = [(size / count if fisher == "empirical" else 1, part.moments[name]) for size, part in parts]
         rows = torch.stack([m.rows.expand_as(first.rows) for _, m in every]).sum(0)
         cotangents = [None if m.cotangents is None else share**2 * m.cotangents for share, m in every]
         added[name] = Moments(total([m.activations for _, m in every]), total(cotangents), rows)
-    return added
+    return one._replace(moments=added, terms=sum(part.terms for _, part in parts))
 
 
 def _difference(got: Kronecker, expected: Kronecker) -> float:
