@@ -121,6 +121,14 @@ WRONG = [
     ("max_dim", 0, ValueError),
     ("long_side", None, TypeError),
     ("long_side", "nothing", ValueError),
+    ("factor_decay", "0.9", TypeError),
+    ("factor_decay", True, TypeError),
+    ("factor_decay", 1.0, ValueError),
+    ("factor_decay", -0.5, ValueError),
+    ("refresh", 10, TypeError),
+    ("refresh", "every", TypeError),
+    ("refresh", thor_fx.Staggered(500), ValueError),
+    ("refresh", thor_fx.Staggered(2, steps=2), ValueError),
 ]
 
 
