@@ -140,6 +140,16 @@ WRONG = [
     ("fisher", "mc", ValueError),
     ("likelihood", 1, TypeError),
     ("likelihood", "poisson", ValueError),
+    ("inverse", None, TypeError),
+    ("inverse", "qr", ValueError),
+    ("factor_decay", "0.9", TypeError),
+    ("factor_decay", True, TypeError),
+    ("factor_decay", 1.0, ValueError),
+    ("factor_decay", -0.5, ValueError),
+    ("refresh", 10, TypeError),
+    ("refresh", "every", TypeError),
+    ("refresh", thor_fx.Staggered(500), ValueError),
+    ("refresh", thor_fx.Staggered(2, steps=2), ValueError),
 ]
 
 
