@@ -83,7 +83,7 @@ def run(
     }
     asked["where"] = f"{cpu_name()}, torch {torch.__version__}"
     times = {"wall_ms": in_ms(steady(wall, first)), "cpu_ms": in_ms(steady(cpu, first))}
-    compile_s = round(sum(wall) - sum(steady(wall, first)), 2)
+    compile_s = round(max(0.0, sum(wall) - sum(steady(wall, first))), 2)
     load = round(os.getloadavg()[0], 1)
     lost = {"losses": [shortened(loss) for loss in losses], **times, "compile_s": compile_s, "load": load}
     return {**asked, "status": status, **validate(task, model, source), **lost}
