@@ -27,12 +27,12 @@ def pixel_entropy(logits_NP: Tensor, pixels_NP: Tensor) -> Tensor:
 
 
 def mlp(*sizes: int) -> nn.Sequential:
-    layers = [layer for pair in pairwise(sizes) for layer in (nn.Linear(*pair), nn.Tanh())]
+    layers = [layer for pair in pairwise(sizes) for layer in (nn.Linear(*pair), nn.ReLU())]
     return nn.Sequential(*layers[:-1])
 
 
 def autoencoder(*sizes: int) -> WithLoss:
-    """Down through ``sizes`` and up again, with tanh between the layers."""
+    """Down through ``sizes`` and up again, with ReLU between the layers."""
     return WithLoss(mlp(*sizes, *reversed(sizes[:-1])), pixel_entropy)
 
 

@@ -115,7 +115,7 @@ TASKS = {
     for task in (
         Task(
             name="autoencoder",
-            title="MNIST auto-encoder 784-256-64-16-64-256-784, tanh, cross-entropy summed over pixels",
+            title="MNIST auto-encoder 784-256-64-16-64-256-784, ReLU, cross-entropy summed over pixels",
             steps=1000,
             batch=500,
             window=10,
