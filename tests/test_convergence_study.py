@@ -113,6 +113,21 @@ def test_muon_sees_convolutions_as_matrices():
     assert torch.equal(weight.flatten(1), matrix)
 
 
+def test_both_doors_of_ours_train_alike():
+    from optimizers import OPTIMIZERS
+    from run import run
+    from tasks import TASKS
+
+    setting = OPTIMIZERS["recommended"].space.setting("smoke", (0.0, 0))
+    first, second = (
+        run(TASKS["smoke"], "recommended", {**setting, "door": door}, 1, Path(), "eager")
+        for door in ("drop-in", "functional")
+    )
+    assert first["losses"] == pytest.approx(second["losses"], rel=1e-3)
+    assert first["valid_loss"] == pytest.approx(second["valid_loss"], rel=1e-3)
+    assert first["losses"][-1] < first["losses"][0]
+
+
 @pytest.fixture
 def finished(tmp_path: Path) -> Path:
     smoke(tmp_path)

@@ -98,10 +98,6 @@ def classifier(net: nn.Module) -> WithLoss:
     return WithLoss(net, F.cross_entropy)
 
 
-def parameters_of(model: nn.Module) -> int:
-    return sum(p.numel() for p in model.parameters())
-
-
 def outputs_and_loss(model: WithLoss, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     with torch.no_grad():
         outputs = model.net(x)

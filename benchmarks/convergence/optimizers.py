@@ -6,33 +6,19 @@ in ``ours.py``.
 
 import importlib.util
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
+from loops import Contender, Loop, Settings
 from networks import WithLoss
 from ours import RECOMMENDED, THOR, thor
 from search import Space
 from tasks import Task
-from torch import Tensor, nn
+from torch import nn
 
 INTERVAL = 10  # steps between renewals of curvature, wherever an optimizer has such an interval
-Settings = dict[str, Any]
-
-
-class Contender(Protocol):
-    """A model in training.
-
-    Attributes:
-        period: steps after which the work per step repeats.
-    """
-
-    period: int
-
-    def step(self, x: Tensor, y: Tensor, rate: float) -> Tensor:
-        """Take one step with the learning rate times ``rate``; return the loss before it."""
-
 
 Make = Callable[[WithLoss, Task, Settings, str], Contender]
 """``(model, task, settings, backend)``; trains the model's own parameters."""
@@ -50,30 +36,6 @@ class Entry:
     @property
     def installed(self) -> bool:
         return all(importlib.util.find_spec(name) is not None for name in self.needs)
-
-
-class Loop:
-    """The usual loop around one or several optimizers."""
-
-    def __init__(self, run: nn.Module, optimizers: Iterable[Any], period: int = 1) -> None:
-        self.period = period
-        self._run, self._optimizers = run, list(optimizers)
-        groups = [group for optimizer in self._optimizers for group in optimizer.param_groups]
-        self._groups = [(group, float(group["lr"])) for group in groups]
-
-    def step(self, x: Tensor, y: Tensor, rate: float) -> Tensor:
-        for group, lr in self._groups:
-            group["lr"] = lr * rate
-        loss = self._run(x, y)
-        loss.backward()
-        self.update(rate)
-        for optimizer in self._optimizers:
-            optimizer.zero_grad()
-        return loss.detach()
-
-    def update(self, rate: float) -> None:
-        for optimizer in self._optimizers:
-            optimizer.step()
 
 
 def sgd(model: WithLoss, task: Task, settings: Settings, backend: str) -> Contender:
@@ -103,7 +65,7 @@ class Matrices(torch.optim.Muon):
 
     def __init__(self, weights: list[nn.Parameter], **settings: Any) -> None:
         self._weights = weights
-        self._views = [nn.Parameter(weight.detach().flatten(1)) for weight in weights]
+        self._views = [nn.Parameter(weight.detach().view(len(weight), -1)) for weight in weights]
         super().__init__(self._views, **settings)
 
     def step(self, closure: Any = None) -> Any:
