@@ -62,6 +62,7 @@ def test_levels_and_first_hits_of_a_known_curve():
 
     falling = [float(loss) for loss in range(8, 0, -1)]
     assert levels_of(falling) == {"early": 7.0, "middle": 5.0, "final": 1.0}
+    assert levels_of([4.0, 2.0, 3.0, 5.0]) == {"early": 4.0, "middle": 2.0, "final": 2.0}
     assert [steps_to(falling, level) for level in (9.0, 7.0, 6.5, 1.0, 0.5)] == [1, 2, 3, 8, None]
     assert smooth([8.0, 4.0, 0.0, 0.0], 2) == [8.0, 6.0, 2.0, 0.0]
     assert smooth([1.0, None], 2) == [1.0, math.inf]

@@ -27,8 +27,12 @@ def average(curves: Sequence[Curve], steps: int) -> Curve:
 
 
 def levels_of(curve: Curve) -> dict[str, float]:
-    """The three levels that a curve defines: where it is after a quarter, a half and all of its steps."""
-    return {name: curve[math.ceil(share * len(curve)) - 1] for name, share in SHARES.items()}
+    """The three levels that a curve defines: its lowest in the first quarter, the first half and all of it.
+
+    >>> levels_of([4.0, 3.0, 1.0, 2.0])
+    {'early': 4.0, 'middle': 3.0, 'final': 1.0}
+    """
+    return {name: min(curve[: math.ceil(share * len(curve))]) for name, share in SHARES.items()}
 
 
 def steps_to(curve: Curve, level: float) -> int | None:
