@@ -50,7 +50,7 @@ def task_section(name: str, task: Mapping[str, Any]) -> Iterator[str]:
     yield f"{task['title']}; {task['steps']} steps of {task['batch']}."
     if task["levels"]:
         levels = ", ".join(f"{level} {loss:.4g}" for level, loss in task["levels"].items())
-        yield f"Levels of the smoothed training loss, AdamW's best in 25, 50 and 100 % of its steps: {levels}."
+        yield f"Levels of the smoothed training loss, AdamW's best in 25, 50, 100 % of its steps: {levels}."
     yield f"![{name}: training loss against steps and seconds]({name}.png)"
     heads = ["", "held-out loss", "accuracy", "ms per step", "x AdamW"]
     heads += [f"{what} to {level}" for what in ("steps", "seconds") for level in LEVELS]
