@@ -44,7 +44,7 @@ def draw(path: Path, task: Task, found: Mapping[str, Result], clock: str) -> Non
             axis.axhline(level, color="black", linewidth=0.7, linestyle=":")
         axis.grid(alpha=0.25)
     for level, loss in marks.items():
-        by_steps.annotate(level, (task.steps, loss), ha="right", va="bottom", fontsize=8)
+        by_steps.annotate(f" {level}", (0, loss), ha="left", va="bottom", fontsize=8)
     by_steps.set(xlabel="steps", ylabel="training loss, smoothed", xlim=(0, task.steps))
     by_steps.set_ylim(*limits([curve for curve, _ in curves.values()], marks))
     by_seconds.set(xlabel=f"seconds ({clock}, without compilation)", xlim=(0, longest(curves, clock)))

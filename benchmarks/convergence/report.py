@@ -58,7 +58,7 @@ def task_section(name: str, task: Mapping[str, Any]) -> Iterator[str]:
     yield f"**Where another optimizer is better than {task['rows'][OURS]['label']}:**"
     yield "\n".join(f"- {line}" for line in losses(task)) or "Nowhere in this table."
     yield "Settings that were chosen, and what the search tried:"
-    yield table(["", "chosen", "compile s", "tried"], [settings(row) for row in task["rows"].values()])
+    yield table(["", "chosen", "compile s", "tried"], [settings(row) for row in task["rows"].values()], "---")
 
 
 def cells(row: Row) -> list[str]:
@@ -165,8 +165,8 @@ def goals(summary: Mapping[str, Any]) -> Iterator[str]:
     yield "\n".join(lines)
 
 
-def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [heads, ["---", *["---:"] * (len(heads) - 1)], *rows]
+def table(heads: Sequence[str], rows: Sequence[Sequence[str]], align: str = "---:") -> str:
+    lines = [heads, ["---", *[align] * (len(heads) - 1)], *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
