@@ -215,6 +215,16 @@ def test_a_run_in_its_own_process_and_one_that_fails(tmp_path: Path):
     assert len(record["losses"]) == len(record["cpu_ms"]) == TASKS["smoke"].steps
 
 
+def test_a_run_that_is_killed_is_no_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    import study
+    from tasks import TASKS
+
+    killed = subprocess.CompletedProcess([], returncode=-9, stdout="", stderr="")
+    monkeypatch.setattr(study.subprocess, "run", lambda *_, **__: killed)
+    with pytest.raises(RuntimeError, match="killed by signal 9"):
+        study.Executor(tmp_path, "eager", own_process=True)(TASKS["smoke"], "sgd", {"lr": 0.1}, 0)
+
+
 def test_a_missing_file_says_how_to_get_it(tmp_path: Path):
     from tasks import TASKS
 

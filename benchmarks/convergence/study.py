@@ -51,6 +51,10 @@ class Executor:
         )
         if ended.returncode == 0:
             return json.loads(ended.stdout.splitlines()[-1])
+        if ended.returncode < 0:  # says nothing about the optimizer, so it is no result
+            raise RuntimeError(
+                f"a run was killed by signal {-ended.returncode}: start the study again to go on"
+            )
         lines = ended.stderr.strip().splitlines() or [f"exit status {ended.returncode}"]
         asked = {
             "task": task.name,
