@@ -1,0 +1,45 @@
+"""What the study asks of an optimizer, and the usual training step around most of them."""
+
+from collections.abc import Iterable
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+Settings = dict[str, Any]
+
+
+class Contender(Protocol):
+    """A model in training.
+
+    Attributes:
+        period: steps after which the work per step repeats.
+    """
+
+    period: int
+
+    def step(self, x: Tensor, y: Tensor, rate: float) -> Tensor:
+        """Take one step with the learning rate times ``rate``; return the loss before it."""
+
+
+class Loop:
+    """The usual loop around one or several optimizers."""
+
+    def __init__(self, run: nn.Module, optimizers: Iterable[Any], period: int = 1) -> None:
+        self.period = period
+        self._run, self._optimizers = run, list(optimizers)
+        groups = [group for optimizer in self._optimizers for group in optimizer.param_groups]
+        self._groups = [(group, float(group["lr"])) for group in groups]
+
+    def step(self, x: Tensor, y: Tensor, rate: float) -> Tensor:
+        for group, lr in self._groups:
+            group["lr"] = lr * rate
+        loss = self._run(x, y)
+        loss.backward()
+        self.update(rate)
+        for optimizer in self._optimizers:
+            optimizer.zero_grad()
+        return loss.detach()
+
+    def update(self, rate: float) -> None:
+        for optimizer in self._optimizers:
+            optimizer.step()

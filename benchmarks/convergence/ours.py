@@ -1,0 +1,69 @@
+"""All of the study that knows thor_fx: how it trains, and where its two searches start.
+
+``fixed``, ``knob`` and ``values`` are keyword arguments of :class:`thor_fx.Thor` and :func:`thor_fx.thor`;
+besides, ``door`` is ``"drop-in"`` or ``"functional"``.
+"""
+
+import torch
+from loops import Contender, Loop, Settings
+from networks import WithLoss
+from search import Space
+from tasks import Task
+from torch import Tensor
+
+import thor_fx
+
+INTERVAL = 10  # as everybody's
+
+THOR = Space(
+    lr={"": 0.03, "autoencoder": 0.003},
+    knob="damping",
+    values={"": (0.03, 0.3)},
+    fixed={"door": "drop-in", "momentum": 0.9, "frequency": INTERVAL},
+)
+
+# NOTE: [To adapt] the recommended preset is still being written; this is the nearest that exists.
+RECOMMENDED = Space(
+    lr={"": 0.03, "autoencoder": 0.003},
+    knob="damping",
+    values={"": (0.03, 0.3)},
+    fixed={
+        "door": "drop-in",
+        "momentum": 0.9,
+        "frequency": INTERVAL,
+        "damping_rule": "pi",
+        "block_size": None,
+        "bias": "joint",
+    },
+)
+
+
+class Functional:
+    """The functional door: loss, gradients and update are one graph, which writes into the parameters."""
+
+    def __init__(self, model: WithLoss, settings: Settings, backend: str, period: int) -> None:
+        def loss_fn(params: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+            return torch.func.functional_call(model, params, (x, y))
+
+        self.period = period
+        self._lr, self._rate = settings["lr"], 0.0
+        tx = thor_fx.thor(**{**settings, "lr": lambda step: self._lr * self._rate})
+        self._step = thor_fx.compile_step(loss_fn, tx, backend=backend)
+        self._params = dict(model.named_parameters())
+        self._state: thor_fx.StepState | None = None
+
+    def step(self, x: Tensor, y: Tensor, rate: float) -> Tensor:
+        self._rate = rate
+        if self._state is None:
+            self._state = self._step.init(self._params, x, y)
+        self._params, self._state, out = self._step(self._params, self._state, x, y)
+        return out.loss
+
+
+def thor(model: WithLoss, task: Task, settings: Settings, backend: str) -> Contender:
+    door = settings.pop("door")
+    period = settings.get("frequency", INTERVAL)
+    if door == "functional":
+        return Functional(model, settings, backend, period)
+    run = thor_fx.compile(model, backend=backend)
+    return Loop(run, [thor_fx.Thor(run, **settings)], period)
