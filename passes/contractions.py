@@ -304,8 +304,13 @@ def _given(values: fx.Node) -> tuple[fx.Node, int]:
     while target(values) in CASTS or _of_embedding(values):
         for node in values.all_input_nodes:
             padding = max(padding, _compared_with(node))
-        values = next(n for n in values.all_input_nodes if n.meta["val"].is_floating_point())
+        values = next(n for n in values.all_input_nodes if _is_masked_or_scaled(n, values))
     return values, padding
+
+
+def _is_masked_or_scaled(node: fx.Node, result: fx.Node) -> bool:
+    """Whether ``node`` is the gradient in ``result``: no mask, no scale, not the zero of what is masked."""
+    return bool(node.meta["val"].is_floating_point()) and shape(node) == shape(result)
 
 
 def _compared_with(mask: fx.Node) -> int:

@@ -35,6 +35,7 @@ from training import (
     identical,
     snapshot,
     train,
+    unfreezes,
 )
 
 D = torch.float64
@@ -356,6 +357,7 @@ def test_groups_of_parameters_share_one_block_size():
     assert identical(found[-1], train(model, optimizer, data)[-1])
 
 
+@unfreezes
 def test_a_group_that_is_added_later_takes_the_block_size_there_is(clock):
     model, optimizer = thor_fx.compile(build(wide), backend="aot_eager"), None
     model[0].requires_grad_(False)

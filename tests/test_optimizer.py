@@ -29,6 +29,7 @@ from training import (
     mlp,
     snapshot,
     train,
+    unfreezes,
 )
 
 SETTINGS: dict[str, Any] = {"lr": 0.05, "damping": 0.1, "momentum": 0.9, "frequency": 3}
@@ -138,6 +139,7 @@ def test_members_may_be_tensors_or_names():
     assert_same(train(by_tensor, optimizer, batches(7)), two_groups(by_name, lr=0.01))
 
 
+@unfreezes
 def test_groups_added_later():
     """Train the head, then unfreeze the body."""
     model, data = compiled(), batches(10)

@@ -16,7 +16,7 @@ import thor_fx
 from eager_thor import SETTINGS, EagerThor, Optimizer, assert_equal_to_hooks, both, errors, take_step
 from thor_fx.compile import collector_of
 from thor_fx.factors import kronecker
-from training import CLASSES, HIDDEN, IN, batches, build, by_functional_door, mlp, snapshot, train
+from training import CLASSES, HIDDEN, IN, batches, build, by_functional_door, mlp, snapshot, train, unfreezes
 
 # plain torch.compile, too, makes torch 2.13 warn about the tensors between two graphs
 BETWEEN_GRAPHS = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
@@ -374,12 +374,6 @@ def test_a_model_that_was_compiled_before():
 # --- frozen, unused, added ---------------------------------------------------------------------------------
 
 
-# plain torch.compile does the same: a new requires_grad of a parameter is not noticed
-NOTICES_UNFREEZING = pytest.mark.skipif(
-    torch.__version__.startswith("2.11"), reason="torch 2.11 runs the old graph for an unfrozen parameter"
-)
-
-
 def thaw_and_freeze(model: nn.Module, optimizer: Optimizer) -> None:
     """The first layer is frozen in steps 2 to 4; ``requires_grad`` is all that is touched."""
     for step, (x, y) in enumerate(batches(8)):
@@ -388,12 +382,12 @@ def thaw_and_freeze(model: nn.Module, optimizer: Optimizer) -> None:
         take_step(optimizer, len(x))
 
 
-@NOTICES_UNFREEZING
+@unfreezes
 def test_freezing_and_unfreezing():
     assert_equal_to_hooks(mlp, thaw_and_freeze)
 
 
-@NOTICES_UNFREEZING
+@unfreezes
 def test_unfreezing_and_adding_a_group():
     """Unfrozen in step 3, which is plain: it has factors in step 4."""
 
@@ -414,7 +408,7 @@ def test_unfreezing_and_adding_a_group():
     assert_equal_to_hooks(frozen, program, frequency=4)
 
 
-@NOTICES_UNFREEZING
+@unfreezes
 def test_an_unfrozen_layer_has_factors_at_once():
     """Not only in the next scheduled factor step: it takes one step by its first-order rule."""
     model = build(mlp)

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -15,6 +16,11 @@ Batch = tuple[Tensor, Tensor]
 Parameters = dict[str, Tensor]
 
 IN, HIDDEN, CLASSES, ROWS = 5, 6, 3, 7
+
+# plain torch.compile does the same: a new requires_grad of a parameter is not noticed
+unfreezes = pytest.mark.skipif(
+    torch.__version__.startswith("2.11"), reason="torch 2.11 runs the old graph for an unfrozen parameter"
+)
 
 
 def mlp() -> nn.Module:

@@ -17,9 +17,10 @@ import functools
 import itertools
 import logging
 import types
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch._dynamo
@@ -87,7 +88,7 @@ class LossCapture:
 
     def __init__(self, loss_fn: LossFn, handler: Handler, dynamic: bool | None = None) -> None:
         self._handler = handler
-        self._settings = tracing_settings()()
+        self._settings = tracing_settings()
         self._params: Mapping[str, Tensor] = {}
         self._data: Sequence[Any] = ()
         self._compiled = torch.compile(
@@ -100,7 +101,7 @@ class LossCapture:
         """Run on these arguments; capture first if no guard fits. ``data`` is ``batch`` unless given."""
         self._params, self._data = params, batch if data is None else data
         try:
-            with torch.enable_grad(), self._settings:
+            with torch.enable_grad(), self._settings():
                 return self._compiled(params, *batch)
         except BackendCompilerFailed as error:
             raise error.inner_exception from None
@@ -125,12 +126,22 @@ def tracing_settings() -> Callable[[], contextlib.AbstractContextManager[Any]]:
     it would break the graph, too: ``transformers`` warns once about the loss of GPT-2, for one. The set of
     these methods is built here, once for a door.
     """
-    return functools.partial(
-        torch._dynamo.config.patch,
-        specialize_float=True,
-        allow_rnn=True,
-        ignore_logging_functions=torch._dynamo.config.ignore_logging_functions | _log_methods(),
-    )
+    settings = {
+        "specialize_float": True,
+        "allow_rnn": True,
+        "ignore_logging_functions": torch._dynamo.config.ignore_logging_functions | _log_methods(),
+    }
+    return functools.partial(_patched, settings)
+
+
+@contextlib.contextmanager
+def _patched(settings: Mapping[str, Any]) -> Iterator[None]:
+    """Dynamo's settings changed; torch 2.11 then logs an error where it wants to log a set of functions."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch._dynamo.config.patch(**settings))
+        if torch.__version__.startswith("2.11"):
+            stack.enter_context(patch("torch._dynamo.utils._get_dynamo_config_for_logging", lambda: None))
+        yield
 
 
 def rnns_looked_into() -> contextlib.AbstractContextManager[Any]:
