@@ -55,7 +55,7 @@ def elementwise_heads(gm: fx.GraphModule, parts: Anatomy) -> Iterator[Head]:
     """The gaussian and the bernoulli heads of a graph, in its order."""
     squares = [source(n) for n in gm.graph.nodes if n in parts.forward and _is_square(n)]
     for node in gm.graph.nodes:
-        if node not in parts.backward or node not in parts.model:
+        if node not in parts.backward or node not in parts.model or not _has_rows(node):
             continue
         if target(node) is aten.mse_loss_backward.default:
             head = _mean_squared_error(node, parts)
@@ -66,6 +66,11 @@ def elementwise_heads(gm: fx.GraphModule, parts: Anatomy) -> Iterator[Head]:
             continue
         if head is not None:
             yield head
+
+
+def _has_rows(node: fx.Node) -> bool:
+    """The square of a number is no likelihood of an output: of a mean loss, say."""
+    return isinstance(node.meta.get("val"), torch.Tensor) and len(shape(node)) > 0
 
 
 def _mean_squared_error(node: fx.Node, parts: Anatomy) -> Head | None:

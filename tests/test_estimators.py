@@ -150,6 +150,29 @@ def average_of_draws(net, params, loss, *inputs, draws=600, **options):
     return {n: s.mean(0) for n, s in stacks.items()}, {n: s.std(0) / draws**0.5 for n, s in stacks.items()}
 
 
+UNKNOWN = {
+    "focal": lambda z: -((1 - z.softmax(-1)[:, 0]).square() * z.log_softmax(-1)[:, 0]).mean(),
+    "root_of_squares": lambda z: (z - TARGETS).square().mean().sqrt(),
+    "bilinear": lambda z: ((z - TARGETS) * z.roll(1, 0)).mean(),
+    "gate": lambda z: ((z.sigmoid() - SOFT) * z.sin()).mean(),
+    "squared_gate": lambda z: (z.sigmoid() * z.tanh()).mean(),
+    "absolute": lambda z: (z - TARGETS).abs().mean(),
+    "cubes": lambda z: (z - TARGETS).pow(3).mean(),
+    "linear": lambda z: z.mean(),
+    "entropy": lambda z: -(z.softmax(-1) * z.log_softmax(-1)).sum(-1).mean(),
+    "squared_cross_entropy": lambda z: F.cross_entropy(z, LABELS).square(),
+    "weights_of_the_model": lambda z: (
+        z.sum(-1).sigmoid() * F.cross_entropy(z, LABELS, reduction="none")
+    ).mean(),
+}
+
+
+@pytest.mark.parametrize("loss", UNKNOWN.values(), ids=UNKNOWN)
+def test_what_only_looks_like_a_likelihood_is_not_taken_for_one(loss):
+    with pytest.raises(LikelihoodError, match="no likelihood is recognised in the loss"):
+        ours(mlp, seeded(mlp_params), loss, X, fisher="sampled")
+
+
 def test_an_unknown_loss_is_refused_with_what_it_looks_like():
     params = seeded(mlp_params)
     with pytest.raises(LikelihoodError, match=r"smooth_l1_loss <- .*pass likelihood="):
