@@ -55,7 +55,7 @@ def elementwise_heads(gm: fx.GraphModule, parts: Anatomy) -> Iterator[Head]:
     """The gaussian and the bernoulli heads of a graph, in its order."""
     squares = [source(n) for n in gm.graph.nodes if n in parts.forward and _is_square(n)]
     for node in gm.graph.nodes:
-        if node not in parts.backward or node not in parts.model:
+        if node not in parts.backward or node not in parts.model or not _has_rows(node):
             continue
         if target(node) is aten.mse_loss_backward.default:
             head = _mean_squared_error(node, parts)
@@ -66,6 +66,11 @@ def elementwise_heads(gm: fx.GraphModule, parts: Anatomy) -> Iterator[Head]:
             continue
         if head is not None:
             yield head
+
+
+def _has_rows(node: fx.Node) -> bool:
+    """The square of a number is no likelihood of an output: of a mean loss, say."""
+    return isinstance(node.meta.get("val"), torch.Tensor) and len(shape(node)) > 0
 
 
 def _mean_squared_error(node: fx.Node, parts: Anatomy) -> Head | None:
@@ -129,7 +134,7 @@ def _bernoulli(sigmoid: fx.Node, way: _Way, parts: Anatomy) -> _Slope | None:
 
 def _is_error(node: fx.Node, way: _Way, parts: Anatomy, squares: list[fx.Node]) -> bool:
     """Whether the loss contains the square of ``node``, and the walk started at its derivative."""
-    if not any(_same(node, square) for square in squares):
+    if not any(_same(node, square) or _negative(node, square) for square in squares):
         return False
     return way.power or node not in parts.forward or _doubled(way.seen[0]) is not None
 
@@ -140,11 +145,23 @@ def _is_square(node: fx.Node) -> bool:
     return target(node) is aten.mul.Tensor and arguments(node)[0] is arguments(node)[1]
 
 
-def _same(one: fx.Node, other: fx.Node) -> bool:
-    """Whether two nodes compute the same from the same."""
-    if one is other:
-        return True
-    return one.target == other.target and one.args == other.args and one.kwargs == other.kwargs
+def _same(one: Any, other: Any, depth: int = 2) -> bool:
+    """Whether two arguments are the same: one node, or nodes that compute the same from the same."""
+    if one is other or not isinstance(one, fx.Node) or not isinstance(other, fx.Node):
+        return bool(one is other or (type(one) is type(other) and one == other))
+    if one.op == "get_attr":
+        return other.op == one.op and one.target == other.target
+    if depth == 0 or one.target != other.target or not one.all_input_nodes or one.kwargs != other.kwargs:
+        return False
+    pairs = zip(one.args, other.args, strict=False)
+    return len(one.args) == len(other.args) and all(_same(a, b, depth - 1) for a, b in pairs)
+
+
+def _negative(one: fx.Node, other: fx.Node) -> bool:
+    """Whether two nodes are ``a - b`` and ``b - a``: their squares are the same."""
+    if {one.target, other.target} != {aten.sub.Tensor} or one.kwargs or other.kwargs:
+        return False
+    return all(_same(a, b) for a, b in zip(one.args, reversed(other.args), strict=True))
 
 
 def _doubled(half: fx.Node) -> fx.Node | None:

@@ -101,3 +101,14 @@ def test_a_name_where_the_model_returns_a_loss_that_is_not_recognised():
     model(x, y)[0].backward()
     found = {name.removeprefix("net."): pair for name, pair in collected(model).items()}
     assert_pairs(found, whole(F.cross_entropy, x, y))
+
+
+@pytest.mark.inductor
+def test_a_model_that_returns_its_loss_under_inductor():
+    """Its joint graph is decomposed, and the gradient that the loss is given is an input of it."""
+    x, y = batches(1)[0]
+    loss = LOSSES["gaussian"]
+    model = watched(None, WithLoss(make(), loss), backend="inductor")
+    (32 * model(x, y)[0]).backward()
+    found = {name.removeprefix("net."): pair for name, pair in collected(model).items()}
+    assert_pairs(found, whole(loss, x, y))

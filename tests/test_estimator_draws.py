@@ -8,7 +8,6 @@ from torch.func import functional_call
 
 import thor_fx
 from estimators import (
-    LOSSES,
     C,
     assert_pairs,
     batches,
@@ -20,8 +19,6 @@ from estimators import (
 )
 from thor_fx.compile import collector_of
 from thor_fx.passes.likelihoods import LikelihoodError
-
-BOTH = pytest.mark.parametrize("likelihood", LOSSES)
 
 
 def scores(z):

@@ -1,12 +1,19 @@
 """``fisher="exact"`` and ``"sampled"`` against dense curvature."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._inductor.decomposition import select_decomp_table
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import ggn
 import oracle
 import thor_fx
+from thor_fx.factors import moments_of, run_graph
+from thor_fx.passes import Factor, Terms, canonicalize, emit_factors, outputs, pipeline
+from thor_fx.passes.layout import Rules
 from thor_fx.passes.likelihoods import LikelihoodError
 
 N, D, H, C = 5, 4, 6, 3
@@ -130,12 +137,6 @@ def test_sampled_factors_are_exact_in_expectation(name):
 
 def average_of_draws(net, params, loss, *inputs, draws=600, **options):
     """The mean of ``G`` over draws, and its standard error, by layer: the graph is traced once."""
-    from functools import partial
-
-    from thor_fx.factors import moments_of, run_graph
-    from thor_fx.passes import Terms, canonicalize, emit_factors, pipeline
-    from thor_fx.passes.layout import Rules
-
     step = thor_fx.trace_step(lambda p, *x: loss(net(ggn.plain, p, *x)), params, *inputs)
     rules = Rules(fisher="sampled", **options)
     gm = pipeline.run(step, [canonicalize, partial(emit_factors, rules=rules)])
@@ -149,7 +150,46 @@ def average_of_draws(net, params, loss, *inputs, draws=600, **options):
     return {n: s.mean(0) for n, s in stacks.items()}, {n: s.std(0) / draws**0.5 for n, s in stacks.items()}
 
 
+UNKNOWN = {
+    "focal": lambda z: -((1 - z.softmax(-1)[:, 0]).square() * z.log_softmax(-1)[:, 0]).mean(),
+    "root_of_squares": lambda z: (z - TARGETS).square().mean().sqrt(),
+    "bilinear": lambda z: ((z - TARGETS) * z.roll(1, 0)).mean(),
+    "gate": lambda z: ((z.sigmoid() - SOFT) * z.sin()).mean(),
+    "squared_gate": lambda z: (z.sigmoid() * z.tanh()).mean(),
+    "absolute": lambda z: (z - TARGETS).abs().mean(),
+    "cubes": lambda z: (z - TARGETS).pow(3).mean(),
+    "linear": lambda z: z.mean(),
+    "entropy": lambda z: -(z.softmax(-1) * z.log_softmax(-1)).sum(-1).mean(),
+    "squared_cross_entropy": lambda z: F.cross_entropy(z, LABELS).square(),
+    "weights_of_the_model": lambda z: (
+        z.sum(-1).sigmoid() * F.cross_entropy(z, LABELS, reduction="none")
+    ).mean(),
+}
+
+
+@pytest.mark.parametrize("loss", UNKNOWN.values(), ids=UNKNOWN)
+def test_what_only_looks_like_a_likelihood_is_not_taken_for_one(loss):
+    with pytest.raises(LikelihoodError, match="no likelihood is recognised in the loss"):
+        ours(mlp, seeded(mlp_params), loss, X, fisher="sampled")
+
+
 def test_an_unknown_loss_is_refused_with_what_it_looks_like():
     params = seeded(mlp_params)
     with pytest.raises(LikelihoodError, match=r"smooth_l1_loss <- .*pass likelihood="):
         ours(mlp, params, lambda z: F.smooth_l1_loss(z, TARGETS), X, fisher="sampled")
+
+
+@pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
+def test_the_same_heads_are_found_in_a_decomposed_graph(loss):
+    """As Inductor hands joint graphs to passes."""
+    params = seeded(mlp_params)
+    step = thor_fx.trace_step(lambda p, x: loss(mlp(ggn.plain, p, x)), params, X)
+    table = select_decomp_table()
+    gm = make_fx(step, decomposition_table=table)(*params.values(), X)
+    outputs.describe(gm, list(outputs.input_nodes(step))[:3], list(outputs.output_nodes(step)))
+    emit = partial(emit_factors, rules=Rules(fisher="exact"), decompositions=table)
+    gm = pipeline.run(gm, [canonicalize, emit])
+    results = run_graph(gm, params, X)
+    scale = 1 / results[Terms()]
+    for layer, pair in ggn.factors(mlp, params, loss, X).items():
+        assert oracle.relative_error(scale * results[Factor(layer, "G")], pair.G) < 1e-10, layer

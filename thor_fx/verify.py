@@ -14,16 +14,16 @@ For every layer, in float64 and on a small batch of B examples:
 
 import math
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass, fields, replace
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+from torch import Tensor
 
 from .arguments import check_choice, check_integer, check_likelihood, check_sharing
+from .batches import Batch, converted, examples_of, map_examples
 from .capture import LossFn
 from .factors import Kronecker, Moments, cotangent_scale, kronecker, moments_of, run_graph
 from .ggn import curvature_rows
@@ -34,8 +34,6 @@ from .passes.layout import BiasRule, Fisher, LikelihoodName, Rules, Sharing
 from .passes.reindex import take
 from .passes.survey import survey
 from .trace import trace_step
-
-Batch = tuple[Any, ...]
 
 
 @dataclass(frozen=True)
@@ -144,16 +142,18 @@ def verify(
         )
     check_likelihood("likelihood", likelihood)
     check_integer("max_size", max_size)
-    params, batch = _converted((dict(params), batch), dtype)
-    count = _examples(batch)
+    params, batch = converted((dict(params), batch), dtype)
+    count = examples_of(batch)
     graphs = _Graphs(loss_fn, params, Rules(sharing, bias, fisher=fisher, likelihood=likelihood))
     whole = graphs.measure(batch)
     layers, found = whole.layers, graphs.pairs(whole, count)
-    repeated = graphs.factors(_map(batch, count, lambda t: torch.cat([t, t])), 2 * count)
-    order = graphs.factors(_map(batch, count, lambda t: t.flip(0)), count)
+    repeated = graphs.factors(map_examples(batch, count, lambda t: torch.cat([t, t])), 2 * count)
+    order = graphs.factors(map_examples(batch, count, lambda t: t.flip(0)), count)
     summed = graphs.scaled(count).factors(batch, count, loss_scale=count)
     cuts = [slice(0, count // 2), slice(count // 2, count)]
-    halves = [(c.stop - c.start, graphs.measure(_map(batch, count, operator.itemgetter(c)))) for c in cuts]
+    halves = [
+        (c.stop - c.start, graphs.measure(map_examples(batch, count, operator.itemgetter(c)))) for c in cuts
+    ]
     split = graphs.pairs(_added(halves, count, fisher), count)
     vectors = graphs.curvature(batch, count)
     eager = _gradients(loss_fn, params, batch)
@@ -219,7 +219,7 @@ class _Graphs:
             step = pipeline.run(trace_step(self.loss_fn, self.params, *batch), [canonicalize])
             heads = [head.output for head in survey(step, self.rules).heads]
             return curvature_rows(step, heads, self.params, *batch)
-        examples = [_map(batch, count, operator.itemgetter(slice(i, i + 1))) for i in range(count)]
+        examples = [map_examples(batch, count, operator.itemgetter(slice(i, i + 1))) for i in range(count)]
         single = [_gradients(self.loss_fn, self.params, example) for example in examples]
         return [{name: g / count**0.5 for name, g in gradients.items()} for gradients in single]
 
@@ -295,33 +295,3 @@ def _difference(got: Kronecker, expected: Kronecker) -> float:
 def _error(got: Tensor, expected: Tensor) -> float:
     scale = float(expected.norm())
     return float((got - expected).norm()) / (scale or 1.0)
-
-
-# --- batches ---------------------------------------------------------------------------------------
-
-
-def _converted(values: Any, dtype: torch.dtype | None) -> Any:
-    def convert(tensor: Tensor) -> Tensor:
-        wanted = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
-        if isinstance(tensor, nn.Parameter):  # only of these is it known whether they are frozen
-            return nn.Parameter(tensor.detach().to(wanted), requires_grad=tensor.requires_grad)
-        return tensor.detach().to(wanted).requires_grad_(tensor.requires_grad)
-
-    return pytree.tree_map_only(Tensor, convert, values)
-
-
-def _examples(batch: Batch) -> int:
-    tensors = [leaf for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.dim() > 0]
-    if not tensors or len(tensors[0]) < 2:
-        raise ValueError("batch needs a tensor whose first axis holds two examples or more")
-    return len(tensors[0])
-
-
-def _map(batch: Batch, count: int, change: Callable[[Tensor], Tensor]) -> Batch:
-    """The batch with its tensors of ``count`` examples changed."""
-
-    def apply(tensor: Tensor) -> Tensor:
-        return change(tensor) if tensor.dim() > 0 and len(tensor) == count else tensor
-
-    changed: Batch = pytree.tree_map_only(Tensor, apply, batch)
-    return changed
