@@ -70,7 +70,9 @@ class Functional:
             return F.cross_entropy(torch.func.functional_call(model, params, (x,)), y)
 
         self.label = label
-        tx = thor_fx.thor(LR, DAMPING, MOMENTUM, frequency=FREQUENCY, **settings)
+        tx = thor_fx.thor(
+            LR, **{"damping": DAMPING, "momentum": MOMENTUM, "frequency": FREQUENCY, **settings}
+        )
         self._step = thor_fx.compile_step(loss_fn, tx, backend=backend)
         self._params: Any = dict(model.named_parameters())
         self._state = self._step.init(self._params, *batch)
@@ -100,6 +102,24 @@ OPTIONS: dict[str, dict[str, Any]] = {
     'sharing="reduce"': {"sharing": "reduce"},
     "enable_clip_grad=True": {"enable_clip_grad": True},
     "use_nesterov=True": {"use_nesterov": True},
+    'fisher="sampled"': {"fisher": "sampled"},
+    'fisher="exact"': {"fisher": "exact"},
+    "factor_decay=0.9": {"factor_decay": 0.9},
+    "refresh=Every(50)": {"factor_decay": 0.9, "refresh": thor_fx.Every(50)},
+    "refresh=Staggered(4)": {"factor_decay": 0.9, "refresh": thor_fx.Staggered(4)},
+    'inverse="eigen"': {"inverse": "eigen"},
+    'inverse="ekfac"': {"inverse": "ekfac"},
+    'inverse="newton_schulz"': {"inverse": "newton_schulz"},
+    'inverse="eva"': {"inverse": "eva"},
+    'damping_rule="relative"': {"damping_rule": "relative"},
+    "damping=LevenbergMarquardt": {"damping": thor_fx.LevenbergMarquardt(DAMPING, interval=FREQUENCY)},
+    "kl_clip=0.001": {"kl_clip": 1e-3},
+    'clip="global"': {"enable_clip_grad": True, "clip": "global"},
+    'step_norm="adam"': {"step_norm": "adam"},
+    'step_norm="spectral"': {"step_norm": "spectral"},
+    'momentum_on="gradient"': {"momentum_on": "gradient"},
+    'fallback="adamw"': {"fallback": "adamw"},
+    'preset="recommended"': {"preset": "recommended"},
 }
 """Settings of :func:`thor_fx.thor`, each changed alone."""
 

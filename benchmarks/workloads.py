@@ -11,12 +11,13 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Workload:
-    """A model, its batch, and the number of terms that its loss averages over."""
+    """A model, its batch, the number of terms that its loss averages over, and what it makes of one datum."""
 
     title: str
     build: Callable[[], nn.Module]
     batch: Callable[[], tuple[Tensor, Tensor]]
     terms: int
+    outputs: int
 
 
 class Attention(nn.Module):
@@ -80,17 +81,20 @@ WORKLOADS = {
         lambda: mlp(784, 256, 256, 10),
         lambda: images(128, 784, 10),
         terms=128,
+        outputs=10,
     ),
     "transformer": Workload(
         "decoder, width 128, 4 layers, 4 heads, vocabulary 512, 64 positions, batch 16",
         lambda: Transformer(512, 64, width=128, layers=4, heads=4),
         lambda: text(16, 64, 512),
         terms=16 * 64,
+        outputs=64 * 512,
     ),
     "tiny": Workload(
         "decoder, width 8, 1 layer, for tests",
         lambda: Transformer(11, 5, width=8, layers=1, heads=2),
         lambda: text(3, 5, 11),
         terms=3 * 5,
+        outputs=5 * 11,
     ),
 }
