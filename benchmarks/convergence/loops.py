@@ -28,11 +28,12 @@ class Loop:
         self.period = period
         self._run, self._optimizers = run, list(optimizers)
         groups = [group for optimizer in self._optimizers for group in optimizer.param_groups]
-        self._groups = [(group, float(group["lr"])) for group in groups]
+        rates = [(group, name) for group in groups for name in ("lr", "fallback_lr") if group.get(name)]
+        self._rates = [(group, name, float(group[name])) for group, name in rates]
 
     def step(self, x: Tensor, y: Tensor, rate: float) -> Tensor:
-        for group, lr in self._groups:
-            group["lr"] = lr * rate
+        for group, name, value in self._rates:
+            group[name] = value * rate
         loss = self._run(x, y)
         loss.backward()
         self.update(rate)

@@ -1,8 +1,11 @@
 """All of the study that knows thor_fx: how it trains, and where its two searches start.
 
 ``fixed``, ``knob`` and ``values`` are keyword arguments of :class:`thor_fx.Thor` and :func:`thor_fx.thor`;
-besides, ``door`` is ``"drop-in"`` or ``"functional"``.
+besides, ``door`` is ``"drop-in"`` or ``"functional"``, and ``others`` the learning rate of what belongs to
+no layer, as a part of ``lr``.
 """
+
+from functools import partial
 
 import torch
 from loops import Contender, Loop, Settings
@@ -22,19 +25,11 @@ THOR = Space(
     fixed={"door": "drop-in", "momentum": 0.9, "frequency": INTERVAL},
 )
 
-# NOTE: [To adapt] the recommended preset is still being written; this is the nearest that exists.
 RECOMMENDED = Space(
-    lr={"": 0.03, "autoencoder": 0.003},
-    knob="damping",
-    values={"": (0.03, 0.3)},
-    fixed={
-        "door": "drop-in",
-        "momentum": 0.9,
-        "frequency": INTERVAL,
-        "damping_rule": "pi",
-        "block_size": None,
-        "bias": "joint",
-    },
+    lr={"": 0.02, "autoencoder": 0.05, "gpt": 0.01},
+    knob="fisher",
+    values={"": ("empirical", "sampled")},
+    fixed={"door": "functional", "preset": "recommended", "frequency": INTERVAL, "others": 0.1},
 )
 
 
@@ -46,11 +41,16 @@ class Functional:
             return torch.func.functional_call(model, params, (x, y))
 
         self.period = period
-        self._lr, self._rate = settings["lr"], 0.0
-        tx = thor_fx.thor(**{**settings, "lr": lambda step: self._lr * self._rate})
+        self._rate = 0.0
+        names = [name for name in ("lr", "fallback_lr") if name in settings]
+        rates = {name: partial(self._scheduled, settings[name]) for name in names}
+        tx = thor_fx.thor(**{**settings, **rates})
         self._step = thor_fx.compile_step(loss_fn, tx, backend=backend)
         self._params = dict(model.named_parameters())
         self._state: thor_fx.StepState | None = None
+
+    def _scheduled(self, value: float, _: int) -> float:
+        return value * self._rate
 
     def step(self, x: Tensor, y: Tensor, rate: float) -> Tensor:
         self._rate = rate
@@ -62,6 +62,8 @@ class Functional:
 
 def thor(model: WithLoss, task: Task, settings: Settings, backend: str) -> Contender:
     door = settings.pop("door")
+    if "others" in settings:
+        settings["fallback_lr"] = settings.pop("others") * settings["lr"]
     period = settings.get("frequency", INTERVAL)
     if door == "functional":
         return Functional(model, settings, backend, period)
