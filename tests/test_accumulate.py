@@ -65,7 +65,7 @@ CASES = {  # how many factors end in a product, of how many
     models.slices: (4, 4),
     models.experts: (4, 4),
     models.embedding: (3, 4),  # a diagonal is no product
-    models.convolution: (3, 4),  # nor is the autocorrelation of an image
+    models.convolution: (2, 4),  # nor are sums over images, one after the other
     models.both_ways: (2, 6),  # two of the layers are a sum of two, by their traces
     models.no_layer: (0, 0),
 }

@@ -69,7 +69,7 @@ def test_the_sum_by_its_definition(decay):
     weighted = (1 - decay) * sum(decay ** (3 - j) * size for j, size in enumerate(sizes))
     mean = weighted / (1 - decay**4)
     for i, (name, layer) in enumerate(step.coverage.layers.items()):
-        pair = factor_pair(step.moments, layer, step.terms, 1.0)
+        pair = factor_pair(step.moments, layer, step.terms)
         for (found,), one in zip(averages_of(state).factors[name], pair, strict=True):
             assert oracle.relative_error(found, weighted * one) < 1e-12
         assert averages_of(state).weights[i].item() == pytest.approx(1 - decay**4, rel=1e-14)
@@ -96,7 +96,7 @@ def test_of_a_factor_in_blocks_only_the_blocks_are_kept():
     for name, layer in step.coverage.layers.items():
         for (kept,), side in zip(averages_of(state).factors[name], (layer.input, layer.output), strict=True):
             assert kept.shape == (-(-side.dim // 2), 2, 2) if side.dim > 2 else side.shape
-        A, _ = factor_pair(step.moments, layer, step.terms, 1.0)
+        A, _ = factor_pair(step.moments, layer, step.terms)
         dense = torch.block_diag(*averages_of(state).factors[name].input[0])[: len(A), : len(A)]
         assert oracle.relative_error(dense / (1 - DECAY), blocks_of(A, 2)) < 1e-12
 

@@ -16,10 +16,10 @@ import thor_fx
 from thor_fx import block_size_rule
 from thor_fx.block_size import report_of
 from thor_fx.block_size_rule import BlockSizeReport, cross, performance_curve
+from thor_fx.inverses.pair import InversePair
 from thor_fx.inversion_time import inversion, milliseconds
 from thor_fx.passes.outputs import Factor
 from thor_fx.precondition import PreconditionState
-from thor_fx.refresh import InversePair
 from thor_fx.spectral_loss import spectral_losses
 from thor_fx.transform import SkipState
 from training import (

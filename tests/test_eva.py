@@ -54,7 +54,7 @@ class Run:
         self.coverage = coverage(find_sites(graph), rules)
 
     def pair(self, layer: str, loss_scale: float = 1.0) -> tuple[Tensor, Tensor]:
-        a, g = factor_pair(self.moments, self.coverage.layers[layer], self.terms, loss_scale)
+        a, g = factor_pair(self.moments, self.coverage.layers[layer], self.terms / loss_scale**2)
         assert a is not None
         assert g is not None
         return a, g

@@ -175,7 +175,7 @@ def test_for_one_datum_the_factors_are_the_fisher_block_of_every_layer():
     per_example = oracle.per_example_gradients(case.loss_fn, case.params, *one)
     for layer, gradient in ((layer, step.gradients[layer]) for layer in case.layers):
         fisher = oracle.empirical_fisher(per_example[layer])
-        A, G = factor_pair(step.moments, step.coverage.layers[layer], step.terms, 1.0)
+        A, G = factor_pair(step.moments, step.coverage.layers[layer], step.terms)
         assert oracle.relative_error(oracle.kronecker(G, A), fisher) < 1e-10
         # damping the factors adds a diagonal and two cross terms to the Fisher matrix
         eye_a, eye_g = torch.eye(len(A), dtype=A.dtype), torch.eye(len(G), dtype=G.dtype)

@@ -17,6 +17,7 @@ import thor_fx
 from averaged_thor import AveragedThor, slow_trajectory
 from test_precondition import Run
 from thor_fx import ByTrace, Every, Staggered, Transform
+from thor_fx.kinds import Kind
 from thor_fx.layers import Coverage
 from thor_fx.precondition import precondition
 from thor_fx.refresh_rules import inversion_costs, portion_due, portions
@@ -244,8 +245,8 @@ def kinds_of(monkeypatch: pytest.MonkeyPatch, refresh: Any, data: list[Batch], *
     seen: list[str] = []
     call = thor_fx.step._Call
 
-    def spy(kind: str, extra: list[Tensor]) -> Any:
-        seen.append(kind[0])
+    def spy(kind: Kind, extra: list[Tensor]) -> Any:
+        seen.append(kind.factors[0])
         return call(kind, extra)
 
     monkeypatch.setattr("thor_fx.step._Call", spy)
@@ -259,9 +260,9 @@ def test_a_measuring_step_inverts_nothing(monkeypatch):
     seen: dict[str, fx.GraphModule] = {}
     compile_kind = thor_fx.CompiledStep._compile_kind
 
-    def spy(self: Any, graph: Any, captured: Any, kind: str) -> Any:
-        seen[kind] = compile_kind(self, graph, captured, kind)
-        return seen[kind]
+    def spy(self: Any, graph: Any, captured: Any, kind: Kind) -> Any:
+        seen[kind.factors] = compile_kind(self, graph, captured, kind)
+        return seen[kind.factors]
 
     monkeypatch.setattr(thor_fx.CompiledStep, "_compile_kind", spy)
     make_step(Every(4), factor_decay=DECAY)

@@ -5,14 +5,14 @@ from typing import Literal, NamedTuple
 
 from .transform import Transform
 
-Factors = Literal["none", "measure", "refresh"]
+Factors = Literal["plain", "measure", "refresh"]
 
 
 class Kind(NamedTuple):
     """What a step does besides moving.
 
     Attributes:
-        factors: it needs none; it measures them; it also inverts them.
+        factors: ``"plain"``: it needs none; it measures them; it also inverts them (``"refresh"``).
         compares: it says how the loss should change, and looks whether it did.
     """
 
@@ -28,10 +28,10 @@ def kinds(tx: Transform) -> list[Kind]:
 
 def _factors(tx: Transform) -> list[Factors]:
     if tx.frequency is None:
-        return ["none"]
+        return ["plain"]
     if tx.between is not None:
-        return ["none", "measure", "refresh"]
-    return ["refresh"] if tx.frequency == 1 else ["none", "refresh"]
+        return ["plain", "measure", "refresh"]
+    return ["refresh"] if tx.frequency == 1 else ["plain", "refresh"]
 
 
 def kind_of(tx: Transform, step: int, due: int | None, *, ready: bool) -> Kind:
@@ -43,7 +43,7 @@ def kind_of(tx: Transform, step: int, due: int | None, *, ready: bool) -> Kind:
         due: the next factor step, where that is not as ``frequency`` says.
         ready: whether there are inverses; until then every step makes some.
     """
-    factors: Factors = "none"
+    factors: Factors = "plain"
     if tx.frequency is not None and (not ready or tx.wants_factors(step, due)):
         factors = "measure" if ready and tx.between is not None else "refresh"
     return Kind(factors, tx.adaptive is not None and tx.adaptive.compares(step))

@@ -336,7 +336,7 @@ class CompiledStep:
 
     def _compile_kind(self, graph: fx.GraphModule, captured: Captured, kind: Kind) -> Compiled:
         assert self.coverage is not None
-        measures = [partial(emit_factors, rules=self._tx.rules)] if kind.factors != "none" else []
+        measures = [partial(emit_factors, rules=self._tx.rules)] if kind.factors != "plain" else []
         whole = pipeline.run(graph, measures)
         refreshes: frozenset[str] | None = frozenset() if kind.factors == "measure" else None
         trained = list(_trained(self._params, self.coverage))
