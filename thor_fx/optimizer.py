@@ -9,20 +9,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from .arguments import check_type, shown
 from .between import run_between
 from .block_size import choose
 from .block_size_rule import BlockSizeReport
 from .blocks import BlockSize
-from .capture import without_dynamo
 from .clips import Clip
 from .collector import Collector
 from .compile import collector_of
-from .factors import Moments, flat_moments
+from .compiled_update import CompiledUpdate, Given
+from .factors import Moments
 from .hyper import HyperTensors
-from .inductor import Compiled, check_backend, compile_graph
+from .inductor import check_backend
 from .inverses import METHODS, Inverse
 from .layers import Coverage
 from .levenberg_marquardt import LevenbergMarquardt, loss_again
@@ -33,21 +32,19 @@ from .options import MAX_DIM, Fallback, MomentumOn, Options, damping_schedule, n
 from .parameter_groups import ParameterGroups
 from .passes.layout import BiasRule, Fisher, Likelihood, LongSide, Sharing, layer_of
 from .presets import Preset, takes_preset
+from .readiness import Readiness
 from .refresh import DampingRule
 from .refresh_rules import RefreshRule
 from .scaling import Scaler, scales_of
 from .schedule import Schedule, Value
 from .step_norm import StepNorm
 from .transform import Taken, skip_nonfinite, unscale
-from .update import update_graph
 
 NO_GRAPH = "no compiled graph uses it"
 NEEDS_CLOSURE = (
     "damping=LevenbergMarquardt(...) compares the loss of a batch before and after the step: call "
     "step(closure), where closure computes the loss, calls backward and returns the loss"
 )
-PATIENCE = 10
-"""Steps that collect factors for a layer that has none; more would make a rare branch expensive."""
 
 
 class Thor(torch.optim.Optimizer):
@@ -189,7 +186,7 @@ class Thor(torch.optim.Optimizer):
         self._adapts: list[bool] = []  # whether the damping of a group follows the loss
         self._warned = False
         self._overdue = False
-        self._waiting: dict[str, int] = {}  # layers and parameters without factors, and until when
+        self._known = Readiness()
         self._forget()
         defaults: dict[str, Any] = {"lr": lr, "damping": damping, "momentum": momentum}
         defaults |= {"weight_decay": weight_decay, "fallback_lr": fallback_lr}
@@ -297,18 +294,19 @@ class Thor(torch.optim.Optimizer):
         self._build()
         step: int = self.param_groups[0]["step"]
         gradients = {name: p.grad for name, p in self._params.items() if p.grad is not None}
-        unready = self._unready(gradients)
+        unready = self._known.standing(self._found.layers, gradients)
         if not self._factors_due(step, moments):
             moments = {name: m for name, m in moments.items() if layer_of(name) in unready}
         served = unready.intersection(moments)
         skipped = self._inner.skipped.clone() if served else None
         compares = adaptive is not None and adaptive.compares(step)
-        rates = self._rates()
-        self._update(gradients, moments, terms if moments else None, unready, compares, rates)
+        refreshes = frozenset(map(layer_of, moments)) & unready if self._tx.between else None
+        rates, terms = self._rates(), terms if moments else None
+        self._update(Given(gradients, moments, terms, self._scales(), refreshes, compares), rates)
         self._between(step, moments, unready, rates)
         if served and bool(skipped == self._inner.skipped):  # waits for the device, in the first step
-            self._ready |= served
-        waits = self._wait(unready | self._unknown.intersection(gradients), served, step)
+            self._known.ready |= served
+        waits = self._known.wait(unready, served, gradients, step)
         if compares and adaptive is not None and closure is not None:
             self._adapt(adaptive, closure, loss)
         for group in self.param_groups:
@@ -398,80 +396,19 @@ class Thor(torch.optim.Optimizer):
             )
         return due
 
-    def _unready(self, gradients: Mapping[str, Tensor]) -> set[str]:
-        """The layers that have gradients but stand still, because they never had factors.
-
-        That is so after a first step that was skipped, and in a branch that no factor step has used.
-        """
-        layers = self._found.layers
-        if len(self._ready) == len(layers):
-            return set()
-        return {name for name, layer in layers.items() if layer.param in gradients} - self._ready
-
-    def _wait(self, standing: set[str], served: set[str], step: int) -> bool:
-        """Whether to collect factors in the next step, whatever the schedule says.
-
-        So it is for :data:`PATIENCE` steps after a layer was seen without factors, or a parameter that no
-        graph is known to use; and as long as steps that have factors are skipped.
-        """
-        for name in standing:
-            if name in served or name not in self._waiting:
-                self._waiting[name] = step + PATIENCE
-        return any(step < last for name, last in self._waiting.items() if name not in self._ready)
-
     def _between(
         self, step: int, moments: Mapping[str, Moments], unready: set[str], rates: list[Tensor]
     ) -> None:
         """What happens after the step, whose inverses act from the next one on."""
         measured = frozenset(map(layer_of, moments)) - unready
-        taken = Taken(step, measured, frozenset(self._ready))
+        taken = Taken(step, measured, frozenset(self._known.ready))
         due = run_between(self._tx, self._inner, self._params, self._found, rates, taken)
         if due is not None:
             self._set_due(due)
 
-    def _update(
-        self,
-        gradients: Mapping[str, Tensor],
-        moments: Mapping[str, Moments],
-        terms: Tensor | None,
-        unready: set[str],
-        compares: bool,
-        rates: list[Tensor],
-    ) -> None:
-        refreshes = frozenset(map(layer_of, moments)) & unready if self._tx.between else None
-        measured = [] if terms is None else [terms]
-        scales = scales_of(
-            self,
-            self._scaler,
-            self._inner.skipped.device,
-            HyperTensors.dtype(self._params),
-            of_factors=self._options.fisher == "empirical",
-        )
-        key = tuple(gradients), tuple(moments), terms is not None, tuple(scales), refreshes, compares
-        if key not in self._compiled:
-            self._compiled[key] = self._compile(gradients, moments, terms, scales, refreshes, compares)
-        flat = [*gradients.values(), *flat_moments(moments).values(), *measured, *scales.values()]
-        self._compiled[key](*self._params.values(), *flat, *self._leaves, *rates)
-
-    def _compile(
-        self,
-        gradients: Mapping[str, Tensor],
-        moments: Mapping[str, Moments],
-        terms: Tensor | None,
-        scales: Mapping[str, Tensor],
-        refreshes: frozenset[str] | None,
-        compares: bool,
-    ) -> Compiled:
-        for name, gradient in gradients.items():
-            if gradient.layout != torch.strided:
-                raise TypeError(
-                    f"the gradient of {name!r} is {gradient.layout}: Thor needs dense gradients "
-                    "(sparse=False on the embedding)"
-                )
-        given = self._found, self._params, gradients, moments, terms, scales
-        gm = update_graph(self._tx, *given, refreshes=refreshes, compares=compares)
-        fakes = [node.meta["val"] for node in gm.graph.find_nodes(op="placeholder")]
-        return without_dynamo(compile_graph(gm, fakes, backend=self._backend))
+    def _scales(self) -> dict[str, Tensor]:
+        device, dtype = self._inner.skipped.device, HyperTensors.dtype(self._params)
+        return scales_of(self, self._scaler, device, dtype, of_factors=self._options.fisher == "empirical")
 
     def _adapt(self, adaptive: LevenbergMarquardt, closure: Callable[[], Any], before: Any) -> None:
         """Change the damping by what the step did to the loss of its batch. Waits for the device."""
@@ -502,14 +439,10 @@ class Thor(torch.optim.Optimizer):
 
     def _forget(self) -> None:
         self._built_for: int | None = None
-        self._unknown: set[str] = set()  # parameters that no compiled graph uses
-        self._ready: set[str] = set()  # layers that had factors in a step that was not skipped
-        self._compiled: dict[Any, Compiled] = {}
         self._hyper = HyperTensors()
         self._params: dict[str, Tensor] = {}
         self._labels: dict[str, str] = {}  # the group of every parameter
         self._inner: Any = None
-        self._leaves: list[Tensor] = []
 
     def _build(self) -> None:
         """Make the transform and its state for the groups and layers there are; keep what is known."""
@@ -532,13 +465,11 @@ class Thor(torch.optim.Optimizer):
         }
         self._params = {name: p for name, p in self._model.named_parameters() if name in self._labels}
         self._found = _complete(self._collector.coverage, self._params)
-        self._unknown = self._params.keys() - self._collector.coverage.trained
-        self._waiting = {
-            n: last for n, last in self._waiting.items() if n in self._found.layers or n in self._unknown
-        }
+        self._known.restart(self._found.layers, self._params.keys() - self._collector.coverage.trained)
         self._tx = skip_nonfinite(unscale(thor_chain(self._options, self._groups())))
         if self._tx.resolve is not None:
             self._tx = self._tx.resolve(None if self.block_size == "auto" else self.block_size)
+        self._update = CompiledUpdate(self._tx, self._found, self._params, self._backend)
         self._start()
 
     def _groups(self) -> ParameterGroups:
@@ -548,13 +479,13 @@ class Thor(torch.optim.Optimizer):
 
     def _start(self) -> None:
         """Make a fresh state, copy what is known into it, and let ``self.state`` show it."""
-        self._inner = self._tx.init(self._params, self._found)
-        self._leaves = pytree.tree_leaves(self._inner)
+        self._update.begin()
+        self._inner = self._update.state
         for name, entry in views(self._inner, self._found, self._params, self._labels).items():
             parameter = self._params[name]
             restore(entry, self.state.get(parameter, {}), name)
             self.state[parameter] = entry
-        self._ready = layers_with_inverses(self.state.values(), METHODS[self._options.inverse].marks)
+        self._known.ready = layers_with_inverses(self.state.values(), METHODS[self._options.inverse].marks)
         for label, counters in counters_of(self._inner).items():
             group = self.param_groups[int(label)]
             restore(counters, {name: group[name] for name in counters if name in group}, f"group {label}")
