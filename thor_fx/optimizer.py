@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .arguments import check_type, shown
 from .between import run_between
 from .block_size import choose
 from .block_size_rule import BlockSizeReport
@@ -20,6 +19,7 @@ from .collector import Collector
 from .compile import collector_of
 from .compiled_update import CompiledUpdate, Given
 from .factors import Moments
+from .group_members import check_centralization, members, named, with_rest
 from .hyper import HyperTensors
 from .inductor import check_backend
 from .inverses import METHODS, Inverse
@@ -191,7 +191,7 @@ class Thor(torch.optim.Optimizer):
         defaults: dict[str, Any] = {"lr": lr, "damping": damping, "momentum": momentum}
         defaults |= {"weight_decay": weight_decay, "fallback_lr": fallback_lr}
         defaults |= {"grad_centralization": False, "step": 0}
-        super().__init__(self._with_rest(list(params or [])), defaults)
+        super().__init__(with_rest(model, list(params or [])), defaults)
         self._collector.use(self._options.rules)
         self._collector.wanted = True
         self._collector.clear()
@@ -206,7 +206,7 @@ class Thor(torch.optim.Optimizer):
             ValueError: a member is no parameter of the model, or a setting has a wrong value.
         """
         group = dict(param_group)
-        group["params"] = self._members(group.get("params"))
+        group["params"] = members(self._model, group.get("params"))
         given = {name: group.get(name, self.defaults[name]) for name in SCHEDULES}
         if given["fallback_lr"] is None:
             del given["fallback_lr"]
@@ -219,46 +219,12 @@ class Thor(torch.optim.Optimizer):
             group["step"] = self.param_groups[0]["step"]
         if self._options.block_size == "auto":
             group["block_size"] = self.block_size
-        self._check_centralization(group)
+        check_centralization(self._model, group)
         super().add_param_group(group)
         self._schedules.append(schedules)
         self._set_due(None)
         self._adapts.append(adapts)
         self._forget()
-
-    def _with_rest(self, groups: list[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        """The groups that were asked for, and one with every other trainable parameter."""
-        named = [{**group, "params": self._members(group.get("params"))} for group in groups]
-        taken = {id(p) for group in named for p in group["params"]}
-        rest = [p for p in self._model.parameters() if p.requires_grad and id(p) not in taken]
-        return [*named, {"params": rest}] if rest else named
-
-    def _members(self, members: Any) -> list[Tensor]:
-        if members is None:
-            raise ValueError("a parameter group needs 'params': tensors or names of the model's parameters")
-        names = dict(self._model.named_parameters())
-        known = {id(p) for p in names.values()}
-        members = [members] if isinstance(members, Tensor | str) else list(members)
-        found = [names.get(m) if isinstance(m, str) else m for m in members]
-        for member, parameter in zip(members, found, strict=True):
-            if id(parameter) not in known:
-                text = repr(member) if isinstance(member, str) else shown(member)
-                raise ValueError(f"params holds {text}, which is no parameter of the model")
-        return found  # type: ignore[return-value]
-
-    def _check_centralization(self, group: Mapping[str, Any]) -> None:
-        wanted = group.get("grad_centralization", False)
-        check_type("grad_centralization", wanted, bool, "True or False")
-        flat = [name for name, p in self._names(group["params"]) if p.dim() < 3]
-        if wanted and flat:
-            raise ValueError(
-                f"grad_centralization=True is for weights of convolutions, and {flat[0]!r} is none: "
-                "put it into another group"
-            )
-
-    def _names(self, tensors: Iterable[Tensor]) -> list[tuple[str, Tensor]]:
-        wanted = {id(tensor) for tensor in tensors}
-        return [(name, p) for name, p in self._model.named_parameters() if id(p) in wanted]
 
     # --- the step ----------------------------------------------------------------------------------
 
@@ -461,7 +427,7 @@ class Thor(torch.optim.Optimizer):
         self._labels = {
             name: str(label)
             for label, group in enumerate(self.param_groups)
-            for name, _ in self._names(group["params"])
+            for name, _ in named(self._model, group["params"])
         }
         self._params = {name: p for name, p in self._model.named_parameters() if name in self._labels}
         self._found = _complete(self._collector.coverage, self._params)

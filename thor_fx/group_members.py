@@ -1,0 +1,58 @@
+"""Which parameters of a model belong to a group of an optimizer."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from .arguments import check_type, shown
+
+
+def with_rest(model: nn.Module, groups: list[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The groups that were asked for, and one with every other trainable parameter."""
+    named = [{**group, "params": members(model, group.get("params"))} for group in groups]
+    taken = {id(p) for group in named for p in group["params"]}
+    rest = [p for p in model.parameters() if p.requires_grad and id(p) not in taken]
+    return [*named, {"params": rest}] if rest else named
+
+
+def members(model: nn.Module, given: Any) -> list[Tensor]:
+    """The parameters of a group, given as tensors or by name.
+
+    Raises:
+        ValueError: nothing is given, or something that is no parameter of the model.
+    """
+    if given is None:
+        raise ValueError("a parameter group needs 'params': tensors or names of the model's parameters")
+    names = dict(model.named_parameters())
+    known = {id(p) for p in names.values()}
+    given = [given] if isinstance(given, Tensor | str) else list(given)
+    found = [names.get(m) if isinstance(m, str) else m for m in given]
+    for member, parameter in zip(given, found, strict=True):
+        if id(parameter) not in known:
+            text = repr(member) if isinstance(member, str) else shown(member)
+            raise ValueError(f"params holds {text}, which is no parameter of the model")
+    return found  # type: ignore[return-value]
+
+
+def named(model: nn.Module, tensors: Iterable[Tensor]) -> list[tuple[str, Tensor]]:
+    """Parameters of the model, with their names."""
+    wanted = {id(tensor) for tensor in tensors}
+    return [(name, p) for name, p in model.named_parameters() if id(p) in wanted]
+
+
+def check_centralization(model: nn.Module, group: Mapping[str, Any]) -> None:
+    """Refuse ``grad_centralization`` for what is no weight of a convolution.
+
+    Raises:
+        TypeError: it is neither True nor False.
+        ValueError: naming the parameter.
+    """
+    wanted = group.get("grad_centralization", False)
+    check_type("grad_centralization", wanted, bool, "True or False")
+    flat = [name for name, p in named(model, group["params"]) if p.dim() < 3]
+    if wanted and flat:
+        raise ValueError(
+            f"grad_centralization=True is for weights of convolutions, and {flat[0]!r} is none: "
+            "put it into another group"
+        )
