@@ -134,11 +134,11 @@ TASKS = {
         ),
         Task(
             name="gpt",
-            title=f"tiny-shakespeare, character GPT, width 128, 3 layers, 4 heads, context {LENGTH}",
+            title=f"tiny-shakespeare, character GPT, width 168, 3 layers, 6 heads, context {LENGTH}",
             steps=300,
             batch=32,
             window=20,
-            build=lambda: classifier(Gpt(SYMBOLS, LENGTH, width=128, layers=3, heads=4)),
+            build=lambda: classifier(Gpt(SYMBOLS, LENGTH, width=168, layers=3, heads=6)),
             load=plays,
             first_order=("net.tokens.weight", "net.positions.weight", "net.head.weight"),
         ),
