@@ -38,14 +38,16 @@ def contraction(walk: Walk, gradient: fx.Node, left: fx.Node, right: fx.Node, pa
     depends = left in walk.backward, right in walk.backward
     if depends not in {(True, False), (False, True)}:
         raise unlike(gradient, " with both or none of its operands from backward")
+    rows_last, rows_first = matrix(left, True), matrix(right, False)
     if _only_parameters(walk, right if depends[0] else left):
         try:
             yield from list(_through_a_map(walk, left, right, depends[0], path))
         except NoSite:
-            pass  # the parameters are data to this weight: a table of positions, say
+            # the parameters are data to this weight, a table of positions, say; or this is that table
+            if (rows_last if depends[0] else rows_first).transposed:
+                raise unlike(gradient, ", over features and not over rows") from None
         else:
             return
-    rows_last, rows_first = matrix(left, True), matrix(right, False)
     if depends[0]:
         yield Site(walk.param, path, gradient, activation=rows_first, cotangent=rows_last)
     else:

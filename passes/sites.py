@@ -17,11 +17,11 @@ from torch import fx
 from .biases import Bias, find_biases
 from .contractions import SWAP_GROUPED, WEIGHTS
 from .heads import Head
-from .nodes import arguments, downstream, shape, target, upstream, use_of
+from .nodes import CASTS, PERMUTES, RESHAPES, arguments, downstream, shape, target, upstream, use_of
 from .norms import is_norm
 from .outputs import KEY, Frozen, Grad, Input, Loss, Output, Param, Tangent, input_nodes, output_nodes
 from .reindex import Path, Permute, disjoint, simplify, take
-from .walk import SWAP, NoSite, Site, Walk
+from .walk import SUMS, SWAP, NoSite, Site, Walk
 
 aten = torch.ops.aten
 
@@ -75,7 +75,7 @@ def find_sites(gm: fx.GraphModule) -> SiteReport:
     reasons: dict[str, str] = {}
     vectors: dict[str, fx.Node] = {}
     lines: dict[str, str] = {}
-    for name in [d.name for d in input_nodes(gm) if isinstance(d, Param)]:
+    for name, node in {d.name: n for d, n in input_nodes(gm).items() if isinstance(d, Param)}.items():
         gradient = outputs.get(Grad(name))
         if gradient is None:
             reasons[name] = UNUSED
@@ -85,7 +85,7 @@ def find_sites(gm: fx.GraphModule) -> SiteReport:
             norms.append(name)
         else:
             try:
-                sites += _sites_of(gradient, replace(walk, param=name))
+                sites += _sites_of(node, gradient, replace(walk, param=name))
             except NoSite as reason:
                 reasons[name] = f"a vector: {reason}" if len(shape(gradient)) < 2 else str(reason)
                 if len(shape(gradient)) < 2:
@@ -119,15 +119,33 @@ def _is_one(node: fx.Node) -> bool:
     return target(node) in {aten.ones.default, aten.ones_like.default, aten.new_ones.default}
 
 
-def _sites_of(gradient: fx.Node, walk: Walk) -> list[Site]:
+def _sites_of(parameter: fx.Node, gradient: fx.Node, walk: Walk) -> list[Site]:
     sites: list[Site] = list(walk.visit(gradient, ()))
     if not sites:
         raise NoSite("its gradient is zero")
+    if _is_added(parameter, walk):
+        raise NoSite("it is added to activations, no factor of a product")
     sizes = tuple(int(size) for size in shape(gradient))
     sites = _one_orientation([replace(site, path=simplify(site.path, sizes)) for site in sites], sizes)
     if not disjoint(list({site.path for site in sites}), sizes):
         raise NoSite("its uses are of parts that overlap, so no part has one factor pair")
     return sites
+
+
+# NOTE: [What is added is no weight] Without a batch axis the gradient of a table that is added to activations
+# is the cotangent itself, and that may end in a product too: of the next layer, or of attention scores.
+
+
+def _is_added(node: fx.Node, walk: Walk) -> bool:
+    """Whether what is made of a parameter by views and casts alone is added to data."""
+    for user in node.users:
+        if user in walk.backward:
+            continue
+        if target(user) in SUMS and any(other in walk.data for other in user.all_input_nodes[:2]):
+            return True
+        if (target(user) in CASTS or target(user) in RESHAPES | PERMUTES) and _is_added(user, walk):
+            return True
+    return False
 
 
 def _one_orientation(sites: list[Site], sizes: tuple[int, ...]) -> list[Site]:
