@@ -128,13 +128,13 @@ def test_an_odd_scale():
 def test_a_new_scale_compiles_nothing(monkeypatch):
     """One update with factors and one without."""
     made = []
-    compile_graph = thor_fx.optimizer.compile_graph
+    compile_graph = thor_fx.compiled_update.compile_graph
 
     def counted(*args: Any, **kwargs: Any) -> Any:
         made.append(1)
         return compile_graph(*args, **kwargs)
 
-    monkeypatch.setattr(thor_fx.optimizer, "compile_graph", counted)
+    monkeypatch.setattr(thor_fx.compiled_update, "compile_graph", counted)
     scaled(GradScaler("cpu", init_scale=2.0, growth_interval=1))
     assert len(made) == 2
 

@@ -485,7 +485,7 @@ def compilations(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     counts = {"compile_differentiable": 0, "compile_graph": 0}
     for module, name in (
         ("thor_fx.compile", "compile_differentiable"),
-        ("thor_fx.optimizer", "compile_graph"),
+        ("thor_fx.compiled_update", "compile_graph"),
     ):
         original: Callable[..., Any] = getattr(sys.modules[module], name)
 
