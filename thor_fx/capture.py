@@ -126,21 +126,19 @@ def tracing_settings() -> Callable[[], contextlib.AbstractContextManager[Any]]:
     it would break the graph, too: ``transformers`` warns once about the loss of GPT-2, for one. The set of
     these methods is built here, once for a door.
     """
-    settings = {
+    settings: dict[str, Any] = {
         "specialize_float": True,
         "allow_rnn": True,
         "ignore_logging_functions": torch._dynamo.config.ignore_logging_functions | _log_methods(),
     }
-    return functools.partial(_patched, settings)
+    patched = functools.partial(torch._dynamo.config.patch, **settings)
+    return functools.partial(_unlogged, patched) if torch.__version__.startswith("2.11") else patched
 
 
 @contextlib.contextmanager
-def _patched(settings: Mapping[str, Any]) -> Iterator[None]:
-    """Dynamo's settings changed; torch 2.11 then logs an error where it wants to log a set of functions."""
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(torch._dynamo.config.patch(**settings))
-        if torch.__version__.startswith("2.11"):
-            stack.enter_context(patch("torch._dynamo.utils._get_dynamo_config_for_logging", lambda: None))
+def _unlogged(patched: Callable[[], contextlib.AbstractContextManager[Any]]) -> Iterator[None]:
+    """Torch 2.11 wants to log its settings, and logs an error where one of them is a set of functions."""
+    with patched(), patch("torch._dynamo.utils._get_dynamo_config_for_logging", lambda: None):
         yield
 
 
