@@ -17,7 +17,7 @@ from .nodes import CASTS, PERMUTES, RESHAPES, arguments, permutation, shape, sou
 from .operands import Mapped, Matrix, matrix
 from .outputs import KEY as DESCRIPTOR
 from .outputs import Frozen, Param
-from .patches import Geometry, Patches, Pixels
+from .patches import Patches, Pixels
 from .reindex import Path, Permute, View
 from .walk import SWAP, NoSite, Rule, Site, Walk, in_short, is_zero, scaled_product, unlike
 

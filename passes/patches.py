@@ -2,20 +2,14 @@
 
 ``A`` sums over batch and output positions ``q`` the outer products of patches ``x[i, q s + k d]`` (KFC,
 Grosse & Martens 2016, section 3). A patch has C K features for the C channels of the input, so
-writing all patches down takes K times the memory of the input.
-
-NOTE: [No patches in memory] Row ``(i, k)`` of ``A`` is ``sum_q x_k[i, q] x[j, q s + l d]``, where ``x_k`` is
-the input as tap ``k`` sees it. That is the weight gradient of the same convolution with ``x_k`` as its
-cotangent: one call for every tap (or several taps at a time, as long as their slices are no larger
-than input or output). Where patches hardly overlap, they are simply written down.
+writing all patches down takes K times the memory of the input, and is done only where they hardly overlap.
+Otherwise see :mod:`thor_fx.passes.patch_gram`.
 
 Legend: N batch, E groups, C channels of one group, K taps of the kernel, Q output positions, J taps at
-a time. A transposed convolution is the plain one of its stuffed input, with the taps in reverse order.
+a time.
 """
 
-import itertools
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,36 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .geometry import Geometry, padded_input, positions_of, seen_by
 from .nodes import shape
 from .operands import Operand, Reduction, widened
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """Where a kernel looks: one entry for every spatial axis."""
-
-    kernel: tuple[int, ...]
-    stride: tuple[int, ...]
-    padding: tuple[int, ...]
-    dilation: tuple[int, ...]
-    output_padding: tuple[int, ...]
-    transposed: bool
-
-    @property
-    def taps(self) -> int:
-        """K."""
-        return math.prod(self.kernel)
-
-    @property
-    def window_stride(self) -> tuple[int, ...]:
-        """By how much the kernel moves over the (stuffed) input."""
-        return (1,) * len(self.kernel) if self.transposed else self.stride
-
-    @property
-    def pointwise(self) -> bool:
-        """Whether every patch is one pixel and every pixel one patch."""
-        still = all(s == 1 for s in self.stride) and not any((*self.padding, *self.output_padding))
-        return self.taps == 1 and still
+from .patch_gram import patch_gram
 
 
 @dataclass(frozen=True)
@@ -205,120 +173,7 @@ class Patches(Operand):
         """``sum_nq patch patch^T`` of every group: (groups, C K, C K)."""
         g = self.geometry
         sizes = [list(g.kernel), list(g.stride), list(g.padding), list(g.dilation), list(g.output_padding)]
-        found: Tensor = torch.ops.thor_fx.patch_gram(
-            widened(x), groups, *sizes, g.transposed, self._at_once(x)
-        )
-        return found
-
-
-# NOTE: [One operator] The loop below is an operator of its own. As nodes of the graph its slices would be
-# fused into one kernel that writes them all at once, which is all patches; and there would be many nodes.
-
-
-@torch.library.custom_op("thor_fx::patch_gram", mutates_args=())
-def patch_gram(
-    x: Tensor,
-    groups: int,
-    kernel: list[int],
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    output_padding: list[int],
-    transposed: bool,
-    at_once: int,
-) -> Tensor:
-    """``sum_nq patch patch^T`` of every group, by correlation.
-
-    Args:
-        x: (N, E C, *space).
-        groups: E.
-        kernel: its size, and so the next four, along every spatial axis.
-        stride: of the convolution.
-        padding: on both sides.
-        dilation: of the kernel.
-        output_padding: of a transposed convolution.
-        transposed: whether it is one.
-        at_once: how many taps are taken together.
-
-    Returns:
-        (E, C K, C K), in the dtype of ``x``.
-    """
-    sizes = (kernel, stride, padding, dilation, output_padding)
-    geometry = Geometry(*(tuple(size) for size in sizes), transposed)  # type: ignore[arg-type,call-arg]
-    side = x.shape[1] // groups * geometry.taps
-    found = x.new_zeros(groups, side, side)
-    for part in x.split(max(1, -(-x.shape[0] // PARTS))):
-        padded = padded_input(part, geometry)
-        bands = []
-        for taps in _chunks(range(geometry.taps), at_once):
-            seen = seen_by(padded, geometry, taps, groups)  # (N, E, C, J, Q)
-            bands.append(_weight_gradient(padded, geometry, seen))  # (E, C, J, C K)
-        found += torch.cat(bands, 2).flatten(1, 2)
-    return found
-
-
-@patch_gram.register_fake
-def _(x: Tensor, groups: int, kernel: list[int], *_settings: Any) -> Tensor:
-    side = x.shape[1] // groups * math.prod(kernel)
-    return x.new_empty(groups, side, side)
-
-
-PARTS = 8  # of the batch, one after the other
-
-
-def _weight_gradient(padded: Tensor, g: Geometry, seen: Tensor) -> Tensor:
-    n, groups, c, j, _ = seen.shape
-    axes = len(g.kernel)
-    cotangent = seen.reshape(n, groups * c * j, *positions_of(padded, g))
-    weight = padded.new_empty(groups * c * j, c, *g.kernel)
-    _, found, _ = torch.ops.aten.convolution_backward(
-        cotangent, padded, weight, None, g.window_stride, (0,) * axes, g.dilation,
-        False, (0,) * axes, groups, [False, True, False],
-    )  # fmt: skip
-    found = found.flatten(2)
-    found = found.flip(2) if g.transposed else found
-    return found.reshape(groups, c, j, -1)
-
-
-def padded_input(x: Tensor, g: Geometry) -> Tensor:
-    """The input on which the convolution is one without padding (and, if transposed, stride)."""
-    if not g.transposed:
-        return F.pad(x, [p for p in reversed(g.padding) for _ in (0, 1)])
-    for axis, stride in enumerate(g.stride, start=2):
-        if stride > 1:  # zeros between the pixels
-            size = x.shape[axis]
-            x = F.pad(x.unsqueeze(axis + 1), [0, 0] * (x.dim() - axis - 1) + [0, stride - 1])
-            x = x.flatten(axis, axis + 1).narrow(axis, 0, (size - 1) * stride + 1)
-    margins = []
-    for k, p, d, o in zip(g.kernel, g.padding, g.dilation, g.output_padding, strict=True):
-        margins.append((d * (k - 1) - p, d * (k - 1) - p + o))
-    return F.pad(x, [m for pair in reversed(margins) for m in pair])
-
-
-def positions_of(padded: Tensor, g: Geometry) -> list[int]:
-    """How many places a kernel has along every axis."""
-    axes = zip(padded.shape[2:], g.kernel, g.dilation, g.window_stride, strict=True)
-    return [(size - d * (k - 1) - 1) // s + 1 for size, k, d, s in axes]
-
-
-def seen_by(padded: Tensor, g: Geometry, taps: Any, groups: int) -> Tensor:
-    """The input as some taps see it: (N, E, C, J, Q)."""
-    offsets = list(itertools.product(*map(range, g.kernel)))
-    offsets = offsets[::-1] if g.transposed else offsets
-    x, positions = padded.unflatten(1, (groups, -1)), positions_of(padded, g)
-    seen = [_slice(x, g, positions, offsets[k]).flatten(3) for k in taps]
-    return torch.stack(seen, 3) if len(seen) > 1 else seen[0].unsqueeze(3)  # one is not copied again
-
-
-def _slice(x: Tensor, g: Geometry, positions: list[int], offset: tuple[int, ...]) -> Tensor:
-    axes = zip(offset, g.dilation, g.window_stride, positions, strict=True)
-    for axis, (k, d, s, q) in enumerate(axes, start=3):
-        x = x[(slice(None),) * axis + (slice(k * d, k * d + s * (q - 1) + 1, s),)]
-    return x
-
-
-def _chunks(taps: range, size: int) -> Iterator[range]:
-    return (taps[i : i + size] for i in range(0, len(taps), size))
+        return patch_gram(widened(x), groups, *sizes, g.transposed, self._at_once(x))
 
 
 def _by_group(rows: Tensor, groups: int) -> Tensor:

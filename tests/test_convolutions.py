@@ -11,7 +11,9 @@ from torch.func import functional_call
 import oracle
 import thor_fx
 from convolutions import BATCH, CHANNELS, OUT, case, expected, patches, random
-from thor_fx.passes import patches as patches_module
+from thor_fx.passes import patch_gram as gram_module
+from thor_fx.passes.geometry import Geometry
+from thor_fx.passes.shifts import shifts_pay
 from training import assert_same, batches, by_drop_in_door, by_functional_door
 from training import build as build_model
 
@@ -202,20 +204,56 @@ def test_one_datum_with_one_output_position_is_exact(groups, dilation, stride, m
 # --- memory ----------------------------------------------------------------------------------------
 
 
+def plain(kernel, stride, padding, dilation, axes):
+    return Geometry(*((size,) * axes for size in (kernel, stride, padding, dilation, 0)), transposed=False)
+
+
 def test_patches_are_not_written_down_where_they_overlap(monkeypatch):
-    """Of a 3 x 3 kernel over as many channels as it makes, only slices as large as the input are made."""
+    """Of a strided 3 x 3 kernel that doubles the channels, only slices no larger than the input are made."""
     largest = []
-    seen_by = patches_module.seen_by
+    seen_by = gram_module.seen_by
 
     def spy(padded, geometry, taps, groups):
         found = seen_by(padded, geometry, taps, groups)
         largest.append(found.numel() / padded.numel())
         return found
 
-    monkeypatch.setattr(patches_module, "seen_by", spy)
-    factors_of(nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1).double(), random(BATCH, CHANNELS, 8, 8))
-    assert len(largest) == 9 * BATCH  # one example at a time
+    monkeypatch.setattr(gram_module, "seen_by", spy)
+    factors_of(nn.Conv2d(CHANNELS, 2 * CHANNELS, 3, 2, padding=1).double(), random(BATCH, CHANNELS, 8, 8))
+    assert len(largest) == 3 * BATCH  # one example at a time
     assert max(largest) <= 1
+
+
+# --- shifts ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("axes", [1, 2, 3])
+@pytest.mark.parametrize("kernel", [2, 3])
+@pytest.mark.parametrize("padding", [0, 1, 3])
+@pytest.mark.parametrize("dilation", [1, 2])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_shifts_give_what_pairs_of_taps_give(axes, kernel, padding, dilation, groups):
+    g = plain(kernel, 1, padding, dilation, axes)
+    x = random(3, CHANNELS, *(5, 7, 6)[:axes])
+    by_taps = gram_module.gram_by_taps(x, groups, g, 1)
+    by_shifts = gram_module.gram_by_shifts(x, groups, g)
+    assert torch.allclose(by_shifts, by_taps, rtol=0, atol=1e-12 * by_taps.abs().max())
+
+
+def test_shifts_of_a_kernel_that_is_longer_along_one_axis():
+    g = Geometry((1, 5), (1, 1), (0, 2), (1, 1), (0, 0), transposed=False)
+    x = random(3, CHANNELS, 4, 9)
+    by_taps = gram_module.gram_by_taps(x, 1, g, 1)
+    by_shifts = gram_module.gram_by_shifts(x, 1, g)
+    assert torch.allclose(by_shifts, by_taps, rtol=0, atol=1e-12 * by_taps.abs().max())
+
+
+def test_shifts_are_taken_where_they_save_half_the_products():
+    assert shifts_pay((8, 64, 8, 8), plain(3, 1, 1, 1, 2))
+    assert shifts_pay((8, 3, 64, 64), plain(7, 1, 3, 1, 2))
+    assert not shifts_pay((8, 64, 8, 8), plain(3, 2, 1, 1, 2))  # most pairs of taps see different pixels
+    assert not shifts_pay((8, 64, 8, 8), plain(1, 1, 0, 1, 2))  # there are none
+    assert not shifts_pay((8, 64, 2, 2), plain(3, 1, 1, 1, 2))  # all is border
 
 
 # --- both doors ------------------------------------------------------------------------------------

@@ -1,0 +1,109 @@
+"""``A`` of a convolution without its patches: one operator, called in every factor step.
+
+NOTE: [No patches in memory] Row ``(i, k)`` of ``A`` is ``sum_q x_k[i, q] x[j, q s + l d]``, where ``x_k`` is
+the input as tap ``k`` sees it. That is the weight gradient of the same convolution with ``x_k`` as its
+cotangent: one call for every tap (or several taps at a time, as long as their slices are no larger
+than input or output). ``A`` is symmetric, so earlier rows of the kernel are left out. Where the kernel moves
+by one pixel, most of these sums are the same, and :mod:`thor_fx.passes.shifts` needs a fraction of them.
+
+NOTE: [One operator] As nodes of the graph the slices would be fused into one kernel that writes them all at
+once, which is all patches; and there would be many nodes.
+
+Legend: N batch, E groups, C channels of one group, K taps of the kernel, J taps at a time, Q positions.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .geometry import Geometry, padded_input, positions_of, seen_by
+from .shifts import gram_by_shifts, shifts_pay
+
+PARTS = 8  # of the batch, one after the other
+
+
+@torch.library.custom_op("thor_fx::patch_gram", mutates_args=())
+def patch_gram(
+    x: Tensor,
+    groups: int,
+    kernel: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    output_padding: list[int],
+    transposed: bool,
+    at_once: int,
+) -> Tensor:
+    """``sum_nq patch patch^T`` of every group, by correlation.
+
+    Args:
+        x: (N, E C, *space).
+        groups: E.
+        kernel: its size, and so the next four, along every spatial axis.
+        stride: of the convolution.
+        padding: on both sides.
+        dilation: of the kernel.
+        output_padding: of a transposed convolution.
+        transposed: whether it is one.
+        at_once: how many taps are taken together.
+
+    Returns:
+        (E, C K, C K), in the dtype of ``x``.
+    """
+    sizes = (kernel, stride, padding, dilation, output_padding)
+    geometry = Geometry(*(tuple(size) for size in sizes), transposed)  # type: ignore[arg-type,call-arg]
+    if shifts_pay(x.shape, geometry):
+        upper = gram_by_shifts(x, groups, geometry)
+    else:
+        upper = gram_by_taps(x, groups, geometry, at_once)
+    return _mirrored(upper, geometry).flatten(3).flatten(1, 2)
+
+
+@patch_gram.register_fake
+def _(x: Tensor, groups: int, kernel: list[int], *_settings: Any) -> Tensor:
+    side = x.shape[1] // groups * math.prod(kernel)
+    return x.new_empty(groups, side, side)
+
+
+def gram_by_taps(x: Tensor, groups: int, g: Geometry, at_once: int) -> Tensor:
+    """One call for ``at_once`` taps: (E, C, K, C, K), where the row of the second tap is no earlier."""
+    channels = x.shape[1] // groups
+    found = x.new_zeros(groups, channels, g.taps, channels, g.taps)
+    for part in x.split(max(1, -(-x.shape[0] // PARTS))):
+        padded = padded_input(part, g)
+        for taps in _chunks(range(g.taps), at_once):
+            seen = seen_by(padded, g, taps, groups)  # (N, E, C, J, Q)
+            first = taps[0] // g.row
+            later = slice(first * g.row, None)
+            found[:, :, taps.start : taps.stop, :, later] += _weight_gradient(padded, g, seen, first)
+    return found
+
+
+def _weight_gradient(padded: Tensor, g: Geometry, seen: Tensor, first: int) -> Tensor:
+    """Without the first rows of taps: (E, C, J, C, K')."""
+    n, groups, c, j, _ = seen.shape
+    axes, skipped = len(g.kernel), first * g.dilation[0]
+    cotangent = seen.reshape(n, groups * c * j, *positions_of(padded, g))
+    # in reverse order the first taps are the last that the plain convolution has
+    window = padded.narrow(2, 0 if g.transposed else skipped, padded.shape[2] - skipped)
+    weight = padded.new_empty(groups * c * j, c, g.kernel[0] - first, *g.kernel[1:])
+    _, found, _ = torch.ops.aten.convolution_backward(
+        cotangent, window, weight, None, g.window_stride, (0,) * axes, g.dilation,
+        False, (0,) * axes, groups, [False, True, False],
+    )  # fmt: skip
+    found = found.flatten(2)
+    found = found.flip(2) if g.transposed else found
+    return found.view(groups, c, j, c, -1)
+
+
+def _mirrored(upper: Tensor, g: Geometry) -> Tensor:
+    """All of (E, C, K, C, K), which is symmetric, from the pairs whose second tap is in no earlier row."""
+    rows = torch.arange(g.taps, device=upper.device) // g.row
+    return upper.where((rows >= rows[:, None])[:, None], upper.permute(0, 3, 4, 1, 2))
+
+
+def _chunks(taps: range, size: int) -> Iterator[range]:
+    return (taps[i : i + size] for i in range(0, len(taps), size))
