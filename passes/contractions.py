@@ -12,6 +12,7 @@ import torch
 from torch import fx
 
 from .experts import Routed
+from .geometry import Geometry
 from .lookups import Bag, Looked, OneHot
 from .nodes import CASTS, PERMUTES, RESHAPES, arguments, permutation, shape, source, target, upstream
 from .operands import Mapped, Matrix, matrix

@@ -140,6 +140,9 @@ class Slow:
         for layer in self.layers:
             u = self.matrix(layer, U)
             out, in_ = u.shape
+            if o["step_norm"] == "orthogonal":
+                self.put(layer, nearly_orthogonal(u) * math.sqrt(max(1.0, out / in_)), U)
+                continue
             length = {
                 None: u.norm(),
                 "sgd": self.matrix(layer, given).norm(),
@@ -162,6 +165,15 @@ class Slow:
         change |= {n: -(lr if n in self.inside else other) * u for n, u in U.items()}
         self.steps += 1
         return change
+
+
+def nearly_orthogonal(matrix: Tensor) -> Tensor:
+    """Muon's polynomial, five times, on the singular values alone."""
+    left, s, right = torch.linalg.svd(matrix, full_matrices=False)
+    s = s / s.norm()
+    for _ in range(5):
+        s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
+    return left * s @ right
 
 
 def slowly(model: nn.Module, data: Sequence[Batch], **settings: Any) -> list[Parameters]:

@@ -26,6 +26,13 @@ TOGETHER: dict[str, dict[str, Any]] = {
     "averages and ekfac": {"factor_decay": 0.5, "inverse": "ekfac", "kl_clip": 0.01},
     "averages of means": {"factor_decay": 0.9, "inverse": "eva", "momentum_on": "gradient"},
     "products, spectral": {"inverse": "newton_schulz", "step_norm": "spectral", "damping_rule": "relative"},
+    "averages, orthogonal": {
+        "factor_decay": 0.9,
+        "step_norm": "orthogonal",
+        "momentum_on": "gradient",
+        "use_nesterov": True,
+        "bias": "joint",
+    },
     "staggered, in blocks": {"factor_decay": 0.9, "refresh": thor_fx.Staggered(2), "block_size": 3},
     "every, ekfac": {
         "factor_decay": 0.9,

@@ -93,7 +93,7 @@ RIGHT = {
     "kl_clip": [None, 1, 0.001],
     "clip": ["tensor", "global"],
     "clip_norm": [1, 0.5],
-    "step_norm": [None, "adam", "sgd", "rms", "spectral"],
+    "step_norm": [None, "adam", "sgd", "rms", "spectral", "orthogonal"],
     "momentum_on": ["update", "gradient"],
     "decoupled_weight_decay": [True, False],
     "fallback": ["sgd", "adamw"],

@@ -38,6 +38,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "sgd_gradient": {"step_norm": "sgd", "momentum_on": "gradient", "bias": "joint"},
     "rms": {"step_norm": "rms", "bias": "joint"},
     "spectral": {"step_norm": "spectral"},
+    "orthogonal": {"step_norm": "orthogonal"},
     "gradient": {"momentum_on": "gradient", "weight_decay": 0.1, "loss_scale": 8.0},
     "gradient_nesterov": {"momentum_on": "gradient", "use_nesterov": True},
     "decoupled": {"weight_decay": 0.1, "decoupled_weight_decay": True},

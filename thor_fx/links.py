@@ -6,6 +6,7 @@ from typing import Any
 from .adam import adam
 from .clips import clip_by_global_norm, clip_by_kl
 from .options import Options
+from .orthogonal import orthogonalize
 from .parameter_groups import ParameterGroups, Schedules
 from .precondition import precondition
 from .predicted import apply_curvature, predict_change
@@ -59,6 +60,8 @@ def _links(options: Options, groups: ParameterGroups) -> list[Transform]:
     links.append(_direction(options, groups))
     if options.step_norm is not None and options.step_norm in LENGTHS:
         links.append(resize(LENGTHS[options.step_norm]))
+    if options.step_norm == "orthogonal":
+        links.append(orthogonalize())
     if not options.decoupled_weight_decay:
         links.append(decay)
     if options.enable_clip_grad:

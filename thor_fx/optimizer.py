@@ -86,7 +86,8 @@ class Thor(torch.optim.Optimizer):
         kl_clip: bound on the KL divergence of a step, over all groups: see :func:`thor_fx.thor`.
         clip: what ``enable_clip_grad`` clips: every ``"tensor"``, or all groups together (``"global"``).
         clip_norm: to which L2 norm.
-        step_norm: the length of a layer's update: ``"adam"``, ``"sgd"``, ``"rms"``, ``"spectral"``, or None.
+        step_norm: the length of a layer's update: ``"adam"``, ``"sgd"``, ``"rms"``, ``"spectral"``, or None;
+            ``"orthogonal"``: its direction too.
         momentum_on: the preconditioned ``"update"``, or the ``"gradient"`` before.
         decoupled_weight_decay: ``W - lr weight_decay W``, past clips and momentum.
         fallback: the first-order rule of what belongs to no layer: ``"sgd"`` or ``"adamw"``.

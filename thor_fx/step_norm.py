@@ -11,6 +11,8 @@ direction ``U / |U|`` (Frobenius norm) is kept, and its length becomes one of:
 * ``"spectral"``: ``sqrt(min(out, in)) sqrt(max(1, out / in))``, that of the orthogonal matrix that Muon takes
   (Jordan et al. 2024), whose spectral norm has the right scale for every width (Yang et al. 2023).
 
+``"orthogonal"`` changes the direction as well: :mod:`thor_fx.orthogonal`.
+
 Where a layer has groups (a grouped convolution, experts), each of its matrices is one of these. A zero stays
 zero. What belongs to no layer is left alone.
 
@@ -20,14 +22,14 @@ Legend: E matrices of a layer.
 from collections.abc import Callable, Mapping
 from typing import Literal, NamedTuple
 
-import torch
 from torch import Tensor
 
 from .layers import Coverage, Layer
 from .matrices import matrices, put_back
+from .orthogonal import norm, unit
 from .transform import Params, Signals, State, Transform, Updates, chain, stateless
 
-StepNorm = Literal["adam", "sgd", "rms", "spectral"]
+StepNorm = Literal["adam", "sgd", "rms", "spectral", "orthogonal"]
 RMS = 0.2
 Length = Callable[[int, int], float]
 
@@ -78,7 +80,7 @@ def graft(direction: Transform, magnitude: Transform) -> Transform:
     ) -> tuple[Updates, GraftState]:
         new, first = direction.update(updates, state.direction, params, signals)
         steps, second = magnitude.update(updates, state.magnitude, params, signals)
-        stretched = _stretch(new, signals.coverage, lambda layer: _norm(matrices(layer, steps)))
+        stretched = _stretch(new, signals.coverage, lambda layer: norm(matrices(layer, steps)))
         return stretched, GraftState(first, second)
 
     return both._replace(init=init, update=update)
@@ -88,18 +90,5 @@ def _stretch(updates: Updates, coverage: Coverage, length: Callable[[Layer], Ten
     new = dict(updates)
     for layer in coverage.layers.values():
         if layer.param in updates:
-            put_back(layer, _unit(matrices(layer, updates)) * length(layer), new)
+            put_back(layer, unit(matrices(layer, updates)) * length(layer), new)
     return new
-
-
-def _unit(matrix: Tensor) -> Tensor:
-    """Matrices of Frobenius norm 1, (E, out, in); zeros stay zeros."""
-    peak = matrix.abs().amax((-2, -1), keepdim=True)
-    scaled = matrix / torch.where(peak > 0, peak, torch.ones_like(peak))  # its squares do not overflow
-    norm = _norm(scaled)
-    return scaled / torch.where(norm > 0, norm, torch.ones_like(norm))
-
-
-def _norm(matrix: Tensor) -> Tensor:
-    """The Frobenius norms of (E, out, in), as (E, 1, 1)."""
-    return torch.linalg.vector_norm(matrix, dim=(-2, -1), keepdim=True)

@@ -121,7 +121,8 @@ def thor(
         clip: what ``enable_clip_grad`` clips: every ``"tensor"``, or all together (``"global"``).
         clip_norm: to which L2 norm.
         step_norm: the length of a layer's update: that of ``"adam"`` or ``"sgd"``, fixed by ``"rms"`` or
-            ``"spectral"`` size, or as it is (None): :mod:`thor_fx.step_norm`.
+            ``"spectral"`` size, or as it is (None): :mod:`thor_fx.step_norm`; or the nearest
+            ``"orthogonal"`` matrix: :mod:`thor_fx.orthogonal`.
         momentum_on: the preconditioned ``"update"``, or the ``"gradient"`` of layers before that.
         decoupled_weight_decay: ``W - lr weight_decay W``, past clips and momentum.
         fallback: the rule of what belongs to no layer: ``"sgd"`` (norms: elementwise) or ``"adamw"``.

@@ -1,0 +1,82 @@
+"""Steps whose matrices are orthogonal: all directions that a preconditioned update has, at one length.
+
+With the singular values ``U = P S Q^T`` of a layer's update, an (out, in) matrix with the column of a joint
+bias, the step is ``P Q^T sqrt(max(1, out / in))``, up to the accuracy of the iteration: Muon's step (Jordan
+et al. 2024), from the natural gradient in place of the gradient. Where ``step_norm="spectral"`` has the right
+Frobenius norm and a few of the directions take most of it, here each of them has its share. ``P Q^T``
+is what a bound on the spectral norm of the step asks for (Bernstein & Newhouse 2024).
+
+As in Muon, five steps of Newton and Schulz' iteration with coefficients that trade accuracy for speed:
+
+    X <- a X + (b X X^T + c (X X^T)^2) X
+
+brings singular values that are above a few hundredths of ``|U|`` into [0.68, 1.14], and
+products are in bfloat16 (float64 stays: there is no point in a fast wrong answer).
+
+Where a layer has groups (a grouped convolution, experts), each of its matrices is orthogonal. A zero stays
+zero. What belongs to no layer is left alone.
+
+Legend: L matrices of one shape, of one layer or of several.
+"""
+
+import torch
+from torch import Tensor
+
+from .matrices import matrices, put_back
+from .refresh import by_shape, spans
+from .transform import Params, Signals, Transform, Updates, stateless
+
+COEFFICIENTS = 3.4445, -4.7750, 2.0315  # a, b, c
+STEPS = 5
+
+
+def orthogonalize() -> Transform:
+    """Give the matrices of every layer singular values near ``sqrt(max(1, out / in))``."""
+
+    def update(updates: Updates, params: Params, signals: Signals) -> Updates:
+        new = dict(updates)
+        for layers in by_shape(signals.coverage, params).values():
+            present = [layer for layer in layers if layer.param in updates]
+            if not present:
+                continue
+            steps = _steps(torch.cat([matrices(layer, updates) for layer in present]))
+            for layer, place in zip(present, spans(present), strict=True):
+                put_back(layer, steps[place], new)
+        return new
+
+    return stateless(update)
+
+
+def _steps(stacked: Tensor) -> Tensor:
+    """(L, out, in)."""
+    out, in_ = stacked.shape[-2:]
+    wide = stacked if out <= in_ else stacked.mT
+    steps = newton_schulz(unit(wide).to(_working(stacked.dtype))).to(stacked.dtype)
+    return (steps if out <= in_ else steps.mT) * max(1.0, out / in_) ** 0.5
+
+
+def newton_schulz(matrices: Tensor) -> Tensor:
+    """The nearly orthogonal matrices along (L, out, in) of Frobenius norm at most 1, where ``out <= in``."""
+    a, b, c = COEFFICIENTS
+    x = matrices
+    for _ in range(STEPS):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x
+
+
+def unit(matrix: Tensor) -> Tensor:
+    """Matrices of Frobenius norm 1, (L, out, in); zeros stay zeros."""
+    peak = matrix.abs().amax((-2, -1), keepdim=True)
+    scaled = matrix / torch.where(peak > 0, peak, torch.ones_like(peak))  # its squares do not overflow
+    length = norm(scaled)
+    return scaled / torch.where(length > 0, length, torch.ones_like(length))
+
+
+def norm(matrix: Tensor) -> Tensor:
+    """The Frobenius norms of (L, out, in), as (L, 1, 1)."""
+    return torch.linalg.vector_norm(matrix, dim=(-2, -1), keepdim=True)
+
+
+def _working(dtype: torch.dtype) -> torch.dtype:
+    return dtype if dtype == torch.float64 else torch.bfloat16
