@@ -44,6 +44,7 @@ class Rules:
             the likelihood of the model's output, :mod:`thor_fx.passes.scores`.
         likelihood: its name, or a function that draws scores; None: as read off the loss.
         loss_scale: what the loss is multiplied by inside of the graph.
+        layer_filter: ``name of weight -> bool``, which weights have factors; None: all that can.
     """
 
     sharing: Sharing = "expand"
@@ -55,6 +56,7 @@ class Rules:
     fisher: Fisher = "empirical"
     likelihood: Likelihood | None = None
     loss_scale: float = 1.0
+    layer_filter: Callable[[str], bool] | None = None
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 The empirical Fisher is measured wherever there is a site. The other estimators know the curvature of a
 likelihood, so they measure the layers that its output depends on. A layer whose gradient comes from
 another part of the loss only (an auxiliary loss) has no curvature there: it takes the first-order rule.
-Of a layer with several uses, those that the output depends on count.
+Of a layer with several uses, those that the output depends on count. A user may leave out more.
 """
 
 from dataclasses import replace
@@ -18,6 +18,7 @@ from .scores import sizes
 from .sites import SiteReport, find_sites, nearest
 
 ELSEWHERE = "its gradient comes from a part of the loss that the likelihood does not describe"
+FILTERED = "layer_filter leaves it out"
 MAX_DIRECTIONS = 64
 """The most backward passes that ``fisher="exact"`` adds to a factor step."""
 
@@ -30,11 +31,19 @@ def survey(gm: fx.GraphModule, rules: Rules) -> SiteReport:
     """
     report = find_sites(gm)
     if rules.fisher == "empirical":
-        return report
+        return chosen(report, rules)
     heads = find_heads(gm, report, rules.likelihood, rules.loss_scale)
     if rules.fisher == "exact":
         directions(heads)
-    return replace(_below(gm, report, heads), heads=heads)
+    return chosen(replace(_below(gm, report, heads), heads=heads), rules)
+
+
+def chosen(report: SiteReport, rules: Rules) -> SiteReport:
+    """The report without the weights that ``layer_filter`` leaves out; ``n`` is read where it was."""
+    if rules.layer_filter is None:
+        return report
+    left = {site.param for site in report.sites if not rules.layer_filter(site.param)}
+    return _without(report, left, FILTERED)
 
 
 def _below(gm: fx.GraphModule, report: SiteReport, heads: tuple[Head, ...]) -> SiteReport:
@@ -43,15 +52,16 @@ def _below(gm: fx.GraphModule, report: SiteReport, heads: tuple[Head, ...]) -> S
     kept = tuple(site for site in report.sites if not measured.isdisjoint(site.cotangent.nodes))
     lost = set(report.layers) - {site.layer for site in kept}
     params = {site.param for site in report.sites if site.layer in lost}
-    sites = tuple(site for site in kept if site.param not in params)
+    rest = _without(replace(report, sites=kept), params, ELSEWHERE)
+    return replace(rest, nearest=nearest(gm, list(rest.sites)))
+
+
+def _without(report: SiteReport, params: set[str], reason: str) -> SiteReport:
+    sites = tuple(site for site in report.sites if site.param not in params)
     layers = {site.layer for site in sites}
-    return replace(
-        report,
-        sites=sites,
-        reasons={**report.reasons, **dict.fromkeys(sorted(params), ELSEWHERE)},
-        nearest=nearest(gm, list(sites)),
-        biases={layer: bias for layer, bias in report.biases.items() if layer in layers},
-    )
+    reasons = {**report.reasons, **dict.fromkeys(sorted(params), reason)}
+    biases = {layer: bias for layer, bias in report.biases.items() if layer in layers}
+    return replace(report, sites=sites, reasons=reasons, biases=biases)
 
 
 def directions(heads: tuple[Head, ...]) -> int:

@@ -26,6 +26,13 @@ TOGETHER: dict[str, dict[str, Any]] = {
     "averages and ekfac": {"factor_decay": 0.5, "inverse": "ekfac", "kl_clip": 0.01},
     "averages of means": {"factor_decay": 0.9, "inverse": "eva", "momentum_on": "gradient"},
     "products, spectral": {"inverse": "newton_schulz", "step_norm": "spectral", "damping_rule": "relative"},
+    "exact, without the head": {
+        "fisher": "exact",
+        "likelihood": "categorical",
+        "layer_filter": lambda name: "head" not in name and not name.startswith("3"),
+        "fallback": "adamw",
+        "bias": "joint",
+    },
     "averages, orthogonal": {
         "factor_decay": 0.9,
         "step_norm": "orthogonal",

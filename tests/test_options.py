@@ -78,6 +78,7 @@ RIGHT = {
     "batch_size": [None, 1, 32],
     "use_nesterov": [True, False],
     "decay_filter": [None, lambda name: True, str],
+    "layer_filter": [None, lambda name: "head" not in name, str],
     "split_indices": [None, [0], [0, 3, 7], (1, 2)],
     "enable_clip_grad": [True, False],
     "frequency": [1, 2, 100],

@@ -240,7 +240,7 @@ def _key(fill: "_FillSlots", found: Coverage) -> str | None:
     if callable(fill.rules.likelihood):
         return None
     sharing = tuple(layer.sharing for layer in found.layers.values())
-    return repr((fill.inputs, fill.slots, replace(fill.rules, sharing="expand"), sharing))
+    return repr((fill.inputs, fill.slots, replace(fill.rules, sharing="expand", layer_filter=None), sharing))
 
 
 def _runner(compiled: Callable[..., Any], graph: SlottedGraph, collector: Collector) -> Runner:
@@ -259,7 +259,7 @@ def _slots(found: Coverage) -> list[tuple[outputs.OutputDescriptor, tuple[int, .
             shapes += [(d, side.shape, layer.param) for d, side in sides if side.kind != "identity"]
             shapes.append((Rows(sums.name), sums.rows, layer.param))
     if found.terms is not None:
-        shapes.append((Terms(), (), found.layers[found.terms].param))
+        shapes.append((Terms(), (), min(found.trained)))  # of any parameter: it says where, not what
     return shapes
 
 

@@ -19,7 +19,7 @@ from .passes import Site, canonicalize, find_sites, pipeline
 from .passes.layout import Rules
 from .passes.likelihoods import UnknownLossError
 from .passes.sites import SiteReport
-from .passes.survey import directions, survey
+from .passes.survey import chosen, directions, survey
 from .thor import DEFAULTS
 from .trace import trace_step
 from .transform import Transform
@@ -191,7 +191,7 @@ def _surveyed(step: fx.GraphModule, rules: Rules, *, inside: bool) -> tuple[Site
         if inside:
             raise
         named = "it needs likelihood=" if rules.likelihood is None else f"{rules.likelihood}"
-        return find_sites(step), f"{rules.fisher}, of a loss outside of the module: {named}"
+        return chosen(find_sites(step), rules), f"{rules.fisher}, of a loss outside of the module: {named}"
     if not report.heads:
         return report, rules.fisher
     heads = " and ".join(dict.fromkeys(str(head) for head in report.heads))

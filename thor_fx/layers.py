@@ -7,6 +7,7 @@ from .passes.layout import Layout, Rules, Use, arrange, layer_of, transposed
 from .passes.reindex import Path, Permute
 from .passes.sides import Side, join
 from .passes.sites import UNUSED, SiteReport
+from .passes.survey import FILTERED
 
 
 @dataclass(frozen=True)
@@ -167,7 +168,7 @@ class Coverage:
         return frozenset(sums.name for sums in every if sums.output.kind == "mean")
 
     def check(self, dims: Mapping[str, int]) -> None:
-        """Refuse a coverage in which a weight takes the first-order rule.
+        """Refuse a coverage in which a weight takes the first-order rule and nobody asked for that.
 
         Args:
             dims: the number of axes of every parameter; vectors are no weights.
@@ -175,7 +176,7 @@ class Coverage:
         Raises:
             CoverageError: naming every such weight, and why.
         """
-        missing = {name: why for name, why in self.fallback.items() if dims[name] >= 2}
+        missing = {n: why for n, why in self.fallback.items() if dims[n] >= 2 and why != FILTERED}
         if missing:
             reasons = "\n".join(f"  {name}: {why}" for name, why in missing.items())
             raise CoverageError(

@@ -97,6 +97,7 @@ class Thor(torch.optim.Optimizer):
         fisher: ``"empirical"``, ``"sampled"`` or ``"exact"``: see :func:`thor_fx.thor`. The last two need the
             model as one graph, and a ``likelihood`` where it does not return its loss itself.
         likelihood: ``"categorical"``, ``"bernoulli"``, ``"gaussian"``, a callable or None.
+        layer_filter: ``name of weight -> bool``: which weights have factors; None: all that can.
         backend: compiles the update: ``"inductor"``, or ``"eager"`` to interpret it; None: as the model.
 
     Attributes:
@@ -146,6 +147,7 @@ class Thor(torch.optim.Optimizer):
         preset: Preset | None = None,  # noqa: ARG002 - takes_preset has used it
         fisher: Fisher = "empirical",
         likelihood: Likelihood | None = None,
+        layer_filter: Callable[[str], bool] | None = None,
         backend: str | None = None,
     ) -> None:
         self._model = model
@@ -179,6 +181,7 @@ class Thor(torch.optim.Optimizer):
             adaptive=damping if isinstance(damping, LevenbergMarquardt) else None,
             fisher=fisher,
             likelihood=likelihood,
+            layer_filter=layer_filter,
         )
         self._backend = self._collector.backend if backend is None else backend
         check_backend(self._backend)

@@ -67,6 +67,7 @@ class Options:
     adaptive: LevenbergMarquardt | None = None
     fisher: Fisher = "empirical"
     likelihood: Likelihood | None = None
+    layer_filter: Callable[[str], bool] | None = None
 
     def __post_init__(self) -> None:
         check_number("loss_scale", self.loss_scale, positive=True)
@@ -75,8 +76,10 @@ class Options:
         _check_block_size(self.block_size)
         for name in ("use_nesterov", "enable_clip_grad", "decoupled_weight_decay"):
             check_type(name, getattr(self, name), bool, "True or False")
-        if self.decay_filter is not None and not callable(self.decay_filter):
-            raise TypeError(f"decay_filter must be a callable name -> bool, got {shown(self.decay_filter)}")
+        for name in ("decay_filter", "layer_filter"):
+            value = getattr(self, name)
+            if value is not None and not callable(value):
+                raise TypeError(f"{name} must be a callable name -> bool, got {shown(value)}")
         check_choice("damping_rule", self.damping_rule, DampingRule)
         check_sharing("sharing", self.sharing)
         check_choice("bias", self.bias, BiasRule)
@@ -117,7 +120,8 @@ class Options:
         """What is measured of every layer."""
         known = None if self.block_size == "auto" else self.block_size
         means = self.inverse == "eva"
-        rules = Rules(self.sharing, self.bias, self.max_dim, self.long_side, known, means=means)
+        sides = self.max_dim, self.long_side, known
+        rules = Rules(self.sharing, self.bias, *sides, means=means, layer_filter=self.layer_filter)
         if self.fisher == "empirical":
             return rules
         scale = float(self.loss_scale)

@@ -82,6 +82,7 @@ def thor(
     preset: Preset | None = None,  # noqa: ARG001 - takes_preset has used it
     fisher: Fisher = "empirical",
     likelihood: Likelihood | None = None,
+    layer_filter: Callable[[str], bool] | None = None,
 ) -> Transform:
     """THOR as a pure transform, for :func:`thor_fx.compile_step`.
 
@@ -134,6 +135,9 @@ def thor(
             the generalised Gauss-Newton matrix. See ``docs/curvature.md``.
         likelihood: for the last two, of the model's output: ``"categorical"``, ``"bernoulli"``,
             ``"gaussian"``, a callable ``z -> dNLL/dz`` of drawn labels, or None: as read off the loss.
+        layer_filter: ``name of weight -> bool``: which weights have factors; the others take the rule of
+            ``fallback``, as is often better for embeddings and the last layer of a language model; None:
+            all that can have factors.
 
     Returns:
         A transform whose updates are added to the parameters.
@@ -176,6 +180,7 @@ def thor(
         adaptive=damping if isinstance(damping, LevenbergMarquardt) else None,
         fisher=fisher,
         likelihood=likelihood,
+        layer_filter=layer_filter,
     )
     schedules = {
         "lr": Schedule("lr", lr),

@@ -2,7 +2,7 @@
 
 ``fixed``, ``knob`` and ``values`` are keyword arguments of :class:`thor_fx.Thor` and :func:`thor_fx.thor`;
 besides, ``door`` is ``"drop-in"`` or ``"functional"``, and ``others`` the learning rate of what belongs to
-no layer, as a part of ``lr``.
+no layer, as a part of ``lr``. With it, what Muon leaves to AdamW is left to AdamW.
 """
 
 from functools import partial
@@ -26,10 +26,10 @@ THOR = Space(
 )
 
 RECOMMENDED = Space(
-    lr={"": 0.02, "autoencoder": 0.05, "gpt": 0.01},
-    knob="fisher",
-    values={"": ("empirical", "sampled")},
-    fixed={"door": "functional", "preset": "recommended", "frequency": INTERVAL, "others": 0.1},
+    lr={"": 0.02},
+    knob="damping",
+    values={"": (1.0, 0.3)},
+    fixed={"door": "drop-in", "preset": "recommended", "frequency": INTERVAL, "others": 0.2},
 )
 
 
@@ -64,6 +64,7 @@ def thor(model: WithLoss, task: Task, settings: Settings, backend: str) -> Conte
     door = settings.pop("door")
     if "others" in settings:
         settings["fallback_lr"] = settings.pop("others") * settings["lr"]
+        settings["layer_filter"] = lambda name: name not in task.first_order
     period = settings.get("frequency", INTERVAL)
     if door == "functional":
         return Functional(model, settings, backend, period)
