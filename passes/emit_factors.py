@@ -116,7 +116,8 @@ def moment(operands: tuple[Operand, ...], side: Side) -> Callable[..., Tensor]:
         if side.kind == "mean":
             return _extended(found, count)
         totals = [operand.total(*own) for operand, own in zip(operands, given, strict=True)]
-        return _bordered(found, sum(totals[1:], start=totals[0]), count)
+        border = _bordered if side.kind == "dense" else _bordered_blocks
+        return border(found, sum(totals[1:], start=totals[0]), count)
 
     return second
 
@@ -144,6 +145,17 @@ def _bordered(gram: Tensor, total: Tensor, count: Tensor) -> Tensor:
     """The moment of rows with a 1 behind their features: (..., F + 1, F + 1)."""
     right = _extended(total, count).unsqueeze(-2)
     return torch.cat([torch.cat([gram, total.unsqueeze(-1)], -1), right], -2)
+
+
+def _bordered_blocks(blocks: Tensor, total: Tensor, count: Tensor) -> Tensor:
+    """The same in blocks: the 1 joins the last block, or where that is full, is a block of its own."""
+    size = blocks.shape[-1]
+    place = total.shape[-1] % size
+    last = blocks[..., -1:, :place, :place] if place else blocks.new_zeros(*blocks.shape[:-3], 1, 0, 0)
+    border = _bordered(last, total[..., None, total.shape[-1] - place :], count)
+    rest = size - place - 1
+    whole = blocks[..., :-1, :, :] if place else blocks
+    return torch.cat([whole, torch.nn.functional.pad(border, (0, rest, 0, rest))], -3)
 
 
 def _extended(total: Tensor, count: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ diagonal, or left alone; the elementwise rule; the first-order rule. Every step 
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from torch import Tensor
@@ -146,7 +146,7 @@ def _layout(name: str, sites: tuple[Site, ...], report: SiteReport, rules: Rules
     ]
     if bias is not None and not uses[0].input.joint:
         bias = None
-        notes.append("its input side has no whole factor, so the bias is on its own")
+        notes.append("its input side has no factor with products of features, so the bias is on its own")
     straight, flipped = _of(uses, name), _of(uses, transposed(name))
     return Layout(
         layer=name,
@@ -176,8 +176,8 @@ def _use(
         activations = (Pooled(activations[0].node, activations, "mean", axis),)
         cotangents = (Pooled(cotangents[0].node, cotangents, "sum", axis),)
     sides = _side("input", activations, rules, notes), _side("output", cotangents, rules, notes)
-    if joint and sides[0].kind in {"dense", "mean"} and not any(map(one_hot, activations)):
-        one_more = Side(sides[0].dim + 1, sides[0].kind, groups=sides[0].groups, joint=True)
+    if joint and sides[0].kind in {"dense", "blocks", "mean"} and not any(map(one_hot, activations)):
+        one_more = replace(sides[0], dim=sides[0].dim + 1, joint=True)
         return Use(name, sites, activations, cotangents, one_more, sides[1])
     return Use(name, sites, activations, cotangents, *sides)
 

@@ -22,6 +22,8 @@ from .nodes import shape
 from .operands import Operand, Reduction, widened
 from .patch_gram import patch_gram
 
+WHOLE = 8  # blocks: fewer are cut from the whole, because convolutions of a few channels are slow
+
 
 @dataclass(frozen=True)
 class Pixels(Operand):
@@ -113,6 +115,8 @@ class Patches(Operand):
     def blocks(self, size: int, *values: Tensor) -> Tensor:
         """(..., blocks, size, size) of whole channels: ``size`` is a multiple of K."""
         channels = size // self.geometry.taps
+        if values[0].shape[1] <= WHOLE * channels * self.groups:
+            return _diagonal_blocks(self.gram(*values), size)
         x = values[0].unflatten(1, (self.groups, -1))
         pad = -x.shape[2] % channels
         x = F.pad(x, (0, 0) * (x.dim() - 3) + (0, pad)).flatten(1, 2)
@@ -174,6 +178,13 @@ class Patches(Operand):
         g = self.geometry
         sizes = [list(g.kernel), list(g.stride), list(g.padding), list(g.dilation), list(g.output_padding)]
         return patch_gram(widened(x), groups, *sizes, g.transposed, self._at_once(x))
+
+
+def _diagonal_blocks(matrix: Tensor, size: int) -> Tensor:
+    """(..., F, F) as (..., blocks, size, size), the last one padded."""
+    short = -matrix.shape[-1] % size
+    tiles = F.pad(matrix, (0, short, 0, short)).unflatten(-1, (-1, size)).unflatten(-3, (-1, size))
+    return tiles.diagonal(dim1=-4, dim2=-2).movedim(-1, -3).contiguous()
 
 
 def _by_group(rows: Tensor, groups: int) -> Tensor:

@@ -18,6 +18,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 Kind = Literal["dense", "blocks", "diagonal", "mean", "identity"]
 
@@ -77,7 +78,7 @@ def widen(value: Tensor, have: Side, want: Side) -> Tensor:
         return value
     assert have.kind == "diagonal", f"{have} cannot become {want}"
     if want.kind == "blocks":
-        padded = torch.nn.functional.pad(value, (0, -have.dim % want.block))
+        padded = pad(value, (0, -have.dim % want.block))
         value = padded.unflatten(-1, (-1, want.block))
     return value.unsqueeze(-1) * torch.eye(value.shape[-1], dtype=value.dtype, device=value.device)
 
@@ -96,4 +97,8 @@ def without_bias(value: Tensor, side: Side) -> Tensor:
     """The factor without the coordinate of the bias, where ``side`` has one."""
     if not side.joint:
         return value
+    if side.kind == "blocks":
+        place = (side.dim - 1) % side.block
+        inner, rest = value[..., -1:, :place, :place], side.block - place
+        return torch.cat([value[..., :-1, :, :], pad(inner, (0, rest, 0, rest))][: 2 if place else 1], -3)
     return value[..., :-1] if side.kind == "mean" else value[..., :-1, :-1]

@@ -147,12 +147,25 @@ def test_a_frozen_bias_is_left_alone():
     assert not torch.equal(trajectory[-1]["2.bias"], trajectory[0]["2.bias"])
 
 
-def test_the_bias_of_a_side_in_blocks_is_on_its_own():
+def test_the_bias_of_a_side_without_products_is_on_its_own():
     model, x = nn.Linear(6, 3).double(), random(7, 6)
-    report = thor_fx.explain(model, x, tx=thor_fx.thor(0.1, 0.1, 0.9, bias="joint", max_dim=4))
-    assert report.coverage.layers["weight"].bias is None
-    assert "bias" in report.coverage.fallback
-    assert "the bias is on its own" in report.why("weight")
+    for long_side in ("diagonal", "identity"):
+        tx = thor_fx.thor(0.1, 0.1, 0.9, bias="joint", max_dim=4, long_side=long_side)
+        report = thor_fx.explain(model, x, tx=tx)
+        assert report.coverage.layers["weight"].bias is None
+        assert "bias" in report.coverage.fallback
+        assert "the bias is on its own" in report.why("weight")
+
+
+@pytest.mark.parametrize("size", [2, 3, 5])
+def test_a_bias_in_the_blocks_of_a_weight_in_another_group_of_parameters(size):
+    """Its row and column of the last block are left out, and the block where it is alone."""
+    data, settings = batches(4), {**SETTINGS, "max_dim": 2, "block_size": size}
+    by_both_doors(lambda: build(mlp), data, 1e-10, **settings)
+    model = thor_fx.compile(build(mlp), backend="aot_eager")
+    apart = train(model, thor_fx.Thor(model, params=[{"params": ["0.bias", "2.bias"]}], **settings), data)
+    raw = by_drop_in_door(build(mlp), data, **{**settings, "bias": "raw"})
+    assert_same(apart, raw, rtol=1e-10)
 
 
 def test_a_loss_with_labels_through_the_drop_in_door():

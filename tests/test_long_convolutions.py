@@ -1,5 +1,6 @@
 """Sides of convolutions that are too long for a whole factor: updates of both doors by dense solves."""
 
+import copy
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +13,7 @@ from torch.func import functional_call
 import thor_fx
 from convolutions import BATCH, CHANNELS, OUT, expected, random
 from dense import close, kept, solve, updates
+from thor_fx.passes import patches
 
 LAMBDA, BLOCK, TAPS = 0.3, 20, 9
 MODULES: dict[str, Callable[[], nn.Module]] = {
@@ -93,3 +95,16 @@ def test_the_rules_differ(name):
     """Else agreement with the reference would say little."""
     found = [reference(built(name), how, 6, "pi") for how in ("blocks", "diagonal", "identity")]
     assert all((a - b).abs().max() > 1e-3 for a, b in itertools.pairwise(found))
+
+
+@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("bias", [False, True])
+def test_blocks_cut_from_the_whole_are_those_of_their_own_products(name, bias, monkeypatch):
+    """Few are cut, many are not."""
+    module = built(name)
+    if bias:
+        module.bias = nn.Parameter(random(OUT, seed=2))
+    settings = {"max_dim": 6, "block_size": BLOCK, "bias": "joint"}
+    cut = by_drop_in_door(copy.deepcopy(module), **settings)
+    monkeypatch.setattr(patches, "WHOLE", 0)
+    close(by_drop_in_door(copy.deepcopy(module), **settings), cut)

@@ -49,6 +49,7 @@ RECOMMENDED: Mapping[str, Any] = MappingProxyType(
         "use_nesterov": True,
         "frequency": 10,
         "damping_rule": "relative",
+        "max_dim": 128,
         "bias": "joint",
         "factor_decay": 0.9,
         "momentum_on": "gradient",
