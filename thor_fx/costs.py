@@ -3,6 +3,8 @@
 With R rows, sides ``d`` and blocks of ``b``: a dense factor takes ``2 R d^2`` floating-point operations,
 one in F blocks ``2 R F b^2``, a diagonal ``2 R d``, a mean ``R d``. What becomes of the factors, and what
 that takes, is up to the method of inversion (:mod:`thor_fx.inverses`). E groups take E times as much.
+``A`` of a convolution counts like that of a matrix of patches; where its kernel moves by one pixel, it takes
+less (:mod:`thor_fx.passes.shifts`).
 """
 
 from dataclasses import dataclass

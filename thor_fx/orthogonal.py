@@ -12,8 +12,7 @@ The iteration is Muon's, with its coefficients, which trade accuracy for speed:
 
 It starts from ``U / |U U^T|^(1/2)``, which bounds singular values as ``U / |U|`` does, and more closely (four
 times, where 256 of them are equal); ``X X^T`` is needed anyhow. So three steps bring what is above a fiftieth
-of the bound into [0.68, 1.2], where Muon takes five. Natural gradients need no more: their singular values
-lie closer together than those of the gradient (``docs/steps.md``).
+of the bound into [0.68, 1.2], where Muon takes five.
 
 Products are in bfloat16 as in Muon; those of float64 stay in float64.
 
