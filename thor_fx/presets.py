@@ -71,7 +71,7 @@ def takes_preset(function: Callable[P, R]) -> Callable[P, R]:
         ... def show(lr, damping=None, frequency=100, preset=None, **rest):
         ...     return lr, damping, frequency
         >>> show(0.1), show(0.1, preset="recommended"), show(0.1, 0.5, preset="recommended")
-        ((0.1, None, 100), (0.1, 0.03, 10), (0.1, 0.5, 10))
+        ((0.1, None, 100), (0.1, 1.0, 10), (0.1, 0.5, 10))
     """
     signature = inspect.signature(function)
 
