@@ -92,6 +92,7 @@ WRONG = [
     ("enable_clip_grad", 0, TypeError),
     ("decay_filter", ["fc.weight"], TypeError),
     ("decay_filter", "fc", TypeError),
+    ("layer_filter", ["fc.weight"], TypeError),
     ("split_indices", 3, TypeError),
     ("split_indices", "12", TypeError),
     ("split_indices", [1.0], TypeError),

@@ -17,6 +17,7 @@ WRONG_TYPES = {
     "batch_size": ["32", 32.0, True, [32]],
     "use_nesterov": [1, 0, "True", None],
     "decay_filter": ["weight", 1, True],
+    "layer_filter": ["weight", 1, True, ["weight"]],
     "split_indices": [5, 1.0, "12", {1: 2}, [1.0], [0, "1"], (True,)],
     "enable_clip_grad": [1, "False", None],
     "frequency": ["100", 100.0, True, None],
@@ -113,7 +114,7 @@ def test_every_argument_is_in_the_tables():
     arguments = set(inspect.signature(thor_fx.thor).parameters)
     assert arguments == set(RIGHT) == set(WRONG_TYPES)
     flags = {"use_nesterov", "enable_clip_grad", "decoupled_weight_decay"}
-    assert arguments - set(WRONG_VALUES) == {*flags, "decay_filter"}
+    assert arguments - set(WRONG_VALUES) == {*flags, "decay_filter", "layer_filter"}
 
 
 @pytest.mark.parametrize(("name", "value"), cases(RIGHT))
