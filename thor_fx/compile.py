@@ -259,7 +259,8 @@ def _slots(found: Coverage) -> list[tuple[outputs.OutputDescriptor, tuple[int, .
             shapes += [(d, side.shape, layer.param) for d, side in sides if side.kind != "identity"]
             shapes.append((Rows(sums.name), sums.rows, layer.param))
     if found.terms is not None:
-        shapes.append((Terms(), (), min(found.trained)))  # of any parameter: it says where, not what
+        kept = found.layers.get(found.terms)  # its device and dtype; None where layer_filter leaves it out
+        shapes.append((Terms(), (), min(found.trained) if kept is None else kept.param))
     return shapes
 
 
