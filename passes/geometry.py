@@ -7,6 +7,7 @@ Legend: N batch, E groups, C channels of one group, J taps at a time, Q output p
 
 import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,3 +84,37 @@ def _slice(x: Tensor, g: Geometry, positions: list[int], offset: tuple[int, ...]
     for axis, (k, d, s, q) in enumerate(axes, start=3):
         x = x[(slice(None),) * axis + (slice(k * d, k * d + s * (q - 1) + 1, s),)]
     return x
+
+
+PARTS = 8
+
+
+def in_parts(x: Tensor) -> tuple[Tensor, ...]:
+    """A batch in at most eight parts, to be taken in turn: convolutions copy what they are given."""
+    return x.split(max(1, -(-len(x) // PARTS)))
+
+
+def weight_gradient(
+    cotangent: Tensor,
+    x: Tensor,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """That of the convolution of ``x`` without padding: (E C', C, *kernel), contiguous.
+
+    Args:
+        cotangent: (N, E C', *positions).
+        x: (N, E C, *space).
+        kernel: its size along every axis.
+        stride: of the convolution.
+        dilation: of the kernel.
+        groups: E.
+    """
+    none = (0,) * len(kernel)
+    weight = x.new_empty(cotangent.shape[1], x.shape[1] // groups, *kernel)
+    _, found, _ = torch.ops.aten.convolution_backward(
+        cotangent, x, weight, None, stride, none, dilation, False, none, groups, [False, True, False]
+    )
+    return found.contiguous()

@@ -19,10 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .geometry import Geometry, padded_input, positions_of, seen_by
+from .geometry import Geometry, in_parts, padded_input, positions_of, seen_by, weight_gradient
 from .shifts import gram_by_shifts, shifts_pay
-
-PARTS = 8  # of the batch, one after the other
 
 
 @torch.library.custom_op("thor_fx::patch_gram", mutates_args=())
@@ -72,7 +70,7 @@ def gram_by_taps(x: Tensor, groups: int, g: Geometry, at_once: int) -> Tensor:
     """One call for ``at_once`` taps: (E, C, K, C, K), where the row of the second tap is no earlier."""
     channels = x.shape[1] // groups
     found = x.new_zeros(groups, channels, g.taps, channels, g.taps)
-    for part in x.split(max(1, -(-x.shape[0] // PARTS))):
+    for part in in_parts(x):
         padded = padded_input(part, g)
         for taps in _chunks(range(g.taps), at_once):
             seen = seen_by(padded, g, taps, groups)  # (N, E, C, J, Q)
@@ -85,15 +83,12 @@ def gram_by_taps(x: Tensor, groups: int, g: Geometry, at_once: int) -> Tensor:
 def _weight_gradient(padded: Tensor, g: Geometry, seen: Tensor, first: int) -> Tensor:
     """Without the first rows of taps: (E, C, J, C, K')."""
     n, groups, c, j, _ = seen.shape
-    axes, skipped = len(g.kernel), first * g.dilation[0]
+    skipped = first * g.dilation[0]
     cotangent = seen.reshape(n, groups * c * j, *positions_of(padded, g))
     # in reverse order the first taps are the last that the plain convolution has
     window = padded.narrow(2, 0 if g.transposed else skipped, padded.shape[2] - skipped)
-    weight = padded.new_empty(groups * c * j, c, g.kernel[0] - first, *g.kernel[1:])
-    _, found, _ = torch.ops.aten.convolution_backward(
-        cotangent, window, weight, None, g.window_stride, (0,) * axes, g.dilation,
-        False, (0,) * axes, groups, [False, True, False],
-    )  # fmt: skip
+    kernel = g.kernel[0] - first, *g.kernel[1:]
+    found = weight_gradient(cotangent, window, kernel, g.window_stride, g.dilation, groups)
     found = found.flatten(2)
     found = found.flip(2) if g.transposed else found
     return found.view(groups, c, j, c, -1)

@@ -24,9 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .geometry import Geometry
-
-PARTS = 8  # of the batch, one after the other: the convolution makes copies of its input
+from .geometry import Geometry, in_parts, weight_gradient
 
 
 class Line(NamedTuple):
@@ -143,25 +141,15 @@ def _weights(axes: list[Axis], lines: tuple[Line, ...], like: Tensor) -> Tensor:
 
 def _sums(x: Tensor, groups: int, axes: list[Axis], lines: tuple[Line, ...]) -> Tensor:
     """``sum_np x[i, p] x[j, p + shift]`` over the pixels of some lines: (E C, C, *shifts)."""
-    parts = 1 if any(line.border for line in lines) else PARTS
+    parts = (x,) if any(line.border for line in lines) else in_parts(x)
+    shifts, dilation = [len(axis.shifts) for axis in axes], [axis.dilation for axis in axes]
     total: Tensor | None = None
-    for part in x.split(max(1, -(-len(x) // parts))):
+    for part in parts:
         rows = window = part
         for i, (axis, line) in enumerate(zip(axes, lines, strict=True), start=2):
             rows = rows.narrow(i, line.start, line.length)
             window = axis.window(window, line, i)
-        found = _correlation(rows, window, groups, axes)
+        found = weight_gradient(rows, window, shifts, (1,) * len(axes), dilation, groups)
         total = found if total is None else total.add_(found)
     assert total is not None, "there is a batch"
     return total
-
-
-def _correlation(rows: Tensor, window: Tensor, groups: int, axes: list[Axis]) -> Tensor:
-    ones, zeros = (1,) * len(axes), (0,) * len(axes)
-    shifts = [len(axis.shifts) for axis in axes]
-    weight = rows.new_empty(rows.shape[1], rows.shape[1] // groups, *shifts)
-    _, found, _ = torch.ops.aten.convolution_backward(
-        rows, window, weight, None, ones, zeros, [axis.dilation for axis in axes],
-        False, zeros, groups, [False, True, False],
-    )  # fmt: skip
-    return found.contiguous()

@@ -30,3 +30,16 @@ def put_back(layer: Layer, new: Tensor, tensors: dict[str, Tensor]) -> None:
         new = new[..., :-1]
     old = tensors[layer.param]
     tensors[layer.param] = put(layer.path, old, new.reshape(take(layer.path, old).shape))
+
+
+def unit(matrix: Tensor) -> Tensor:
+    """Matrices of Frobenius norm 1, (E, out, in); zeros stay zeros."""
+    peak = matrix.abs().amax((-2, -1), keepdim=True)
+    scaled = matrix / torch.where(peak > 0, peak, torch.ones_like(peak))  # its squares do not overflow
+    length = norm(scaled)
+    return scaled / torch.where(length > 0, length, torch.ones_like(length))
+
+
+def norm(matrix: Tensor) -> Tensor:
+    """The Frobenius norms of (E, out, in), as (E, 1, 1)."""
+    return torch.linalg.vector_norm(matrix, dim=(-2, -1), keepdim=True)

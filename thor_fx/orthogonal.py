@@ -25,7 +25,7 @@ Legend: L matrices of one shape, of one layer or of several.
 import torch
 from torch import Tensor
 
-from .matrices import matrices, put_back
+from .matrices import matrices, norm, put_back, unit
 from .refresh import by_shape, spans
 from .transform import Params, Signals, Transform, Updates, stateless
 
@@ -58,30 +58,17 @@ def _steps(stacked: Tensor) -> Tensor:
     return (steps if out <= in_ else steps.mT) * max(1.0, out / in_) ** 0.5
 
 
-def newton_schulz(matrices: Tensor) -> Tensor:
+def newton_schulz(wide: Tensor) -> Tensor:
     """The nearly orthogonal matrices along (L, out, in), where ``out <= in``; no square may overflow."""
     a, b, c = COEFFICIENTS
-    gram = matrices @ matrices.mT
+    gram = wide @ wide.mT
     bound = norm(gram)
     bound = torch.where(bound > 0, bound, torch.ones_like(bound))
-    x, gram = matrices / bound.sqrt(), gram / bound
+    x, gram = wide / bound.sqrt(), gram / bound
     for step in range(STEPS):
         gram = gram if step == 0 else x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x
-
-
-def unit(matrix: Tensor) -> Tensor:
-    """Matrices of Frobenius norm 1, (L, out, in); zeros stay zeros."""
-    peak = matrix.abs().amax((-2, -1), keepdim=True)
-    scaled = matrix / torch.where(peak > 0, peak, torch.ones_like(peak))  # its squares do not overflow
-    length = norm(scaled)
-    return scaled / torch.where(length > 0, length, torch.ones_like(length))
-
-
-def norm(matrix: Tensor) -> Tensor:
-    """The Frobenius norms of (L, out, in), as (L, 1, 1)."""
-    return torch.linalg.vector_norm(matrix, dim=(-2, -1), keepdim=True)
 
 
 def _working(dtype: torch.dtype) -> torch.dtype:

@@ -25,8 +25,7 @@ from typing import Literal, NamedTuple
 from torch import Tensor
 
 from .layers import Coverage, Layer
-from .matrices import matrices, put_back
-from .orthogonal import norm, unit
+from .matrices import matrices, norm, put_back, unit
 from .transform import Params, Signals, State, Transform, Updates, chain, stateless
 
 StepNorm = Literal["adam", "sgd", "rms", "spectral", "orthogonal"]
