@@ -22,6 +22,7 @@ Afterwards everything that the graph returned before is computed by the same nod
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -29,6 +30,7 @@ from torch import Tensor, fx
 from .layout import Rules, Use, arrange, one_hot
 from .operands import Matrix, Operand
 from .outputs import Factor, OutputDescriptor, Rows, Terms, append, select
+from .products import block_grams, gram
 from .resample import is_draw, resample, with_copies
 from .sides import Side, widen
 from .sites import SiteReport
@@ -62,10 +64,11 @@ def emit_factors(
         uses = [with_copies(use, directions) for use in uses]
     last = {node: position for position, node in enumerate(gm.graph.nodes)}
     new: list[tuple[OutputDescriptor, fx.Node]] = []
+    share = _Shared(insert)
     for use in uses:
         read = _nodes((*use.activations, *use.cotangents))
         anchor = max((*(site.gradient for site in use.sites), *read), key=last.__getitem__)
-        new += _moments(use, anchor, insert)
+        new += _moments(use, anchor, share)
     if report.nearest is not None:
         new.append((Terms(), terms or _terms(gm, report.nearest, insert, early=False)))
     append(gm, new)
@@ -85,16 +88,33 @@ def drop_factors(gm: fx.GraphModule) -> None:
     gm.graph.eliminate_dead_code(lambda node: node.is_impure() and not is_draw(node))
 
 
-def _moments(
-    use: Use, anchor: fx.Node, insert: Callable[..., fx.Node]
-) -> list[tuple[OutputDescriptor, fx.Node]]:
-    inputs, gradients = _nodes(use.activations), _nodes(use.cotangents)
+class _Shared:
+    """Inserts what is not there yet: layers that read the same rows have one factor between them.
+
+    Queries, keys and values of an attention share ``A``; so do the gate and the rise of a gated network. Two
+    layers whose results are added up share ``G``.
+    """
+
+    def __init__(self, insert: Callable[..., fx.Node]) -> None:
+        self._insert = insert
+        self._known: dict[str, fx.Node] = {}
+
+    def __call__(self, anchor: fx.Node, what: Any, operands: tuple[Operand, ...], function: Any) -> fx.Node:
+        """The node of a function of the operands' values, which ``what`` tells from other functions."""
+        key = repr((what, operands))  # nodes have names of their own; sizes may be symbolic
+        if key not in self._known:
+            self._known[key] = self._insert(anchor, function, *_nodes(operands))
+        return self._known[key]
+
+
+def _moments(use: Use, anchor: fx.Node, share: _Shared) -> list[tuple[OutputDescriptor, fx.Node]]:
     new: list[tuple[OutputDescriptor, fx.Node]] = []
+    a, g = use.activations, use.cotangents
     if use.input.kind != "identity":
-        new.append((Factor(use.name, "A"), insert(anchor, moment(use.activations, use.input), *inputs)))
+        new.append((Factor(use.name, "A"), share(anchor, use.input, a, moment(a, use.input))))
     if use.output.kind != "identity":
-        new.append((Factor(use.name, "G"), insert(anchor, moment(use.cotangents, use.output), *gradients)))
-    return [*new, (Rows(use.name), insert(anchor, row_count(use.activations), *inputs))]
+        new.append((Factor(use.name, "G"), share(anchor, use.output, g, moment(g, use.output))))
+    return [*new, (Rows(use.name), share(anchor, "rows", a, row_count(a)))]
 
 
 def _nodes(operands: tuple[Operand, ...]) -> list[fx.Node]:
@@ -106,7 +126,7 @@ def moment(operands: tuple[Operand, ...], side: Side) -> Callable[..., Tensor]:
 
     def second(*values: Tensor) -> Tensor:
         given = _values(operands, values)
-        found = _whole_rows(operands, given) if side.kind == "dense" else None
+        found = _whole_rows(operands, given, side)
         if found is None:
             parts = [_part(operand, side, own) for operand, own in zip(operands, given, strict=True)]
             found = sum(parts[1:], start=parts[0])
@@ -133,12 +153,13 @@ def _part(operand: Operand, side: Side, values: list[Tensor]) -> Tensor:
     return operand.squares(*values) if side.kind == "diagonal" else operand.blocks(side.block, *values)
 
 
-def _whole_rows(operands: tuple[Operand, ...], given: list[list[Tensor]]) -> Tensor | None:
+def _whole_rows(operands: tuple[Operand, ...], given: list[list[Tensor]], side: Side) -> Tensor | None:
     """All uses in one product, where their rows are plain matrices: a cell of a recurrent net, say."""
-    if len(operands) < 2 or not all(isinstance(o, Matrix) and not o.grouped for o in operands):
+    plain = all(isinstance(operand, Matrix) and not operand.grouped for operand in operands)
+    if len(operands) < 2 or not plain or side.kind not in {"dense", "blocks"}:
         return None
     x = torch.cat([operand.read(*own) for operand, own in zip(operands, given, strict=True)])
-    return x.mT @ x
+    return gram(x) if side.kind == "dense" else block_grams(x, side.block)
 
 
 def _bordered(gram: Tensor, total: Tensor, count: Tensor) -> Tensor:

@@ -8,13 +8,17 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from .biases import Bias
+from .experts import Routed
 from .lookups import Bag, OneHot
 from .operands import Operand, Pooled
 from .patches import Patches
 from .reindex import Path
+from .rounding import Rounded
+from .sampling import EveryKth
 from .sides import Kind, Side, join
 from .sites import SiteReport
 from .walk import Site
@@ -38,25 +42,30 @@ class Rules:
         bias: ``"joint"``: a bias is one more column of its weight; ``"raw"``: it is on its own.
         max_dim: the longest side with a whole factor; None: no limit.
         long_side: what a longer side keeps: diagonal ``"blocks"``, its ``"diagonal"``, or nothing.
-        block_size: of those blocks; None: ``max_dim``.
+        block_size: of the blocks of the diagonal that are kept of a factor; None: shorter sides are whole,
+            and blocks of ``max_dim`` are kept of longer ones.
         means: every side keeps the mean of its rows, and no side is too long.
         fisher: where cotangents come from: ``"empirical"``: from the loss; ``"sampled"``, ``"exact"``: from
             the likelihood of the model's output, :mod:`thor_fx.passes.scores`.
         likelihood: its name, or a function that draws scores; None: as read off the loss.
         loss_scale: what the loss is multiplied by inside of the graph.
         layer_filter: ``name of weight -> bool``, which weights have factors; None: all that can.
+        every: k, for factors of every k-th row, where rows can be left out (:mod:`thor_fx.passes.sampling`).
+        dtype: what rows are rounded to in products (:mod:`thor_fx.passes.rounding`); None: nothing.
     """
 
     sharing: Sharing = "expand"
     bias: BiasRule = "raw"
     max_dim: int | None = None
     long_side: LongSide = "blocks"
-    block_size: int | None = 128
+    block_size: int | None = None
     means: bool = False
     fisher: Fisher = "empirical"
     likelihood: Likelihood | None = None
     loss_scale: float = 1.0
     layer_filter: Callable[[str], bool] | None = None
+    every: int = 1
+    dtype: torch.dtype | None = None
 
 
 @dataclass(frozen=True)
@@ -176,6 +185,9 @@ def _use(
         activations = (Pooled(activations[0].node, activations, "mean", axis),)
         cotangents = (Pooled(cotangents[0].node, cotangents, "sum", axis),)
     sides = _side("input", activations, rules, notes), _side("output", cotangents, rules, notes)
+    activations, cotangents = (
+        tuple(_measured(operand, rules, notes) for operand in side) for side in (activations, cotangents)
+    )
     if joint and sides[0].kind in {"dense", "blocks", "mean"} and not any(map(one_hot, activations)):
         one_more = replace(sides[0], dim=sides[0].dim + 1, joint=True)
         return Use(name, sites, activations, cotangents, one_more, sides[1])
@@ -190,7 +202,7 @@ def _side(which: str, operands: tuple[Operand, ...], rules: Rules, notes: list[s
     if all(one_hot(operand) for operand in operands):
         return Side(dim, "diagonal", groups=groups)
     if rules.max_dim is None or dim <= rules.max_dim:
-        return Side(dim, "dense", groups=groups)
+        return _short(dim, groups, rules.block_size)
     block = rules.block_size or rules.max_dim
     whole = [operand.geometry.taps for operand in operands if isinstance(operand, Patches)]
     block = max(1, block // max(whole)) * max(whole) if whole else block
@@ -199,6 +211,31 @@ def _side(which: str, operands: tuple[Operand, ...], rules: Rules, notes: list[s
     side = Side(dim, kind, block if kind == "blocks" else 0, groups)
     notes.append(f"the {which} side is longer than max_dim={rules.max_dim}: {side}")
     return side
+
+
+def _short(dim: int, groups: int, block: int | None) -> Side:
+    """What is measured of a factor of which only blocks are inverted: those, where that is less."""
+    if block is None or -(-dim // block) * block**2 >= dim**2:
+        return Side(dim, "dense", groups=groups)
+    return Side(dim, "blocks", block, groups)
+
+
+def _measured(operand: Operand, rules: Rules, notes: list[str]) -> Operand:
+    """The operand as the rules read it: a share of its rows, rounded."""
+    if one_hot(operand):
+        return operand  # is counted
+    if rules.dtype is not None and not isinstance(operand, Patches | Routed):
+        operand = Rounded(operand.node, operand, rules.dtype)
+    if rules.every == 1:
+        return operand
+    if operand.row_axes:
+        return EveryKth(operand.node, operand, rules.every)
+    if WHOLE_ROWS not in notes:
+        notes.append(WHOLE_ROWS)
+    return operand
+
+
+WHOLE_ROWS = "its rows lie on no axis of their own, so all of them are measured"
 
 
 def one_hot(operand: Operand) -> bool:

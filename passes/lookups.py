@@ -91,6 +91,11 @@ class Looked(Operand):
             size *= int(length)
         return size
 
+    @property
+    def row_axes(self) -> tuple[int | None, ...]:
+        """The first axis of both."""
+        return (0, 0) if shape(self.index) else ()
+
     def read(self, *values: Tensor) -> Tensor:
         """(R, F)."""
         g, index = values

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from .nodes import PERMUTES, RESHAPES, permutation, shape, source, target
+from .products import block_grams, gram
 
 Reduction = Literal["mean", "sum"]
 
@@ -60,8 +61,7 @@ class Operand(ABC):
 
     def gram(self, *values: Tensor) -> Tensor:
         """``sum_r x_r x_r^T``: (F, F) or (E, F, F)."""
-        x = self.read(*values)
-        return x.mT @ x
+        return gram(self.read(*values))
 
     def squares(self, *values: Tensor) -> Tensor:
         """``sum_r x_r^2``: (F,) or (E, F)."""
@@ -69,10 +69,7 @@ class Operand(ABC):
 
     def blocks(self, size: int, *values: Tensor) -> Tensor:
         """Blocks of the diagonal of :meth:`gram`, the last one padded: (..., blocks, size, size)."""
-        x = self.read(*values)
-        tiles = torch.nn.functional.pad(x, (0, -self.features % size)).unflatten(-1, (-1, size))
-        tiles = tiles.transpose(-3, -2)  # (..., blocks, R, size)
-        return tiles.mT @ tiles
+        return block_grams(self.read(*values), size)
 
     def total(self, *values: Tensor) -> Tensor:
         """``sum_r x_r``: (F,) or (E, F)."""
@@ -86,6 +83,14 @@ class Operand(ABC):
     @property
     def batch_axes(self) -> tuple[int, ...]:
         """The axes of ``node`` that may be the batch, if its other rows are positions; () if none are."""
+        return ()
+
+    @property
+    def row_axes(self) -> tuple[int | None, ...]:
+        """For every one of ``nodes``, the axis whose slices are rows; None: it has none.
+
+        Of several such axes it is the first, where the batch is. () where rows cannot be left out.
+        """
         return ()
 
     def pool(self, reduction: Reduction, axis: int, *values: Tensor) -> Tensor:
@@ -127,6 +132,13 @@ class Matrix(Operand):
         dims = len(shape(self.node))
         return () if self.transposed or self.grouped else tuple(range(dims - 1))
 
+    @property
+    def row_axes(self) -> tuple[int | None, ...]:
+        """The first axis that is neither features nor groups."""
+        dims = len(shape(self.node))
+        features = dims - 2 if self.transposed else dims - 1
+        return tuple(axis for axis in range(self.grouped, dims) if axis != features)[:1]
+
     def pool(self, reduction: Reduction, axis: int, *values: Tensor) -> Tensor:
         """(B, F)."""
         x = widened(values[0]).movedim(axis, 0)
@@ -160,6 +172,12 @@ class Multiplied(Operand):
     def rows(self) -> Any:
         """R."""
         return self.inner.rows
+
+    @property
+    def row_axes(self) -> tuple[int | None, ...]:
+        """Those of ``inner``; ``by`` has no rows."""
+        inner = self.inner.row_axes
+        return (*inner, None) if inner and isinstance(self.by, fx.Node) else inner
 
     def _factors(self, values: tuple[Tensor, ...]) -> tuple[Tensor, Any]:
         """The rows and what they are multiplied by."""
@@ -229,6 +247,11 @@ class Pooled(Operand):
     def rows(self) -> Any:
         """B."""
         return shape(self.node)[self.axis]
+
+    @property
+    def row_axes(self) -> tuple[int | None, ...]:
+        """The axis of the batch, in all parts that have one node."""
+        return (self.axis,) * len(self.parts) if len(self.nodes) == len(self.parts) else ()
 
     def read(self, *values: Tensor) -> Tensor:
         """(B, F) or (E, B, F)."""

@@ -11,7 +11,7 @@ a time.
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -56,8 +56,22 @@ class Pixels(Operand):
         found = (x @ x.mT).sum(0)
         return found if self.groups > 1 else found.squeeze(0)
 
+    def blocks(self, size: int, *values: Tensor) -> Tensor:
+        """(..., blocks, size, size), image by image where that is smaller."""
+        x = widened(values[0]).flatten(2).unflatten(1, (self.groups, -1))  # (N, E, C, Q)
+        if not (isinstance(x.shape[3], int) and size <= x.shape[3]):
+            return super().blocks(size, *values)
+        tiles = F.pad(x, (0, 0, 0, -self.features % size)).unflatten(2, (-1, size))
+        found = (tiles @ tiles.mT).sum(0)
+        return found if self.groups > 1 else found.squeeze(0)
+
     @property
     def batch_axes(self) -> tuple[int, ...]:
+        """The first axis."""
+        return (0,)
+
+    @property
+    def row_axes(self) -> tuple[int | None, ...]:
         """The first axis."""
         return (0,)
 
@@ -113,15 +127,19 @@ class Patches(Operand):
         return self._by_tap([self._seen(x, [k]).square().sum((0, 3, 4)) for k in self._taps()])
 
     def blocks(self, size: int, *values: Tensor) -> Tensor:
-        """(..., blocks, size, size) of whole channels: ``size`` is a multiple of K."""
-        channels = size // self.geometry.taps
-        if values[0].shape[1] <= WHOLE * channels * self.groups:
-            return _diagonal_blocks(self.gram(*values), size)
+        """(..., blocks, size, size). Blocks begin and end anywhere, so each is cut from whole channels."""
         x = values[0].unflatten(1, (self.groups, -1))
-        pad = -x.shape[2] % channels
-        x = F.pad(x, (0, 0) * (x.dim() - 3) + (0, pad)).flatten(1, 2)
-        found = self._correlated(x, x.shape[1] // channels)
-        return found.unflatten(0, (self.groups, -1)) if self.groups > 1 else found
+        windows = _windows(self.features, self.geometry.taps, size)
+        if x.shape[2] <= WHOLE * windows.width:
+            return _diagonal_blocks(self.gram(*values), size)
+        missing = windows.starts[-1] + windows.width - x.shape[2]
+        x = F.pad(x, (0, 0) * (x.dim() - 3) + (0, max(0, missing)))
+        seen = torch.stack([x[:, :, first : first + windows.width] for first in windows.starts], 2)
+        found = self._correlated(seen.flatten(1, 3), self.groups * len(windows.starts))
+        found = found.unflatten(0, (self.groups, -1))  # (E, blocks, width K, width K)
+        cut = [found[:, i, o : o + size, o : o + size] for i, o in enumerate(windows.offsets)]
+        blocks = torch.stack(cut, 1)
+        return blocks if self.groups > 1 else blocks.squeeze(0)
 
     def total(self, *values: Tensor) -> Tensor:
         """(C K,) or (E, C K)."""
@@ -136,6 +154,11 @@ class Patches(Operand):
 
     @property
     def batch_axes(self) -> tuple[int, ...]:
+        """The first axis."""
+        return (0,)
+
+    @property
+    def row_axes(self) -> tuple[int | None, ...]:
         """The first axis."""
         return (0,)
 
@@ -178,6 +201,27 @@ class Patches(Operand):
         g = self.geometry
         sizes = [list(g.kernel), list(g.stride), list(g.padding), list(g.dilation), list(g.output_padding)]
         return patch_gram(widened(x), groups, *sizes, g.transposed, self._at_once(x))
+
+
+class _Windows(NamedTuple):
+    """The channels that the blocks of a factor lie in: ``width`` of them from each of ``starts``.
+
+    Attributes:
+        starts: the first channel of every block.
+        offsets: where the block begins among the features of its channels.
+        width: channels.
+    """
+
+    starts: list[int]
+    offsets: list[int]
+    width: int
+
+
+def _windows(features: int, taps: int, size: int) -> _Windows:
+    begins = range(0, features, size)
+    starts = [begin // taps for begin in begins]
+    offsets = [begin % taps for begin in begins]
+    return _Windows(starts, offsets, max(-(-(offset + size) // taps) for offset in offsets))
 
 
 def _diagonal_blocks(matrix: Tensor, size: int) -> Tensor:

@@ -93,6 +93,8 @@ WRONG = [
     ("decay_filter", ["fc.weight"], TypeError),
     ("decay_filter", "fc", TypeError),
     ("layer_filter", ["fc.weight"], TypeError),
+    ("rows", 0.3, ValueError),
+    ("factor_dtype", torch.float16, ValueError),
     ("split_indices", 3, TypeError),
     ("split_indices", "12", TypeError),
     ("split_indices", [1.0], TypeError),

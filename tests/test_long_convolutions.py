@@ -99,12 +99,15 @@ def test_the_rules_differ(name):
 
 @pytest.mark.parametrize("name", MODULES)
 @pytest.mark.parametrize("bias", [False, True])
-def test_blocks_cut_from_the_whole_are_those_of_their_own_products(name, bias, monkeypatch):
-    """Few are cut, many are not."""
+@pytest.mark.parametrize(
+    "sizes", [{"max_dim": 6, "block_size": BLOCK}, {"block_size": 7}, {"block_size": 20}]
+)
+def test_blocks_cut_from_the_whole_are_those_of_their_own_products(name, bias, sizes, monkeypatch):
+    """Few are cut, many are not. Below ``max_dim``, blocks begin and end within a channel."""
     module = built(name)
     if bias:
         module.bias = nn.Parameter(random(OUT, seed=2))
-    settings = {"max_dim": 6, "block_size": BLOCK, "bias": "joint"}
+    settings = {**sizes, "bias": "joint"}
     cut = by_drop_in_door(copy.deepcopy(module), **settings)
     monkeypatch.setattr(patches, "WHOLE", 0)
     close(by_drop_in_door(copy.deepcopy(module), **settings), cut)

@@ -41,6 +41,8 @@ WRONG_TYPES = {
     "preset": [1, {"damping": 0.1}],
     "fisher": [None, 1, True],
     "likelihood": [1, ["categorical"]],
+    "rows": ["0.5", None, True, [0.5]],
+    "factor_dtype": ["bfloat16", 16, float],
 }
 WRONG_VALUES = {
     **{name: [-0.1, NAN, INF, -INF] for name in NUMBERS},
@@ -66,6 +68,8 @@ WRONG_VALUES = {
     "preset": ["fast", ""],
     "fisher": ["true", ""],
     "likelihood": ["poisson", ""],
+    "rows": [0, -0.5, 2, 0.3, NAN, INF],
+    "factor_dtype": [torch.float16, torch.float32, torch.int8],
 }
 RIGHT = {
     **{name: [0.5, 1] for name in NUMBERS},
@@ -103,6 +107,8 @@ RIGHT = {
     "preset": [None, "thor", "recommended"],
     "fisher": ["empirical", "sampled", "exact"],
     "likelihood": [None, "categorical", "bernoulli", "gaussian", torch.zeros_like],
+    "rows": [1, 1.0, 0.5, 1 / 3, 0.01],
+    "factor_dtype": [None, torch.bfloat16],
 }
 
 

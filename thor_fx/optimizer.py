@@ -98,6 +98,8 @@ class Thor(torch.optim.Optimizer):
             model as one graph, and a ``likelihood`` where it does not return its loss itself.
         likelihood: ``"categorical"``, ``"bernoulli"``, ``"gaussian"``, a callable or None.
         layer_filter: ``name of weight -> bool``: which weights have factors; None: all that can.
+        rows: ``1 / k``: factors are measured on every k-th row: see :func:`thor_fx.thor`.
+        factor_dtype: ``torch.bfloat16``: rows are rounded to it in the products of factors.
         backend: compiles the update: ``"inductor"``, or ``"eager"`` to interpret it; None: as the model.
 
     Attributes:
@@ -148,6 +150,8 @@ class Thor(torch.optim.Optimizer):
         fisher: Fisher = "empirical",
         likelihood: Likelihood | None = None,
         layer_filter: Callable[[str], bool] | None = None,
+        rows: float = 1.0,
+        factor_dtype: torch.dtype | None = None,
         backend: str | None = None,
     ) -> None:
         self._model = model
@@ -182,6 +186,8 @@ class Thor(torch.optim.Optimizer):
             fisher=fisher,
             likelihood=likelihood,
             layer_filter=layer_filter,
+            rows=rows,
+            factor_dtype=factor_dtype,
         )
         self._backend = self._collector.backend if backend is None else backend
         check_backend(self._backend)

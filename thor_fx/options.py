@@ -4,6 +4,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
+import torch
+
 from .arguments import (
     check_choice,
     check_integer,
@@ -68,6 +70,8 @@ class Options:
     fisher: Fisher = "empirical"
     likelihood: Likelihood | None = None
     layer_filter: Callable[[str], bool] | None = None
+    rows: float = 1.0
+    factor_dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
         check_number("loss_scale", self.loss_scale, positive=True)
@@ -99,6 +103,8 @@ class Options:
         check_choice("fisher", self.fisher, Fisher)
         check_likelihood("likelihood", self.likelihood)
         _check_split_indices(self.split_indices)
+        _check_rows(self.rows)
+        _check_factor_dtype(self.factor_dtype)
         if self.inverse == "eva" and self.fisher != "empirical":
             raise ValueError(
                 f"inverse='eva' takes the mean of the cotangents, and that of drawn labels is zero: "
@@ -121,7 +127,15 @@ class Options:
         known = None if self.block_size == "auto" else self.block_size
         means = self.inverse == "eva"
         sides = self.max_dim, self.long_side, known
-        rules = Rules(self.sharing, self.bias, *sides, means=means, layer_filter=self.layer_filter)
+        rules = Rules(
+            self.sharing,
+            self.bias,
+            *sides,
+            means=means,
+            layer_filter=self.layer_filter,
+            every=round(1 / self.rows),
+            dtype=self.factor_dtype,
+        )
         if self.fisher == "empirical":
             return rules
         scale = float(self.loss_scale)
@@ -150,6 +164,19 @@ def _check_decay(decay: float | None) -> None:
         raise TypeError(f"factor_decay must be a number in [0, 1) or None, got {shown(decay)}")
     if not 0 <= decay < 1:
         raise ValueError(f"factor_decay must be in [0, 1), got {decay!r}")
+
+
+def _check_rows(rows: Any) -> None:
+    check_number("rows", rows, positive=True)
+    if rows > 1 or abs(1 / rows - round(1 / rows)) > 1e-6:
+        raise ValueError(f"rows must be 1 / k for a whole k, as 1, 0.5 or 0.25: every k-th row; got {rows!r}")
+
+
+def _check_factor_dtype(dtype: Any) -> None:
+    if dtype is not None and not isinstance(dtype, torch.dtype):
+        raise TypeError(f"factor_dtype must be torch.bfloat16 or None, got {shown(dtype)}")
+    if dtype not in {None, torch.bfloat16}:
+        raise ValueError(f"factor_dtype must be torch.bfloat16 or None, got {dtype}")
 
 
 def damping_schedule(value: Any) -> Schedule:

@@ -30,6 +30,8 @@ section for each option.
 
 from collections.abc import Callable, Sequence
 
+import torch
+
 from .blocks import BlockSize
 from .clips import Clip
 from .inverses import Inverse
@@ -83,6 +85,8 @@ def thor(
     fisher: Fisher = "empirical",
     likelihood: Likelihood | None = None,
     layer_filter: Callable[[str], bool] | None = None,
+    rows: float = 1.0,
+    factor_dtype: torch.dtype | None = None,
 ) -> Transform:
     """THOR as a pure transform, for :func:`thor_fx.compile_step`.
 
@@ -138,6 +142,10 @@ def thor(
         layer_filter: ``name of weight -> bool``: which weights have factors; the others take the rule of
             ``fallback``, as is often better for embeddings and the last layer of a language model; None:
             all that can have factors.
+        rows: the share of rows that factors are measured on, ``1 / k`` for a whole k: every k-th datum, or
+            every k-th position of a flat list of sequences. Unbiased where batches are shuffled.
+        factor_dtype: ``torch.bfloat16``: rows are rounded to it in the products of factors, which are several
+            times faster for it, and summed in float32; None: nothing is rounded.
 
     Returns:
         A transform whose updates are added to the parameters.
@@ -181,6 +189,8 @@ def thor(
         fisher=fisher,
         likelihood=likelihood,
         layer_filter=layer_filter,
+        rows=rows,
+        factor_dtype=factor_dtype,
     )
     schedules = {
         "lr": Schedule("lr", lr),

@@ -1,0 +1,63 @@
+"""Products of rows with themselves: where nearly all of the work of a factor step is.
+
+``x^T x`` is symmetric, so half of a general product of matrices is wasted on it. On a CPU, long sides are
+cut into panels: what lies above the diagonal is computed panel by panel, and mirrored. With p panels that is
+``(p + 1) / 2p`` of the work, and two more passes over the result, which many rows make up for. A GPU is
+slower with a few small products than with a large one.
+
+Legend: R rows, F features; any axes in front.
+"""
+
+import torch
+from torch import Tensor
+
+PANEL = 128  # features
+PANELS = 4  # fewer are not worth their calls
+
+
+def gram(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """``x^T x`` of rows (..., R, F): (..., F, F).
+
+    Args:
+        x: the rows.
+        dtype: what the rows are rounded to for the product; None: as they are.
+    """
+    rows, features = x.shape[-2:]
+    long = features >= PANELS * PANEL and isinstance(rows, int) and rows >= features
+    return _by_panels(x, dtype) if long and x.device.type == "cpu" else product(x.mT, x, dtype)
+
+
+def _by_panels(x: Tensor, dtype: torch.dtype | None) -> Tensor:
+    features = x.shape[-1]
+    strips = [product(x[..., i : i + PANEL].mT, x[..., i:], dtype) for i in range(0, features, PANEL)]
+    upper = torch.cat([torch.nn.functional.pad(s, (features - s.shape[-1], 0)) for s in strips], -2)
+    place = torch.arange(features, device=x.device)
+    return torch.where(place >= place[:, None], upper, upper.mT)
+
+
+def block_grams(x: Tensor, size: int, dtype: torch.dtype | None = None) -> Tensor:
+    """The blocks of the diagonal of ``x^T x``, the last one padded: (..., blocks, size, size).
+
+    What lies beside the blocks is never computed.
+    """
+    tiles = torch.nn.functional.pad(x, (0, -x.shape[-1] % size)).unflatten(-1, (-1, size))
+    tiles = tiles.transpose(-3, -2)  # (..., blocks, R, size)
+    return product(tiles.mT, tiles, dtype)
+
+
+def product(left: Tensor, right: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """``left @ right`` of inputs rounded to ``dtype``, summed and returned in the dtype that they have.
+
+    NOTE: [Sums of rounded inputs] A GPU sums in float32 and returns that. A CPU sums in float32 and rounds
+    the sum once more.
+    """
+    if dtype is None or left.dtype == torch.float64:
+        return left @ right
+    a, b = left.to(dtype), right.to(dtype)
+    if not a.is_cuda:
+        return (a @ b).to(left.dtype)
+    if a.dim() == 2:
+        return torch.mm(a, b, out_dtype=left.dtype)
+    a, b = torch.broadcast_tensors(a, b) if a.shape[:-2] != b.shape[:-2] else (a, b)
+    found = torch.bmm(a.flatten(0, -3), b.flatten(0, -3), out_dtype=left.dtype)
+    return found.unflatten(0, left.shape[:-2])
