@@ -121,6 +121,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     'step_norm="orthogonal"': {"step_norm": "orthogonal"},
     'momentum_on="gradient"': {"momentum_on": "gradient"},
     'fallback="adamw"': {"fallback": "adamw"},
+    "rows=0.25": {"rows": 0.25},
+    "factor_dtype=bfloat16": {"factor_dtype": torch.bfloat16},
     'preset="recommended"': {"preset": "recommended"},
 }
 """Settings of :func:`thor_fx.thor`, each changed alone."""
