@@ -107,6 +107,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     'fisher="exact"': {"fisher": "exact"},
     "factor_decay=0.9": {"factor_decay": 0.9},
     "refresh=Every(50)": {"factor_decay": 0.9, "refresh": thor_fx.Every(50)},
+    "refresh_async=True": {"factor_decay": 0.9, "refresh_async": True},
     "refresh=Staggered(4)": {"factor_decay": 0.9, "refresh": thor_fx.Staggered(4)},
     'inverse="eigen"': {"inverse": "eigen"},
     'inverse="ekfac"': {"inverse": "ekfac"},

@@ -60,6 +60,21 @@ TOGETHER: dict[str, dict[str, Any]] = {
         "decoupled_weight_decay": True,
         "weight_decay": 0.01,
     },
+    "beside the steps, ekfac": {
+        "factor_decay": 0.9,
+        "refresh_async": True,
+        "inverse": "ekfac",
+        "step_norm": "orthogonal",
+        "momentum_on": "gradient",
+        "fallback": "adamw",
+    },
+    "beside the steps, in blocks": {
+        "refresh_async": True,
+        "block_size": 3,
+        "damping_rule": "relative",
+        "bias": "joint",
+        "kl_clip": 0.1,
+    },
     "exact, eigenvectors, global clip": {
         "fisher": "exact",
         "likelihood": "categorical",
@@ -96,6 +111,9 @@ REFUSED = [
     ),
     ({"inverse": "ekfac", "damping": thor_fx.LevenbergMarquardt(0.1)}, "damping=LevenbergMarquardt"),
     ({"inverse": "eva", "damping": thor_fx.LevenbergMarquardt(0.1)}, "inverse= must be one of"),
+    ({"refresh_async": True, "refresh": thor_fx.Every(4)}, "refresh_async=True says itself.*refresh=Every"),
+    ({"refresh_async": True, "inverse": "eva"}, "inverse='eva' inverts nothing"),
+    ({"refresh_async": True, "frequency": 1}, "frequency must be at least 2, got 1"),
 ]
 
 

@@ -153,6 +153,8 @@ WRONG = [
     ("refresh", "every", TypeError),
     ("refresh", thor_fx.Staggered(500), ValueError),
     ("refresh", thor_fx.Staggered(2, steps=2), ValueError),
+    ("refresh_async", 1, TypeError),
+    ("refresh_async", "yes", TypeError),
 ]
 
 

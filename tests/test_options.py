@@ -30,6 +30,7 @@ WRONG_TYPES = {
     "inverse": [None, True, ["eigen"]],
     "factor_decay": ["0.9", True, [0.9], 1j],
     "refresh": [10, "every", thor_fx.Every, True],
+    "refresh_async": [1, 0, "True", None],
     "kl_clip": ["0.1", True, [0.1]],
     "clip": [None, 1.0],
     "clip_norm": [None, "1", True],
@@ -96,6 +97,7 @@ RIGHT = {
     "inverse": ["cholesky", "eigen", "ekfac", "newton_schulz", "eva"],
     "factor_decay": [None, 0, 0.0, 0.95],
     "refresh": [None, thor_fx.Every(100), thor_fx.Staggered(4), thor_fx.ByTrace(0.01, 0.001, growth=2)],
+    "refresh_async": [True, False],
     "kl_clip": [None, 1, 0.001],
     "clip": ["tensor", "global"],
     "clip_norm": [1, 0.5],
@@ -119,7 +121,7 @@ def cases(table):
 def test_every_argument_is_in_the_tables():
     arguments = set(inspect.signature(thor_fx.thor).parameters)
     assert arguments == set(RIGHT) == set(WRONG_TYPES)
-    flags = {"use_nesterov", "enable_clip_grad", "decoupled_weight_decay"}
+    flags = {"use_nesterov", "enable_clip_grad", "decoupled_weight_decay", "refresh_async"}
     assert arguments - set(WRONG_VALUES) == {*flags, "decay_filter", "layer_filter"}
 
 

@@ -105,7 +105,7 @@ def _preconditioner(options: Options, groups: ParameterGroups) -> Transform:
             rules=options.rules,
             inverse=options.inverse,
             factor_decay=options.factor_decay,
-            refresh_rule=options.refresh,
+            refresh_rule=options.refresh_rule,
         )
     )
 

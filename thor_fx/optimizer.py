@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .ahead import Ahead
 from .between import run_between
 from .block_size import choose
 from .block_size_rule import BlockSizeReport
@@ -83,6 +84,7 @@ class Thor(torch.optim.Optimizer):
         inverse: what is made of the factors: see :func:`thor_fx.thor`.
         factor_decay: running averages of factors: see :func:`thor_fx.thor`.
         refresh: when inverses are recomputed: see :func:`thor_fx.thor`.
+        refresh_async: inversions run beside the steps that follow: see :func:`thor_fx.thor`.
         kl_clip: bound on the KL divergence of a step, over all groups: see :func:`thor_fx.thor`.
         clip: what ``enable_clip_grad`` clips: every ``"tensor"``, or all groups together (``"global"``).
         clip_norm: to which L2 norm.
@@ -138,6 +140,7 @@ class Thor(torch.optim.Optimizer):
         inverse: Inverse = "cholesky",
         factor_decay: float | None = None,
         refresh: RefreshRule | None = None,
+        refresh_async: bool = False,
         kl_clip: float | None = None,
         clip: Clip = "tensor",
         clip_norm: float = 1.0,
@@ -175,6 +178,7 @@ class Thor(torch.optim.Optimizer):
             inverse=inverse,
             factor_decay=factor_decay,
             refresh=refresh,
+            refresh_async=refresh_async,
             kl_clip=kl_clip,
             clip=clip,
             clip_norm=clip_norm,
@@ -273,6 +277,8 @@ class Thor(torch.optim.Optimizer):
         unready = self._known.standing(self._found.layers, gradients)
         if not self._factors_due(step, moments):
             moments = {name: m for name, m in moments.items() if layer_of(name) in unready}
+        if moments:
+            self._ahead.forget()
         served = unready.intersection(moments)
         skipped = self._inner.skipped.clone() if served else None
         compares = adaptive is not None and adaptive.compares(step)
@@ -377,7 +383,7 @@ class Thor(torch.optim.Optimizer):
     ) -> None:
         """What happens after the step, whose inverses act from the next one on."""
         measured = frozenset(map(layer_of, moments)) - unready
-        taken = Taken(step, measured, frozenset(self._known.ready))
+        taken = Taken(step, measured, frozenset(self._known.ready), self._ahead)
         due = run_between(self._tx, self._inner, self._params, self._found, rates, taken)
         if due is not None:
             self._set_due(due)
@@ -419,6 +425,7 @@ class Thor(torch.optim.Optimizer):
         self._params: dict[str, Tensor] = {}
         self._labels: dict[str, str] = {}  # the group of every parameter
         self._inner: Any = None
+        self._ahead = Ahead()
 
     def _build(self) -> None:
         """Make the transform and its state for the groups and layers there are; keep what is known."""
@@ -455,6 +462,7 @@ class Thor(torch.optim.Optimizer):
 
     def _start(self) -> None:
         """Make a fresh state, copy what is known into it, and let ``self.state`` show it."""
+        self._ahead.forget()
         self._update.begin()
         self._inner = self._update.state
         for name, entry in views(self._inner, self._found, self._params, self._labels).items():

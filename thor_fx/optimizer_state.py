@@ -68,6 +68,8 @@ def _counters(state: SkipState, preconditioning: PreconditionState) -> Entry:
     counters: Entry = {"terms": preconditioning.terms, "failed_inverses": preconditioning.failures}
     counters["skipped_steps"] = state.skipped
     memory = preconditioning.memory
+    if isinstance(memory, Memory) and isinstance(memory.damping, Tensor):
+        counters["measured_damping"] = memory.damping
     if isinstance(memory, Memory) and isinstance(memory.watch, Watch):
         watch = memory.watch
         counters |= {"interval": watch.interval, "refreshed": watch.refreshed, "kept": watch.kept}

@@ -19,6 +19,7 @@ from .blocks import BlockSize
 from .clips import Clip
 from .inverses import Inverse
 from .levenberg_marquardt import LevenbergMarquardt
+from .overlap import Overlap, check_overlap
 from .passes.layout import BiasRule, Fisher, Likelihood, LongSide, Rules, Sharing
 from .refresh import DampingRule
 from .refresh_rules import RefreshRule, check_refresh
@@ -59,6 +60,7 @@ class Options:
     inverse: Inverse = "cholesky"
     factor_decay: float | None = None
     refresh: RefreshRule | None = None
+    refresh_async: bool = False
     kl_clip: float | None = None
     clip: Clip = "tensor"
     clip_norm: float = 1.0
@@ -78,7 +80,7 @@ class Options:
         check_integer("batch_size", self.batch_size, optional=True)
         check_integer("frequency", self.frequency)
         _check_block_size(self.block_size)
-        for name in ("use_nesterov", "enable_clip_grad", "decoupled_weight_decay"):
+        for name in ("use_nesterov", "enable_clip_grad", "decoupled_weight_decay", "refresh_async"):
             check_type(name, getattr(self, name), bool, "True or False")
         for name in ("decay_filter", "layer_filter"):
             value = getattr(self, name)
@@ -92,6 +94,8 @@ class Options:
         check_choice("inverse", self.inverse, Inverse)
         _check_decay(self.factor_decay)
         check_refresh(self.refresh, self.frequency)
+        if self.refresh_async:
+            check_overlap(self.refresh, self.inverse, self.frequency)
         if self.kl_clip is not None:
             check_number("kl_clip", self.kl_clip, positive=True)
         check_choice("clip", self.clip, Clip)
@@ -120,6 +124,11 @@ class Options:
         """What differs from the defaults."""
         own = [(f.name, getattr(self, f.name)) for f in fields(self) if getattr(self, f.name) != f.default]
         return ", ".join(f"{name}={value!r}" for name, value in own) or "the defaults"
+
+    @property
+    def refresh_rule(self) -> RefreshRule | Overlap | None:
+        """When inverses are recomputed; None: in every factor step."""
+        return Overlap(self.frequency) if self.refresh_async else self.refresh
 
     @property
     def rules(self) -> Rules:

@@ -17,7 +17,7 @@ of every step. (Damping relative to ``g^2 / n`` would take longer steps the smal
 Whatever has no factor keeps its gradient. All gradients are first divided by the loss scale.
 
 With ``factor_decay`` the inverses are those of running averages (:mod:`thor_fx.averages`); with a refresh
-rule they are recomputed between steps (:mod:`thor_fx.refresh_rules`).
+rule they are recomputed between steps (:mod:`thor_fx.refresh_rules`) or beside them (:mod:`thor_fx.overlap`).
 
 A bias that belongs to its layer is one more column of the gradient. Legend: L matrices of one shape, of
 one layer or of several, updated in one batched product.
@@ -30,12 +30,14 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from .averages import average
 from .factors import cotangent_scale, factor_pair
 from .inverses import METHODS, Inverse, Method, Pair, State, replace, select
 from .layers import Coverage, Layer
 from .matrices import matrices, put_back
+from .overlap import Overlap
 from .passes.layout import Fisher, Rules
 from .precision import wide
 from .refresh import DampingRule, by_shape, per_side, refresh, root, spans
@@ -73,7 +75,7 @@ def precondition(
     rules: Rules | None = None,
     inverse: Inverse = "cholesky",
     factor_decay: float | None = None,
-    refresh_rule: RefreshRule | None = None,
+    refresh_rule: RefreshRule | Overlap | None = None,
 ) -> Transform:
     """Multiply the gradient of every layer by its damped inverse factors.
 
@@ -150,11 +152,42 @@ class _Preconditioner:
     ) -> tuple[PreconditionState, int | None]:
         if not isinstance(state.memory, Memory):  # no layers
             return state, None
+        if isinstance(self.renewal.rule, Overlap):
+            return self._beside(self.renewal.rule, state, state.memory, params, signals.coverage, taken), None
         lam = signals.hyper["damping"]
         wanted, memory, due = self.renewal.choose(state.memory, signals.coverage.layers, lam, taken)
         state = state._replace(memory=memory)
         groups = self.renewal.kept(by_shape(signals.coverage, params)) if wanted else {}
         return self._renewed(state, groups, wanted, partial(average, memory.averages), lam), due
+
+    def _beside(
+        self,
+        rule: Overlap,
+        state: PreconditionState,
+        memory: Memory,
+        params: Params,
+        coverage: Coverage,
+        taken: Taken,
+    ) -> PreconditionState:
+        """The state with the inverses that were computed beside the last steps, where it is time for them."""
+        phase, inverses, wanted = rule.phase(taken.step), state.inverses, taken.ready
+        if phase == "rest":
+            return state
+
+        def invert() -> tuple[dict[str, State], Tensor | int]:
+            assert isinstance(memory.damping, Tensor)
+            unknown = pytree.tree_map(_unknown, inverses)
+            groups, factors = self.renewal.kept(by_shape(coverage, params)), partial(average, memory.averages)
+            return self._inverted(unknown, groups, wanted, factors, memory.damping)
+
+        inputs = pytree.tree_leaves(memory)
+        if phase == "invert":
+            if taken.ahead is not None:
+                taken.ahead.start(inputs, wanted, invert)
+            return state
+        found, failed = invert() if taken.ahead is None else taken.ahead.take(inputs, wanted, invert)
+        known = pytree.tree_map(_known, found, inverses)
+        return state._replace(inverses=known, failures=state.failures + failed)
 
     def _measured(
         self, state: PreconditionState, groups: dict[str, list[Layer]], signals: Signals
@@ -167,7 +200,7 @@ class _Preconditioner:
         # a number of terms that is given ends in the product itself
         factors = self._factors(signals, self.batch_size or state.terms)
         layers = signals.coverage.layers
-        memory, lost = self.renewal.measure(state.memory, layers, present, chosen, factors)
+        memory, lost = self.renewal.measure(state.memory, layers, present, chosen, factors, lam)
         state = state._replace(memory=memory, failures=state.failures + lost)
         return self._renewed(state, self.renewal.kept(groups), chosen, partial(average, memory.averages), lam)
 
@@ -188,12 +221,34 @@ class _Preconditioner:
         """The state with new inverses of some layers."""
         if not wanted:
             return state
+        inverses, failed = self._inverted(state.inverses, groups, wanted, factors, lam)
+        return state._replace(inverses=inverses, failures=state.failures + failed)
+
+    def _inverted(
+        self,
+        inverses: dict[str, State],
+        groups: dict[str, list[Layer]],
+        wanted: Collection[str],
+        factors: Callable[[Layer], Pair],
+        lam: Tensor | float,
+    ) -> tuple[dict[str, State], Tensor | int]:
+        """All inverses, with new ones of some layers; and how many failed and are as they were."""
         chosen = {key: [layer.name in wanted for layer in layers] for key, layers in groups.items()}
         damping = partial(per_side, self.damping_rule, lam)
-        inverses, failed = refresh(
-            self.method, groups, chosen, factors, state.inverses, damping, self.block_size
-        )
-        return state._replace(inverses=inverses, failures=state.failures + failed)
+        return refresh(self.method, groups, chosen, factors, inverses, damping, self.block_size)
+
+
+# NOTE: [NaN is the last state] What is computed beside the steps must not read inverses that they may write
+# (EKFAC's moments). So it gets NaN in their place, which stays where an inversion fails or a layer is not
+# wanted, and nowhere else: what a method calls good is finite. The state has the last word at installation.
+
+
+def _unknown(part: Tensor) -> Tensor:
+    return part.new_full((), torch.nan).expand(part.shape)
+
+
+def _known(new: Tensor, old: Tensor) -> Tensor:
+    return torch.where(new.isnan(), old, new)
 
 
 def _present(signals: Signals) -> set[str]:

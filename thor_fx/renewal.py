@@ -13,6 +13,7 @@ from torch import Tensor
 from .averages import Averages, as_kept, enter, nothing_yet
 from .inverses import Pair
 from .layers import Layer
+from .overlap import Overlap
 from .refresh_rules import ByTrace, RefreshRule, inversion_costs, portion_due, portions
 from .trace_rule import Watch, decide, nothing_seen, observe
 from .transform import Taken
@@ -24,10 +25,13 @@ class Memory(NamedTuple):
     Attributes:
         averages: of the factors.
         watch: what :class:`~thor_fx.ByTrace` remembers; () without.
+        damping: ``lambda`` of the last step in which factors entered, 0-D, for an inversion that comes
+            later (:mod:`thor_fx.overlap`): NaN before; () without.
     """
 
     averages: Averages
     watch: Watch | tuple[()] = ()
+    damping: Tensor | tuple[()] = ()
 
 
 class Choice(NamedTuple):
@@ -51,18 +55,21 @@ class Renewal:
     Attributes:
         decay: of the running averages, in [0, 1).
         rule: which layers are recomputed after which step; None: all, in every factor step.
+            :class:`~thor_fx.overlap.Overlap` recomputes all, and never asks :meth:`choose`.
         frequency: steps between factor steps.
         block_size: side of the blocks that are inverted; None: whole factors.
     """
 
     decay: float
-    rule: RefreshRule | None
+    rule: RefreshRule | Overlap | None
     frequency: int
     block_size: int | None
 
     def init(self, layers: Mapping[str, Layer], like: Mapping[str, Tensor]) -> Memory:
         """The memory before the first step, by layer in the dtype of ``like`` and on its device."""
         averages = nothing_yet(layers, self.block_size, like)
+        if isinstance(self.rule, Overlap):
+            return Memory(averages, damping=averages.weights.new_full((), torch.nan))
         if not isinstance(self.rule, ByTrace):
             return Memory(averages)
         return Memory(averages, nothing_seen(len(layers), self.frequency, averages.weights))
@@ -82,6 +89,7 @@ class Renewal:
         present: Collection[str],
         renewed: Collection[str],
         measured: Callable[[Layer], Pair],
+        lam: Tensor | float,
     ) -> tuple[Memory, Tensor]:
         """Let the factors of one batch enter.
 
@@ -91,16 +99,21 @@ class Renewal:
             present: which of them have factors in this step.
             renewed: which of them are inverted in this step.
             measured: the factor pair of a layer.
+            lam: the damping ``lambda`` of this step.
 
         Returns:
             The memory, and of how many layers the factors were not finite and did not enter, 0-D.
         """
         averages, finite = enter(memory.averages, layers, present, measured, self.decay, self.block_size)
         lost = torch.stack([~entered for entered in finite.values()]).sum()
-        if not isinstance(memory.watch, Watch):
-            return Memory(averages), lost
-        watch = observe(memory.watch, averages, layers, finite, renewed, self.block_size)
-        return Memory(averages, watch), lost
+        memory = memory._replace(averages=averages)
+        if isinstance(memory.damping, Tensor):
+            damping = (torch.zeros_like(memory.damping) + lam).to(memory.damping.dtype)
+            memory = memory._replace(damping=damping)
+        if isinstance(memory.watch, Watch):
+            watch = observe(memory.watch, averages, layers, finite, renewed, self.block_size)
+            memory = memory._replace(watch=watch)
+        return memory, lost
 
     def choose(
         self, memory: Memory, layers: Mapping[str, Layer], lam: Tensor | float, taken: Taken
@@ -113,6 +126,7 @@ class Renewal:
             wanted, watch, due = decide(self.rule, memory.watch, layers, taken.ready, lam, taken.step)
             return Choice(wanted, memory._replace(watch=watch), due)
         assert self.rule is not None
+        assert not isinstance(self.rule, Overlap)
         portion = portion_due(self.rule, taken.step, self.frequency)
         if portion is None:
             return Choice((), memory)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
+from .ahead import Ahead
 from .arguments import check_type
 from .between import run_between
 from .block_size import choose_by_step
@@ -175,6 +176,7 @@ class CompiledStep:
         self._call: _Call | None = None
         self._flat: tuple[State, list[Tensor]] = (None, [])
         self._shapes: list[torch.Size] | None = None  # unknown before init
+        self._ahead = Ahead()
 
     def init(self, params: Params, *batch: Any, buffers: Any = None) -> StepState:
         """Trace, compile, and return the state for the first step. Nothing runs yet.
@@ -192,7 +194,7 @@ class CompiledStep:
         self.coverage = None
         self._hyper = HyperTensors()
         if not self._donate:  # steps run on copies: Dynamo guards on whether a tensor is the model's own
-            params, _ = _copies(params, StepState(0, None))
+            params, _, _ = _copies(params, StepState(0, None))
         chosen = self._choose_block_size(params, batch if buffers is None else (buffers, *batch))
         try:
             self._run(params, None, batch, buffers)
@@ -220,10 +222,13 @@ class CompiledStep:
         if self._auto is not None and state.block_size != self.block_size:
             self._resolve(state.block_size, params)
         if not self._donate:
-            params, state = _copies(params, state)
+            params, state, copies = _copies(params, state)
+            self._ahead.follow(copies)
         adapted = {} if state.damping is None else {"damping": state.damping}
         hyper = self._hyper({**self._tx.hyper(state.step), **adapted}, params)
         kind = kind_of(self._tx, state.step, state.due, ready=state.ready)
+        if kind.factors != "plain":
+            self._ahead.forget()
         call = _Call(kind, [*self._leaves(state.inner), *hyper])
         loss, aux = self._run(params, call, batch, state.buffers)
         buffers, aux = (None, aux) if state.buffers is None else aux
@@ -240,7 +245,8 @@ class CompiledStep:
             return state.due
         assert self.coverage is not None
         layers = frozenset(self.coverage.layers)
-        taken = Taken(state.step, layers if kind.factors == "measure" else frozenset(), layers)
+        measured = layers if kind.factors == "measure" else frozenset[str]()
+        taken = Taken(state.step, measured, layers, self._ahead)
         trained = _trained(params, self.coverage)
         due = run_between(self._tx, state.inner, trained, self.coverage, hyper, taken)
         return state.due if due is None else due
@@ -352,8 +358,8 @@ class CompiledStep:
         return self._compiler(loss_alone(graph), fakes)
 
 
-def _copies(params: Params, state: StepState) -> tuple[Params, StepState]:
-    """Copies of all tensors but frozen ones; what was one tensor under two names stays one."""
+def _copies(params: Params, state: StepState) -> tuple[Params, StepState, Mapping[int, Tensor]]:
+    """Copies of all tensors but frozen ones; what was one tensor under two names stays one. And by ``id``."""
     known: dict[int, Tensor] = {}
 
     def copy(tensor: Tensor) -> Tensor:
@@ -361,7 +367,7 @@ def _copies(params: Params, state: StepState) -> tuple[Params, StepState]:
 
     copied = {name: copy(p) if trainable(p) else p for name, p in params.items()}
     inner, buffers = pytree.tree_map_only(Tensor, copy, (state.inner, state.buffers))
-    return copied, state._replace(inner=inner, buffers=buffers)
+    return copied, state._replace(inner=inner, buffers=buffers), known
 
 
 def _trained(params: Params, found: Coverage) -> dict[str, Tensor]:

@@ -73,6 +73,7 @@ def thor(
     inverse: Inverse = "cholesky",
     factor_decay: float | None = None,
     refresh: RefreshRule | None = None,
+    refresh_async: bool = False,
     kl_clip: float | None = None,
     clip: Clip = "tensor",
     clip_norm: float = 1.0,
@@ -122,6 +123,8 @@ def thor(
             ``F = decay F + (1 - decay) F_batch``, bias-corrected; None: the factors of the last batch.
         refresh: when inverses are recomputed: :class:`~thor_fx.Every`, :class:`~thor_fx.Staggered` or
             :class:`~thor_fx.ByTrace`; None: all of them in every factor step.
+        refresh_async: the inversion runs beside the ``frequency // 2`` steps after a factor step, and the new
+            inverses act from the step after those on: :mod:`thor_fx.overlap`.
         kl_clip: bound on ``lr^2 sum <U, g>``, twice the KL divergence that a step may cause; None: none.
         clip: what ``enable_clip_grad`` clips: every ``"tensor"``, or all together (``"global"``).
         clip_norm: to which L2 norm.
@@ -178,6 +181,7 @@ def thor(
         inverse=inverse,
         factor_decay=factor_decay,
         refresh=refresh,
+        refresh_async=refresh_async,
         kl_clip=kl_clip,
         clip=clip,
         clip_norm=clip_norm,

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from .ahead import Ahead
 from .factors import Moments
 from .inverses import Inverse
 from .layers import Coverage
@@ -63,11 +64,13 @@ class Taken:
         step: its number.
         measured: the layers that were measured and not inverted in it.
         ready: the layers that had inverses before it.
+        ahead: where what a later step needs is computed beside the steps before it; None: nowhere.
     """
 
     step: int
     measured: frozenset[str]
     ready: frozenset[str]
+    ahead: Ahead | None = None
 
 
 class Transform(NamedTuple):
