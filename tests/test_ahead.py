@@ -42,13 +42,13 @@ def test_it_is_computed_once_and_beside():
     assert double.threads[0] is not threading.current_thread()
 
 
-def test_what_was_not_started_is_computed_by_the_same_thread():
+def test_what_was_not_started_is_computed_in_the_background_too():
     ahead, (inputs, double) = Ahead(), given()
     ahead.start(inputs, "double", double)
     for _ in range(2):
         check(ahead.take(inputs, "double", double), inputs)
     assert len(double.threads) == 2
-    assert len(set(double.threads)) == 1
+    assert threading.current_thread() not in double.threads
 
 
 def test_what_is_about_something_else_is_computed():
@@ -146,6 +146,25 @@ def test_where_there_is_no_background(monkeypatch):
     assert not double.threads
     check(ahead.take(inputs, "double", double), inputs)
     assert double.threads == [threading.current_thread()]
+
+
+def test_one_after_the_other_in_a_thread_that_ends():
+    ahead, gate, threads = Ahead(), threading.Event(), []
+
+    def wait() -> list[Tensor]:
+        threads.append(threading.current_thread())
+        assert gate.wait(60)
+        return []
+
+    for _ in range(3):
+        inputs, _ = given()
+        ahead.start(inputs, "wait", wait)
+    gate.set()
+    ahead.take(inputs, "wait", wait)
+    assert len(threads) == 3
+    assert len(set(threads)) == 1
+    threads[0].join(60)
+    assert not threads[0].is_alive()
 
 
 def test_a_program_that_ends_meanwhile():

@@ -5,8 +5,10 @@ queues the work on a stream of its own, which starts behind what the asking stre
 Nobody waits for the device: whoever fetches the result makes *its stream* wait for it.
 """
 
+import threading
+from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import Any
 
 import torch
@@ -25,10 +27,15 @@ def can_work(device: torch.device) -> bool:
 
 
 class Worker:
-    """One thread, which begins with the first task and ends when the worker is dropped."""
+    """Does one task after the other, in a thread that ends when there is none left.
+
+    Not a daemon: a program that ends meanwhile waits for the task, which torch does not survive otherwise.
+    """
 
     def __init__(self) -> None:
-        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix=THREAD)
+        self._lock = threading.Lock()
+        self._waiting: deque[Callable[[], None]] = deque()
+        self._busy = False
 
     def start(self, compute: Callable[[], Any], inputs: Sequence[Tensor]) -> "Task":
         """Begin to compute a nest of tensors.
@@ -39,13 +46,33 @@ class Worker:
         """
         device = inputs[0].device
         stream = None if device.type == "cpu" else _beside(inputs, device)
-        return Task(self._pool.submit(_work, compute, stream), device)
+        future: Future[_Done] = Future()
+        with self._lock:
+            self._waiting.append(lambda: _run(future, compute, stream))
+            if not self._busy:
+                self._busy = True
+                threading.Thread(target=self._all, name=THREAD).start()
+        return Task(future, device)
+
+    def _all(self) -> None:
+        while True:
+            with self._lock:
+                if not self._waiting:
+                    self._busy = False
+                    return
+                task = self._waiting.popleft()
+            task()
+            del task  # and with it the tensors that it has read
+
+
+_Done = tuple[Any, torch.cuda.Event | None]
+"""A result, and on a GPU the event after which it is there."""
 
 
 class Task:
     """Something that is being computed."""
 
-    def __init__(self, future: "Future[tuple[Any, torch.cuda.Event | None]]", device: torch.device) -> None:
+    def __init__(self, future: "Future[_Done]", device: torch.device) -> None:
         self._future = future
         self._device = device
 
@@ -82,10 +109,16 @@ def _record(tensors: Sequence[Any], stream: torch.cuda.Stream) -> None:
             tensor.record_stream(stream)
 
 
-def _work(
-    compute: Callable[[], Any], stream: torch.cuda.Stream | None
-) -> tuple[Any, torch.cuda.Event | None]:
-    """The result, and on a GPU the event after which it is there."""
+def _run(future: "Future[_Done]", compute: Callable[[], Any], stream: torch.cuda.Stream | None) -> None:
+    if not future.set_running_or_notify_cancel():
+        return
+    try:
+        future.set_result(_work(compute, stream))
+    except BaseException as error:  # to be raised where somebody waits
+        future.set_exception(error)
+
+
+def _work(compute: Callable[[], Any], stream: torch.cuda.Stream | None) -> _Done:
     with torch.no_grad():  # NOTE: that of the asking thread does not count here
         if stream is None:
             return compute(), None

@@ -26,7 +26,7 @@ class Memory(NamedTuple):
         averages: of the factors.
         watch: what :class:`~thor_fx.ByTrace` remembers; () without.
         damping: ``lambda`` of the last step in which factors entered, 0-D, for an inversion that comes
-            later (:mod:`thor_fx.overlap`): NaN before; () without.
+            later (:mod:`thor_fx.overlap`); infinite before, so that it fails; () without.
     """
 
     averages: Averages
@@ -69,7 +69,7 @@ class Renewal:
         """The memory before the first step, by layer in the dtype of ``like`` and on its device."""
         averages = nothing_yet(layers, self.block_size, like)
         if isinstance(self.rule, Overlap):
-            return Memory(averages, damping=averages.weights.new_full((), torch.nan))
+            return Memory(averages, damping=averages.weights.new_full((), torch.inf))
         if not isinstance(self.rule, ByTrace):
             return Memory(averages)
         return Memory(averages, nothing_seen(len(layers), self.frequency, averages.weights))
