@@ -37,6 +37,7 @@ from training import (
     mlp,
     snapshot,
     train,
+    unfreezes,
 )
 
 DECAY, FREQUENCY = 0.8, 6
@@ -472,6 +473,7 @@ def test_groups_of_parameters():
     assert_same(train(model, optimizer, data), expected)
 
 
+@unfreezes
 def test_a_layer_that_is_unfrozen_while_an_inversion_runs():
     data = batches(4 * FREQUENCY)
     model = thor_fx.compile(build(mlp), backend="aot_eager")
