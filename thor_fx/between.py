@@ -1,10 +1,9 @@
 """What happens between two steps, on the host: the hook ``between`` of a transform."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from .layers import Coverage
 from .transform import Params, Signals, State, Taken, Transform
@@ -31,7 +30,18 @@ def run_between(
     signals = Signals(found, dict(zip(sorted(tx.schedules), rates, strict=True)))
     with torch.no_grad():
         new, due = tx.between(state, params, signals, taken)
-        for old, value in zip(*map(pytree.tree_leaves, (state, new)), strict=True):
-            if value is not old:
-                old.copy_(value)
+        for old, value in _changed(state, new):
+            old.copy_(value)
     return due
+
+
+def _changed(old: State, new: State) -> Iterator[tuple[Tensor, Tensor]]:
+    """The tensors that are others now; what is the same object is not looked into, as in most steps."""
+    if new is old:
+        return
+    if isinstance(old, Tensor):
+        yield old, new
+        return
+    pairs = ((old[key], new[key]) for key in old) if isinstance(old, dict) else zip(old, new, strict=True)
+    for before, after in pairs:
+        yield from _changed(before, after)

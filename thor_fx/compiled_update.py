@@ -77,9 +77,10 @@ class CompiledUpdate:
 
     def __call__(self, given: Given, rates: list[Tensor]) -> None:
         """Take one step; ``rates`` are the hyper-parameters in the order of their names."""
-        if given.kind not in self._compiled:
-            self._compiled[given.kind] = self._compile(given)
-        self._compiled[given.kind](*self.params.values(), *given.tensors, *self._leaves, *rates)
+        kind = given.kind
+        if kind not in self._compiled:
+            self._compiled[kind] = self._compile(given)
+        self._compiled[kind](*self.params.values(), *given.tensors, *self._leaves, *rates)
 
     def _compile(self, given: Given) -> Compiled:
         for name, gradient in given.gradients.items():

@@ -382,6 +382,8 @@ class Thor(torch.optim.Optimizer):
         self, step: int, moments: Mapping[str, Moments], unready: set[str], rates: list[Tensor]
     ) -> None:
         """What happens after the step, whose inverses act from the next one on."""
+        if self._tx.between is None:
+            return
         measured = frozenset(map(layer_of, moments)) - unready
         taken = Taken(step, measured, frozenset(self._known.ready), self._ahead)
         due = run_between(self._tx, self._inner, self._params, self._found, rates, taken)
@@ -389,8 +391,10 @@ class Thor(torch.optim.Optimizer):
             self._set_due(due)
 
     def _scales(self) -> dict[str, Tensor]:
-        device, dtype = self._inner.skipped.device, HyperTensors.dtype(self._params)
-        return scales_of(self, self._scaler, device, dtype, of_factors=self._options.fisher == "empirical")
+        device = self._inner.skipped.device
+        return scales_of(
+            self, self._scaler, device, self._dtype, of_factors=self._options.fisher == "empirical"
+        )
 
     def _adapt(self, adaptive: LevenbergMarquardt, closure: Callable[[], Any], before: Any) -> None:
         """Change the damping by what the step did to the loss of its batch. Waits for the device."""
@@ -447,6 +451,7 @@ class Thor(torch.optim.Optimizer):
             for name, _ in named(self._model, group["params"])
         }
         self._params = {name: p for name, p in self._model.named_parameters() if name in self._labels}
+        self._dtype = HyperTensors.dtype(self._params)
         self._found = _complete(self._collector.coverage, self._params)
         self._known.restart(self._found.layers, self._params.keys() - self._collector.coverage.trained)
         self._tx = skip_nonfinite(unscale(thor_chain(self._options, self._groups())))
@@ -464,12 +469,13 @@ class Thor(torch.optim.Optimizer):
         """Make a fresh state, copy what is known into it, and let ``self.state`` show it."""
         self._ahead.forget()
         self._update.begin()
-        self._inner = self._update.state
+        self._inner, continues = self._update.state, any(self.state.values())
         for name, entry in views(self._inner, self._found, self._params, self._labels).items():
             parameter = self._params[name]
             restore(entry, self.state.get(parameter, {}), name)
             self.state[parameter] = entry
-        self._known.ready = layers_with_inverses(self.state.values(), METHODS[self._options.inverse].marks)
+        marks = METHODS[self._options.inverse].marks
+        self._known.ready = layers_with_inverses(self.state.values(), marks) if continues else set()
         for label, counters in counters_of(self._inner).items():
             group = self.param_groups[int(label)]
             restore(counters, {name: group[name] for name in counters if name in group}, f"group {label}")

@@ -26,6 +26,7 @@ class Readiness:
         self.ready: set[str] = set()
         self.unknown: set[str] = set()
         self._waiting: dict[str, int] = {}  # layers and parameters without factors, and until when
+        self._longest = 0  # the latest of these steps
 
     def restart(self, layers: Collection[str], unknown: set[str]) -> None:
         """Begin again for other layers; how long is waited for one does not begin again."""
@@ -50,7 +51,10 @@ class Readiness:
             gradients: by parameter.
             step: the number of this step.
         """
-        for name in standing | self.unknown.intersection(gradients):
+        for name in standing | {name for name in self.unknown if name in gradients}:
             if name in served or name not in self._waiting:
                 self._waiting[name] = step + PATIENCE
+                self._longest = max(self._longest, step + PATIENCE)
+        if step >= self._longest:
+            return False
         return any(step < last for name, last in self._waiting.items() if name not in self.ready)
