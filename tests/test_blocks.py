@@ -61,6 +61,13 @@ def test_multiply_is_a_block_diagonal_product(layers, side, columns, block_size)
     torch.testing.assert_close(got, dense(matrices, block_size) @ x, rtol=1e-12, atol=1e-12)
 
 
+@given(layer_counts, sides, st.integers(1, 5), block_sizes)
+def test_multiply_right_is_a_product_with_the_transpose(layers, side, rows, block_size):
+    matrices, x = random(layers, side, side), random(layers, rows, side)
+    got = blocks.multiply_right(x, blocks.diagonal_blocks(matrices, block_size))
+    torch.testing.assert_close(got, x @ dense(matrices, block_size).mT, rtol=1e-12, atol=1e-12)
+
+
 @given(layer_counts, sides, sides, block_sizes)
 def test_precondition_multiplies_from_both_sides(layers, out, in_, block_size):
     left, right = random(layers, out, out), random(layers, in_, in_)
@@ -108,6 +115,8 @@ def test_diagonal_and_identity_sides():
     x, d = random(2, 5, 3), random(2, 5)
     (inverse,) = blocks.cut(d, Side(5, "diagonal"), 2)
     torch.testing.assert_close(blocks.multiply((inverse,), x), torch.diag_embed(d) @ x)
+    y = random(2, 3, 5)
+    torch.testing.assert_close(blocks.multiply_right(y, (inverse,)), y @ torch.diag_embed(d))
     assert blocks.multiply((), x) is x
     assert blocks.precondition((), x, ()) is x
     assert blocks.zeros(2, Side(5, "identity"), 2, x) == ()

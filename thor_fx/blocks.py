@@ -104,9 +104,22 @@ def multiply(blocks: Blocks, x: Tensor) -> Tensor:
     return torch.cat(products, dim=1) if len(products) > 1 else products[0]
 
 
+def multiply_right(x: Tensor, blocks: Blocks) -> Tensor:
+    """Dense times the transpose of block-diagonal: (L, k, d) by (L, d, d). Rows stay rows in memory."""
+    if not blocks:
+        return x
+    if blocks[0].dim() == 2:
+        return x * blocks[0].unsqueeze(-2)
+    products, start = [], 0
+    for part in blocks:
+        count, b = part.shape[1:3]
+        stop = start + count * b
+        tiled = x[..., start:stop].unflatten(-1, (count, b)).transpose(1, 2)  # (L, F, k, b)
+        products.append((tiled @ part.mT).transpose(1, 2).flatten(-2))
+        start = stop
+    return torch.cat(products, dim=-1) if len(products) > 1 else products[0]
+
+
 def precondition(output: Blocks, gradient: Tensor, input_: Blocks) -> Tensor:
     """``G^-1 gradient A^-1`` for (L, out, in) gradients, given the inverse blocks of both sides."""
-    left = multiply(output, gradient)
-    if not input_:
-        return left
-    return multiply(input_, left.mT).mT  # A^-1 is symmetric
+    return multiply_right(multiply(output, gradient), input_)

@@ -44,7 +44,7 @@ from .refresh import DampingRule, by_shape, per_side, refresh, root, spans
 from .refresh_rules import RefreshRule
 from .renewal import Memory, Renewal
 from .schedule import Schedule
-from .transform import Params, Signals, Taken, Transform, Updates
+from .transform import Params, Signals, Taken, Transform, Updates, divided
 
 
 class PreconditionState(NamedTuple):
@@ -136,7 +136,7 @@ class _Preconditioner:
         state = state if terms is state.terms else state._replace(terms=terms)
         if _present(signals):
             state = self._measured(state, groups, signals)
-        new = {name: u / self.loss_scale for name, u in updates.items()}
+        new = divided(updates, self.loss_scale)
         for name in set(signals.coverage.norms) & set(updates):
             new[name] = _elementwise(new[name], state.terms, root(self.damping_rule, lam))
         applied = {}
@@ -278,7 +278,10 @@ def _apply(
         return {}, state
     used = select(state, spans(layers), present)
     shown = [layer for layer, here in zip(layers, present, strict=True) if here]
-    stacked = torch.cat([matrices(layer, gradients) for layer in shown])  # (L, out, in)
+    each = [matrices(layer, gradients) for layer in shown]
+    stacked = (
+        each[0] if len(each) == 1 else torch.cat(each)
+    )  # (L, out, in); a copy only where there are several
     working = stacked.to(_dtype(used, stacked))
     preconditioned, after = method.apply(used, working, terms, lam)
     preconditioned = preconditioned.to(stacked.dtype)

@@ -232,7 +232,12 @@ def scale_by_learning_rate(lr: Schedule) -> Transform:
 
 def divide_by(number: float) -> Transform:
     """``u / number``: gradients without a constant scale of the loss."""
-    return stateless(lambda updates, _params, _signals: {name: u / number for name, u in updates.items()})
+    return stateless(lambda updates, _params, _signals: divided(updates, number))
+
+
+def divided(updates: Updates, number: float) -> dict[str, Tensor]:
+    """``u / number``; the same tensors where that is 1."""
+    return dict(updates) if number == 1.0 else {name: u / number for name, u in updates.items()}
 
 
 def add_decayed_weights(weight_decay: Schedule, decays: Callable[[str], bool]) -> Transform:

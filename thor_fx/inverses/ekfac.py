@@ -132,7 +132,7 @@ def _apply(state: Eigenbasis, gradients: Tensor, terms: Tensor, lam: Tensor) -> 
 
 def _both(output: Blocks, x: Tensor, input_: Blocks) -> Tensor:
     """``Q_G x Q_A^T``."""
-    return blocks.multiply(input_, blocks.multiply(output, x).mT).mT
+    return blocks.multiply_right(blocks.multiply(output, x), input_)
 
 
 def _turned(basis: Blocks) -> Blocks:
