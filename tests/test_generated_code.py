@@ -1,7 +1,12 @@
 """What Inductor makes of our graphs: stock code in plain steps, and nothing new in a second process."""
 
+import json
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -40,3 +45,24 @@ def test_a_plain_step_runs_the_code_that_torch_compile_runs():
     assert len(expected) == 2  # forward and backward
     assert generated(ours, loss_of) == expected
     assert generated(factor, loss_of) != expected, "the code of a factor step is another"
+
+
+def cached(folder: Path) -> dict[str, dict[str, int]]:
+    """What the caches do in a new process, by door."""
+    script = Path(__file__).with_name("two_doors.py")
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(folder)}
+    done = subprocess.run(
+        [sys.executable, script], env=environment, capture_output=True, check=True, text=True
+    )
+    return json.loads(done.stdout)
+
+
+@pytest.mark.inductor
+def test_a_second_process_compiles_nothing(tmp_path):
+    first, second = cached(tmp_path), cached(tmp_path)
+    graphs = {"drop-in": 6, "functional": 2}  # forward and backward and update of two kinds; two whole steps
+    for door, expected in graphs.items():
+        assert first[door]["fxgraph_miss"] == second[door]["fxgraph_hit"] == expected
+        assert first[door]["autograd_miss"] == second[door]["autograd_hit"] > 0
+        for result in ("fxgraph_miss", "fxgraph_bypass", "autograd_miss", "autograd_bypass"):
+            assert second[door][result] == 0, f"{door}: {result}"

@@ -30,6 +30,7 @@ from torch._dynamo.source import LocalSource
 from torch._functorch.aot_autograd import aot_export_joint_with_descriptors
 from torch._guards import TracingContext, tracing
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -171,8 +172,11 @@ def without_dynamo(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def fake_mode() -> FakeTensorMode:
-    """A fresh mode under which tensors have shapes and no data."""
-    return FakeTensorMode()
+    """A fresh mode under which tensors have shapes and no data.
+
+    With a ``ShapeEnv``, of which static shapes need nothing: without one Inductor caches no graph.
+    """
+    return FakeTensorMode(shape_env=ShapeEnv())
 
 
 # --- the forward graph becomes a step graph --------------------------------------------------------

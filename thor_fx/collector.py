@@ -14,6 +14,7 @@ estimators make terms of equal weight in every run: all of them count.
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 from torch import Tensor
 
@@ -107,6 +108,8 @@ class Collector:
         version: changes with the coverage.
         rules: which factors to collect.
         generation: how often those have changed.
+        mode: what the model is compiled with, as in ``torch.compile``; the update is, too.
+        options: Inductor settings, likewise.
     """
 
     backend: str
@@ -116,6 +119,8 @@ class Collector:
     version: int = 0
     rules: Rules = field(default_factory=Rules)
     generation: int = 0
+    mode: str | None = None
+    options: Mapping[str, Any] | None = None
 
     _terms: LossTerms = field(default_factory=LossTerms)
     _filled: bool = False

@@ -60,8 +60,8 @@ def compile(
     Args:
         model: any module with trainable parameters.
         backend: ``"inductor"``; or ``"aot_eager"`` or ``"eager"`` to interpret the graphs.
-        mode: as in ``torch.compile``.
-        options: Inductor settings, as in ``torch.compile``.
+        mode: as in ``torch.compile``; the update of :class:`thor_fx.Thor` is compiled with it, too.
+        options: Inductor settings, as in ``torch.compile``, likewise.
         strict: raise a :class:`~thor_fx.CoverageError` in the first factor step where a weight (a
             parameter of two or more axes) would take the first-order rule.
         **kwargs: further arguments of ``torch.compile`` (``fullgraph``, ``dynamic``, ...).
@@ -119,7 +119,7 @@ class _Call:
         strict: bool,
         kwargs: Mapping[str, Any],
     ) -> None:
-        self.collector = Collector(backend)
+        self.collector = Collector(backend, mode=mode, options=options)
         self._model = model
         self._tracing_settings = tracing_settings()
         self._captures_rnn = not any(isinstance(part, nn.RNNBase) for part in model.modules())

@@ -13,7 +13,7 @@ from .factors import Moments, flat_moments
 from .inductor import Compiled, compile_graph
 from .layers import Coverage
 from .transform import State, Transform
-from .update import update_graph
+from .update import fixed_arguments, update_graph
 
 
 class Given(NamedTuple):
@@ -59,6 +59,8 @@ class CompiledUpdate:
         found: the coverage that its state is about.
         params: the parameters, by name.
         backend: compiles the update.
+        mode: as in ``torch.compile``.
+        options: Inductor settings, as in ``torch.compile``.
         state: of the transform.
     """
 
@@ -66,6 +68,8 @@ class CompiledUpdate:
     found: Coverage
     params: Mapping[str, Tensor]
     backend: str
+    mode: str | None = None
+    options: Mapping[str, Any] | None = None
     state: State = None
     _leaves: list[Tensor] = field(default_factory=list)
     _compiled: dict[Any, Compiled] = field(default_factory=dict)
@@ -93,4 +97,5 @@ class CompiledUpdate:
         measured = gradients, moments, terms, scales
         gm = update_graph(self.tx, self.found, self.params, *measured, refreshes=refreshes, compares=compares)
         fakes = [node.meta["val"] for node in gm.graph.find_nodes(op="placeholder")]
-        return without_dynamo(compile_graph(gm, fakes, backend=self.backend))
+        settings: dict[str, Any] = {"backend": self.backend, "mode": self.mode, "options": self.options}
+        return without_dynamo(compile_graph(gm, fakes, fixed=fixed_arguments(gm), **settings))

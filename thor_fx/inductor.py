@@ -5,7 +5,7 @@ The only module that knows ``torch._inductor``. Written for torch 2.11, 2.13 and
 
 import functools
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,6 +13,7 @@ import torch
 from functorch.compile import default_partition, make_boxed_func
 from torch import fx
 from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.source import LocalSource
 from torch._guards import TracingContext, tracing
 from torch._inductor import config as inductor_config
 from torch._inductor import list_mode_options
@@ -43,6 +44,7 @@ def compile_graph(
     backend: str = "inductor",
     mode: str | None = None,
     options: Mapping[str, Any] | None = None,
+    fixed: Collection[fx.Node] = (),
 ) -> Compiled:
     """Compile a flat graph that is not differentiated any further.
 
@@ -52,13 +54,27 @@ def compile_graph(
         backend: ``"inductor"``, or one of the others to interpret the graph as it is.
         mode: as in ``torch.compile``.
         options: Inductor settings, as in ``torch.compile``.
+        fixed: the arguments that are the same tensors in every call. CUDA graphs write into no others, and
+            copy those first.
     """
     if backend != "inductor":
         return gm
     patches = {**(list_mode_options(mode) if mode else {}), **(options or {})}
+    if patches.get("triton.cudagraphs"):
+        _tell_fixed(gm, fixed)
     fake_mode = next(fake.fake_mode for fake in fakes if isinstance(fake, FakeTensor))
     with tracing(TracingContext(fake_mode)), torch.no_grad(), inductor_config.patch(patches):
         return cast(Compiled, compile_fx(gm, list(fakes)))
+
+
+def _tell_fixed(gm: fx.GraphModule, fixed: Collection[fx.Node]) -> None:
+    """Say it as Dynamo says it of the parameters of a module: AOTAutograd asks no other graph."""
+    gm.meta["dynamo_compile_id"] = None
+    gm._param_name_to_source = {}  # type: ignore[assignment]
+    for index, node in enumerate(gm.graph.find_nodes(op="placeholder")):
+        node._dynamo_source = LocalSource(f"argument_{index}")
+        if node in fixed:
+            node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
 
 
 # --- the drop-in door: a pass over AOTAutograd's joint graph -----------------------------------------

@@ -457,7 +457,8 @@ class Thor(torch.optim.Optimizer):
         self._tx = skip_nonfinite(unscale(thor_chain(self._options, self._groups())))
         if self._tx.resolve is not None:
             self._tx = self._tx.resolve(None if self.block_size == "auto" else self.block_size)
-        self._update = CompiledUpdate(self._tx, self._found, self._params, self._backend)
+        mode, options = self._collector.mode, self._collector.options
+        self._update = CompiledUpdate(self._tx, self._found, self._params, self._backend, mode, options)
         self._start()
 
     def _groups(self) -> ParameterGroups:

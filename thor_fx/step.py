@@ -3,7 +3,7 @@
 Loss, gradients, factors, refresh and parameter update are nodes of one ATen graph.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -29,7 +29,7 @@ from .passes import accumulate, canonicalize, emit_factors, outputs, pipeline
 from .passes.layout import Rules
 from .passes.survey import survey
 from .transform import Params, State, Taken, Transform
-from .update import append_update, loss_alone, return_forward
+from .update import append_update, fixed_arguments, loss_alone, return_forward
 
 
 class StepState(NamedTuple):
@@ -123,8 +123,9 @@ class _Compiler:
     mode: str | None
     options: Mapping[str, Any] | None
 
-    def __call__(self, gm: fx.GraphModule, fakes: Sequence[Any]) -> Compiled:
-        return compile_graph(gm, fakes, backend=self.backend, mode=self.mode, options=self.options)
+    def __call__(self, gm: fx.GraphModule, fakes: Sequence[Any], fixed: Collection[fx.Node] = ()) -> Compiled:
+        settings: dict[str, Any] = {"backend": self.backend, "mode": self.mode, "options": self.options}
+        return compile_graph(gm, fakes, fixed=fixed, **settings)
 
 
 @dataclass
@@ -350,7 +351,7 @@ class CompiledStep:
         accumulate(whole)
         return_forward(whole, _forward_outputs(captured))
         fakes = [node.meta["val"] for node in whole.graph.find_nodes(op="placeholder")]
-        return self._compiler(whole, fakes)
+        return self._compiler(whole, fakes, fixed_arguments(whole) if self._donate else ())
 
     def _compile_loss(self, graph: fx.GraphModule) -> Compiled:
         """The forward pass alone: what it changes besides (running statistics) is not written."""

@@ -4,6 +4,7 @@ What it changes is written into the tensors that came in, so nothing is kept twi
 """
 
 import copy
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -22,6 +23,9 @@ from .scaling import SCALES
 from .transform import Signals, Transform, apply_updates
 
 aten = torch.ops.aten
+
+FIXED = "fixed"
+"""In the meta data of an argument: every call gets the same tensor, a parameter or a part of the state."""
 
 
 def append_update(
@@ -69,6 +73,8 @@ def append_update(
         updates, new = tx.update(grads, old, old_params, signals)
         return apply_updates(old_params, updates), new
 
+    for node in (*params.values(), *pytree.tree_leaves(state)):
+        node.meta[FIXED] = True
     out = outputs.output_node(gm.graph)
     new_params, new_state = splice(out.prev, step, *leaves)
     written = mutated | {params[name]: node for name, node in new_params.items()}
@@ -76,6 +82,11 @@ def append_update(
     for target, value in written.items():
         _write(out, target, value)
     gm.recompile()
+
+
+def fixed_arguments(gm: fx.GraphModule) -> set[fx.Node]:
+    """The parameters and the state of a graph with an update: tensors that stay where they are."""
+    return {node for node in gm.graph.find_nodes(op="placeholder") if node.meta.get(FIXED)}
 
 
 def return_forward(gm: fx.GraphModule, results: int) -> None:
@@ -150,13 +161,15 @@ def _add_inputs(
         state = tx.init(fakes, found)
         rates = {name: torch.empty((), dtype=HyperTensors.dtype(fakes)) for name in sorted(tx.schedules)}
         rates = {name: rate.to(some.device) for name, rate in rates.items()}
-    last = gm.graph.find_nodes(op="placeholder")[-1]
+    inputs = gm.graph.find_nodes(op="placeholder")
+    last, position = inputs[-1], itertools.count(len(inputs))
 
     def add(value: Tensor) -> fx.Node:
         nonlocal last
+        index = next(position)
         with gm.graph.inserting_after(last):
-            last = gm.graph.placeholder(f"state_{len(gm.graph.find_nodes(op='placeholder'))}")
-        last.meta = {"val": value, outputs.KEY: Input(len(gm.graph.find_nodes(op="placeholder")) - 1)}
+            last = gm.graph.placeholder(f"state_{index}")
+        last.meta = {"val": value, outputs.KEY: Input(index)}
         return last
 
     return pytree.tree_map(add, state), {name: add(rate) for name, rate in rates.items()}
