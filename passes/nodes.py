@@ -63,6 +63,11 @@ def permutation(node: fx.Node) -> tuple[int, ...]:
     return tuple(order)
 
 
+def is_random(node: fx.Node) -> bool:
+    """Whether a node draws numbers from the global generator."""
+    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+
+
 def use_of(node: fx.Node) -> str:
     """The line of Python that a node comes from: ``model.py:12 in forward: y = self.fc(x)``; or ""."""
     frames = _FRAME.findall(node.meta.get("stack_trace") or "")

@@ -45,7 +45,7 @@ def splice(
 
     mode = operands[0].meta["val"].fake_mode
     with mode, torch.no_grad():
-        values = [_in_mode(mode, node.meta["val"]) for node in operands]
+        values = [in_mode(mode, node.meta["val"]) for node in operands]
         try:
             traced = make_fx(flat, decomposition_table=dict(decompositions or {}))(*values)
         except AssertionError as error:
@@ -56,7 +56,7 @@ def splice(
     return pytree.tree_unflatten(_insert(anchor, traced, operands), structure)
 
 
-def _in_mode(mode: Any, value: Any) -> torch.Tensor:
+def in_mode(mode: Any, value: Any) -> torch.Tensor:
     """The value in the given fake mode; ``make_fx`` on real tensors gives every value its own."""
     if value.fake_mode is mode:
         return value

@@ -14,6 +14,7 @@ ADAPTERS = {
     "thor_fx/capture.py",  # Dynamo, and the export of joint graphs
     "thor_fx/inductor.py",
     "thor_fx/joint_graphs.py",  # AOTAutograd's descriptors
+    "thor_fx/partitioner.py",  # AOTAutograd's min-cut
     "thor_fx/recurrent.py",  # decompositions of recurrent layers
 }
 # Not meant: operators, _foreach_* functions, and _pytree, which torch's own examples import.

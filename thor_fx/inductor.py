@@ -22,6 +22,8 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.decomposition import select_decomp_table
 from torch._subclasses.fake_tensor import FakeTensor
 
+from .passes.splice import Decompositions
+
 Compiled = Callable[..., Sequence[Any]]
 
 BACKENDS = ("inductor", "aot_eager", "eager")
@@ -75,6 +77,12 @@ def _tell_fixed(gm: fx.GraphModule, fixed: Collection[fx.Node]) -> None:
         node._dynamo_source = LocalSource(f"argument_{index}")
         if node in fixed:
             node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
+
+
+def inductor_decompositions() -> Decompositions:
+    """How Inductor takes operators apart before it fuses them."""
+    table: Decompositions = select_decomp_table()
+    return table
 
 
 # --- the drop-in door: a pass over AOTAutograd's joint graph -----------------------------------------

@@ -20,7 +20,7 @@ from .block_size_rule import BlockSizeReport
 from .blocks import BlockSize
 from .capture import Captured, LossCapture, LossFn, Runner
 from .hyper import HyperTensors
-from .inductor import Compiled, check_backend, compile_graph
+from .inductor import Compiled, check_backend, compile_graph, inductor_decompositions
 from .kinds import Kind, kind_of, kinds
 from .layers import Coverage, coverage
 from .metrics import metrics
@@ -28,6 +28,7 @@ from .parameters import check_params, trainable
 from .passes import accumulate, canonicalize, emit_factors, outputs, pipeline
 from .passes.layout import Rules
 from .passes.survey import survey
+from .recompute import recompute
 from .transform import Params, State, Taken, Transform
 from .update import append_update, fixed_arguments, loss_alone, return_forward
 
@@ -126,6 +127,13 @@ class _Compiler:
     def __call__(self, gm: fx.GraphModule, fakes: Sequence[Any], fixed: Collection[fx.Node] = ()) -> Compiled:
         settings: dict[str, Any] = {"backend": self.backend, "mode": self.mode, "options": self.options}
         return compile_graph(gm, fakes, fixed=fixed, **settings)
+
+    @property
+    def recomputes(self) -> list[pipeline.Pass]:
+        """The pass that recomputes activations, where that pays: computing and reading them is one kernel."""
+        if self.backend != "inductor":
+            return []
+        return [partial(recompute, decompositions=inductor_decompositions())]
 
 
 @dataclass
@@ -344,7 +352,7 @@ class CompiledStep:
     def _compile_kind(self, graph: fx.GraphModule, captured: Captured, kind: Kind) -> Compiled:
         assert self.coverage is not None
         measures = [partial(emit_factors, rules=self._tx.rules)] if kind.factors != "plain" else []
-        whole = pipeline.run(graph, measures)
+        whole = pipeline.run(graph, [*measures, *self._compiler.recomputes])
         refreshes: frozenset[str] | None = frozenset() if kind.factors == "measure" else None
         trained = list(_trained(self._params, self.coverage))
         append_update(whole, self._tx, self.coverage, trained, refreshes=refreshes, compares=kind.compares)
