@@ -3,6 +3,7 @@
 The only module that knows ``torch._inductor``. Written for torch 2.11, 2.13 and 2.15.
 """
 
+import copy
 import functools
 import hashlib
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -17,12 +18,15 @@ from torch._dynamo.source import LocalSource
 from torch._guards import TracingContext, tracing
 from torch._inductor import config as inductor_config
 from torch._inductor import list_mode_options
+from torch._inductor.choices import InductorChoices
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.decomposition import select_decomp_table
+from torch._inductor.virtualized import V
 from torch._subclasses.fake_tensor import FakeTensor
 
 from .passes.splice import Decompositions
+from .passes.stitch import BACKWARD, FORWARD, SIDE
 
 Compiled = Callable[..., Sequence[Any]]
 
@@ -65,7 +69,12 @@ def compile_graph(
     if patches.get("triton.cudagraphs"):
         _tell_fixed(gm, fixed)
     fake_mode = next(fake.fake_mode for fake in fakes if isinstance(fake, FakeTensor))
-    with tracing(TracingContext(fake_mode)), torch.no_grad(), inductor_config.patch(patches):
+    with (
+        tracing(TracingContext(fake_mode)),
+        torch.no_grad(),
+        inductor_config.patch(patches),
+        V.set_choices_handler(_halves_apart(V.choices)),
+    ):
         return cast(Compiled, compile_fx(gm, list(fakes)))
 
 
@@ -77,6 +86,31 @@ def _tell_fixed(gm: fx.GraphModule, fixed: Collection[fx.Node]) -> None:
         node._dynamo_source = LocalSource(f"argument_{index}")
         if node in fixed:
             node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
+
+
+# NOTE: [Halves apart] Inductor fuses whatever reads the same buffer. A value that is computed again in
+# backward, or copied to another layout there, reads what forward read: it would be computed in forward's
+# kernel, and kept. So no kernel may span forward and backward where the graph says which is which. The update
+# says nothing, and is free.
+
+
+def _halves_apart(choices: InductorChoices) -> InductorChoices:
+    """The same choices, but for fusions of forward with backward."""
+    result = copy.copy(choices)
+
+    def can_fuse(scheduler: Any, node1: Any, node2: Any, *args: Any, **kwargs: Any) -> bool:
+        sides = {_side(node1), _side(node2)}
+        return sides != {FORWARD, BACKWARD} and choices.can_fuse(scheduler, node1, node2, *args, **kwargs)
+
+    result.can_fuse = can_fuse  # type: ignore[method-assign]
+    return result
+
+
+def _side(node: Any) -> str | None:
+    """The half of a node of Inductor's: backward where any part of it is."""
+    parts = [part.node for part in node.get_nodes()]
+    found = {origin.meta.get(SIDE) for part in parts if part is not None for origin in part.get_origins()}
+    return next((side for side in (BACKWARD, FORWARD) if side in found), None)
 
 
 def inductor_decompositions() -> Decompositions:

@@ -22,7 +22,7 @@ from .passes.nodes import downstream, is_random
 from .passes.outputs import Loss, Mutation, Opaque, Output, OutputDescriptor, Tangent
 from .passes.resample import is_draw
 from .passes.splice import Decompositions, in_mode
-from .passes.stitch import ORIGIN, Halves
+from .passes.stitch import ORIGIN, SIDE, Halves
 
 EFFECTS = {torch.ops.prims._make_token.default, torch.ops.higher_order.with_effects}
 
@@ -60,7 +60,7 @@ def split(gm: fx.GraphModule, decompositions: Decompositions | None = None) -> H
     joint = _named(joint)
     drawn = [node.name for node in joint.graph.nodes if is_random(node)]
     try:
-        halves = min_cut_rematerialization_partition(
+        forward, backward = min_cut_rematerialization_partition(
             joint,
             None,
             num_fwd_outputs=len(early),
@@ -68,7 +68,8 @@ def split(gm: fx.GraphModule, decompositions: Decompositions | None = None) -> H
         )
     except (RuntimeError, AssertionError) as error:
         raise PartitionerFailed(str(error)) from error
-    return Halves(*halves, dict(zip(_names(len(inputs)), inputs, strict=True)), [*early, *late], drawn)
+    origins = dict(zip(_names(len(inputs)), inputs, strict=True))
+    return Halves(forward, backward, origins, [*early, *late], drawn)
 
 
 def _check(gm: fx.GraphModule, node: fx.Node) -> None:
@@ -95,10 +96,10 @@ def _results(gm: fx.GraphModule, start: fx.Node) -> tuple[Results, Results]:
 
 # --- a joint graph that the partitioner can read -----------------------------------------------------
 
-# NOTE: [Draws belong to backward] Cotangents that are drawn, and the copies of the backward below them, depend
-# on no tangent, and no result of forward on them. The partitioner would be free to put a part of them in
-# forward, or in both halves. What is left to its choice are the input sides of factors and the counts: the
-# matrix A may be smaller than the activation that it is made of.
+# NOTE: [Draws belong to backward] Cotangents that are drawn, and the copies of the backward below them,
+# depend on no tangent, and no result of forward on them. The partitioner would be free to put a part of them
+# in forward, or in both halves. What is left to its choice are the input sides of factors and the counts:
+# the matrix A may be smaller than the activation that it is made of.
 
 
 def _lifted(
@@ -114,7 +115,7 @@ def _lifted(
         if node not in env and node.op == "call_function":
             env[node] = graph.node_copy(node, env.__getitem__)
             if is_draw(node):
-                env[node].meta["partitioner_tag"] = "must_be_in_backward"
+                env[node].meta[SIDE] = "must_be_in_backward"
     graph.output(tuple(None if result is None else env[result] for result in results))
     return fx.GraphModule(gm, graph)
 
