@@ -69,6 +69,21 @@ def test_factors_of_a_convolution_take_half_as_much_memory_again_at_most(on_path
     assert factor["mb"] <= 1.5 * plain["mb"]
 
 
+def test_doors_reports_both(tmp_path: Path):
+    file = tmp_path / "out.json"
+    command = [sys.executable, BENCHMARKS / "doors.py", "--model", "tiny", "--backend", "eager"]
+    command += ["--rounds", "1", "--json", file]
+    ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+    doors = json.loads(file.read_text())["models"]["tiny"]
+    assert list(doors) == ["drop-in", "functional"]
+    for door, numbers in doors.items():
+        assert f"| tiny | {door} |" in ran.stdout
+        assert 0 < numbers["plain ms, least"] <= numbers["plain ms"]
+        assert numbers["factor ms"] > 0
+        assert min(numbers["plain MB"], numbers["factor MB"]) >= 0
+
+
 def test_eager_hooks_take_the_same_steps_as_thor(on_path: None):
     from eager_hooks import EagerKfac
     from workloads import Transformer, text
