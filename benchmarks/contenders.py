@@ -1,16 +1,15 @@
 """Ways to train one model, each with the same loop around it."""
 
-import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from eager_hooks import EagerKfac
-from torch import Tensor, nn
-from workloads import Workload
+from from_study import Loop, WithLoss
+from torch import Tensor
+from workloads import Batch, Workload
 
 import thor_fx
 
@@ -25,55 +24,41 @@ class Contender(Protocol):
     """Something that trains.
 
     Attributes:
-        label: its row in the tables.
-        second_order: whether every ``FREQUENCY``-th step is a factor step, the first one included.
+        second_order: whether one step in ``FREQUENCY`` renews curvature.
+        lead: how many steps earlier than step 0, ``FREQUENCY``, ... that is.
     """
 
-    label: str
     second_order: bool
+    lead: int
 
-    def step(self, x: Tensor, y: Tensor, mark: Mark) -> None:
+    def step(self, x: Tensor, y: Tensor, mark: Mark) -> object:
         """Take one step; mark the end of each phase that can be told apart."""
 
 
 @dataclass
-class Loop:
+class Looped:
     """The usual loop; marks the end of forward and backward, and of the update."""
 
-    label: str
-    model: nn.Module
-    optimizer: Any
+    loop: Loop
     second_order: bool
+    lead: int = 0
 
     def step(self, x: Tensor, y: Tensor, mark: Mark) -> None:
-        F.cross_entropy(self.model(x), y).backward()
-        mark()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        mark()
+        self.loop.step(x, y, 1.0, mark)
 
 
 class Functional:
     """The functional door: one graph, so one mark."""
 
-    second_order = True
+    second_order, lead = True, 0
 
     def __init__(
-        self,
-        label: str,
-        model: nn.Module,
-        batch: tuple[Tensor, Tensor],
-        backend: str,
-        settings: Mapping[str, Any] = MappingProxyType({}),
+        self, model: WithLoss, batch: Batch, backend: str, settings: Mapping[str, Any] = MappingProxyType({})
     ) -> None:
         def loss_fn(params: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
-            return F.cross_entropy(torch.func.functional_call(model, params, (x,)), y)
+            return torch.func.functional_call(model, params, (x, y))
 
-        self.label = label
-        tx = thor_fx.thor(
-            LR, **{"damping": DAMPING, "momentum": MOMENTUM, "frequency": FREQUENCY, **settings}
-        )
-        self._step = thor_fx.compile_step(loss_fn, tx, backend=backend)
+        self._step = thor_fx.compile_step(loss_fn, transform(settings), backend=backend)
         self._params: Any = dict(model.named_parameters())
         self._state = self._step.init(self._params, *batch)
 
@@ -82,17 +67,85 @@ class Functional:
         mark()
 
 
-def contenders(workload: Workload, batch: tuple[Tensor, Tensor], backend: str) -> list[Contender]:
-    """All contenders, each with its own copy of the same model; the first is what others are compared to."""
-    model = workload.build().to(batch[0].device)
-    return [
-        adamw(copy.deepcopy(model), backend),
-        sgd(copy.deepcopy(model), backend),
-        eager_hooks(copy.deepcopy(model), workload.terms),
-        drop_in(copy.deepcopy(model), backend),
-        Functional("thor_fx, functional", copy.deepcopy(model), batch, backend),
-    ]
+def transform(settings: Mapping[str, Any]) -> thor_fx.Transform:
+    """What a functional contender trains with; a preset has values of its own."""
+    ours = {} if "preset" in settings else {"damping": DAMPING, "momentum": MOMENTUM, "frequency": FREQUENCY}
+    return thor_fx.thor(LR, **{**ours, **settings})
 
+
+@dataclass(frozen=True)
+class Entrant:
+    """A row of the tables.
+
+    Attributes:
+        label: of the row.
+        group: by which rows are chosen.
+        enter: make the contender: ``(model, workload, batch, backend)``; it may change the model.
+        absent: why the row has no numbers for a workload; None: it has.
+        settings: of :func:`thor_fx.thor`; None: somebody else's optimizer.
+    """
+
+    label: str
+    group: str
+    enter: Callable[[WithLoss, Workload, Batch, str], Contender]
+    absent: Callable[[Workload], str | None] = lambda workload: None
+    settings: Mapping[str, Any] | None = None
+
+
+def adamw(model: WithLoss, workload: Workload, batch: Batch, backend: str) -> Contender:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, fused=True)
+    return Looped(Loop(torch.compile(model, backend=backend), [optimizer]), second_order=False)
+
+
+def sgd(model: WithLoss, workload: Workload, batch: Batch, backend: str) -> Contender:
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR, momentum=MOMENTUM, fused=True)
+    return Looped(Loop(torch.compile(model, backend=backend), [optimizer]), second_order=False)
+
+
+def eager_hooks(model: WithLoss, workload: Workload, batch: Batch, backend: str) -> Contender:
+    optimizer = EagerKfac(model, LR, DAMPING, MOMENTUM, terms=workload.terms, frequency=FREQUENCY)
+    return Looped(Loop(model, [optimizer]), second_order=True)
+
+
+def not_by_hand(workload: Workload) -> str | None:
+    return None if workload.by_hand else "not written for this model"
+
+
+def drop_in(model: WithLoss, workload: Workload, batch: Batch, backend: str) -> Contender:
+    compiled = thor_fx.compile(model, backend=backend)
+    optimizer = thor_fx.Thor(compiled, LR, DAMPING, MOMENTUM, frequency=FREQUENCY)
+    return Looped(Loop(compiled, [optimizer]), second_order=True)
+
+
+def functional(label: str, group: str, settings: Mapping[str, Any]) -> Entrant:
+    """An entrant through the functional door."""
+
+    def make(model: WithLoss, workload: Workload, batch: Batch, backend: str) -> Contender:
+        return Functional(model, batch, backend, settings)
+
+    return Entrant(label, group, make, settings=settings)
+
+
+ADAMW, SGD = "torch.compile + fused AdamW", "torch.compile + fused SGD-momentum"
+HOOKS, DROP_IN, FUNCTIONAL = "eager K-FAC by hooks", "thor_fx, drop-in", "thor_fx, functional"
+EVERY_STEP, EVA = "thor_fx, factors every step", 'thor_fx, inverse="eva"'
+RECOMMENDED = 'thor_fx, preset="recommended"'
+
+BASELINE = Entrant(ADAMW, "baseline", adamw)
+
+OURS = (
+    BASELINE,
+    Entrant(SGD, "baseline", sgd),
+    Entrant(HOOKS, "hooks", eager_hooks, not_by_hand),
+    Entrant(DROP_IN, "ours", drop_in, settings={}),
+    functional(FUNCTIONAL, "ours", {}),
+    functional(
+        EVERY_STEP, "variants", {"frequency": 1, "factor_decay": 0.9, "refresh": thor_fx.Every(FREQUENCY)}
+    ),
+    functional(EVA, "variants", {"frequency": 1, "inverse": "eva"}),
+    functional(RECOMMENDED, "variants", {"preset": "recommended"}),
+)
+"""The baselines, the hooks, and thor_fx."""
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "the defaults": {},
@@ -128,33 +181,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 """Settings of :func:`thor_fx.thor`, each changed alone."""
 
-
-def option_contenders(workload: Workload, batch: tuple[Tensor, Tensor], backend: str) -> list[Contender]:
-    """AdamW, then the functional door with one option changed at a time, on copies of the same model."""
-    model = workload.build().to(batch[0].device)
-    ours = [
-        Functional(label, copy.deepcopy(model), batch, backend, settings)
-        for label, settings in OPTIONS.items()
-    ]
-    return [adamw(copy.deepcopy(model), backend), *ours]
-
-
-def adamw(model: nn.Module, backend: str) -> Loop:
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, fused=True)
-    return Loop("torch.compile + fused AdamW", torch.compile(model, backend=backend), optimizer, False)
-
-
-def sgd(model: nn.Module, backend: str) -> Loop:
-    optimizer = torch.optim.SGD(model.parameters(), lr=LR, momentum=MOMENTUM, fused=True)
-    return Loop("torch.compile + fused SGD-momentum", torch.compile(model, backend=backend), optimizer, False)
-
-
-def eager_hooks(model: nn.Module, terms: int) -> Loop:
-    optimizer = EagerKfac(model, LR, DAMPING, MOMENTUM, terms=terms, frequency=FREQUENCY)
-    return Loop("eager K-FAC by hooks", model, optimizer, True)
-
-
-def drop_in(model: nn.Module, backend: str) -> Loop:
-    compiled = thor_fx.compile(model, backend=backend)
-    optimizer = thor_fx.Thor(compiled, LR, DAMPING, MOMENTUM, frequency=FREQUENCY)
-    return Loop("thor_fx, drop-in", compiled, optimizer, True)
+WITH_OPTIONS = (
+    BASELINE,
+    *(functional(label, "options", settings) for label, settings in OPTIONS.items()),
+)
+"""AdamW, then the functional door with one option changed at a time."""

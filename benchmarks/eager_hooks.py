@@ -42,6 +42,7 @@ class EagerKfac:
     ) -> None:
         self._lr, self._damping, self._momentum = lr, damping, momentum
         self._terms, self._frequency, self._block_size = terms, frequency, block_size
+        self.param_groups: list[dict[str, Any]] = []  # nobody schedules its rates
         self._params = list(model.parameters())
         self._moving = [torch.zeros_like(p) for p in self._params]
         self._linears = [m for m in model.modules() if isinstance(m, nn.Linear)]

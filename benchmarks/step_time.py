@@ -4,27 +4,35 @@
 
 A round gives every contender ten steps in a row, in an order that changes from round to round, so that
 whatever else the machine does hits all alike. The first step of the ten is not counted (caches are
-another contender's); one of the rest is a factor step.
+another contender's); one of the rest is a factor step. Rounds end after ``--rounds`` or ``--seconds``.
 """
 
 import argparse
+import copy
 import datetime
 import os
 import platform
 import sys
 import time
-from collections.abc import Sequence
+import traceback
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
 
 import torch
-from contenders import FREQUENCY, Contender, contenders, option_contenders
+from contenders import FREQUENCY, OURS, WITH_OPTIONS, Contender, Entrant
+from floors import floors, rates
+from from_study import WithLoss, classifier
+from peers import PEERS
 from tables import Report, Timing, as_json, markdown, save, summarise
-from torch import Tensor
-from workloads import WORKLOADS
+from workloads import WORKLOADS, Batch, Workload
 
 HERE = Path(__file__).parent
+DEFAULT = ("mlp", "cnn", "transformer")
 FACTOR_STEP = FREQUENCY // 2  # its place in a round
+FEWEST = 2  # rounds
+GROUPS = tuple(dict.fromkeys(entrant.group for entrant in (*OURS, *PEERS)))
 BACKENDS = ("inductor", "aot_eager", "eager")
 
 
@@ -55,7 +63,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     settings = parse(arguments)
     if settings.threads:
         torch.set_num_threads(settings.threads)
-    names = settings.model or ["mlp", "transformer"]
+    torch.set_float32_matmul_precision(settings.precision)
+    names = settings.model or DEFAULT
     ending = "-options" if settings.options else ""
     reports = {f"{name}{ending}": report(name, settings) for name in names}
     for each in reports.values():
@@ -69,58 +78,111 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
     parser.add_argument(
-        "--model", action="append", choices=WORKLOADS, help="may be repeated; mlp and transformer"
+        "--model", action="append", choices=WORKLOADS, help=f"may be repeated; {', '.join(DEFAULT)}"
     )
+    parser.add_argument("--group", action="append", choices=GROUPS, help="of rows; may be repeated; all")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--threads", type=int, help="of torch; its own default")
     parser.add_argument("--rounds", type=int, default=30, help="of ten steps per contender")
-    parser.add_argument("--quick", action="store_true", help="three rounds: to see that it works")
+    parser.add_argument("--seconds", type=float, default=60, help="after which no round begins, per model")
+    parser.add_argument("--precision", default="highest", choices=("highest", "high"), help="of products")
+    parser.add_argument("--quick", action="store_true", help="two rounds: to see that it works")
     parser.add_argument("--backend", default="inductor", choices=BACKENDS, help="for all that is compiled")
     parser.add_argument("--options", action="store_true", help="what every option of thor_fx.thor costs")
     parser.add_argument("--json", type=Path, help="write the numbers there, and nothing under results/")
     settings = parser.parse_args(arguments)
     if settings.quick:
-        settings.rounds = 3
+        settings.rounds = FEWEST
     return settings
 
 
 def report(name: str, settings: argparse.Namespace) -> Report:
     """Time all contenders on one workload."""
     torch.manual_seed(0)
-    workload = WORKLOADS[name]
+    workload, device = WORKLOADS[name], torch.device(settings.device)
     before = os.getloadavg()[0]
-    x, y = (part.to(settings.device) for part in workload.batch())
-    enter = option_contenders if settings.options else contenders
-    rows = summarise(measure(enter(workload, (x, y), settings.backend), (x, y), settings.rounds))
+    x, y = (part.to(device) for part in workload.batch())
+    speed = rates(device, scale=16 if settings.quick else 1)
+    entered = started(chosen(settings), workload, (x, y), settings.backend)
+    contenders = {label: entry for label, entry in entered.items() if not isinstance(entry, str)}
+    timings = measure(contenders, (x, y), settings.rounds, settings.seconds)
+    rows = summarise(timings, {label: why for label, why in entered.items() if isinstance(why, str)})
+    rows = {label: rows[label] for label in entered}
     return {
         "title": f"{name}: {workload.title}",
-        "machine": machine(torch.device(settings.device), before),
-        "settings": {"device": settings.device, "backend": settings.backend, "rounds": settings.rounds},
+        "machine": machine(device, before),
+        "settings": {
+            "device": settings.device,
+            "backend": settings.backend,
+            "precision": settings.precision,
+            "rounds": len(next(iter(timings.values()))) // (FREQUENCY - 1),
+        },
+        "rates": asdict(speed),
         "rows": rows,
+        "floors": floors(workload, (x, y), rows, speed),
     }
 
 
-def measure(
-    entered: Sequence[Contender], batch: tuple[Tensor, Tensor], rounds: int
-) -> dict[str, list[Timing]]:
-    """The counted steps of every contender."""
-    timings: dict[str, list[Timing]] = {contender.label: [] for contender in entered}
-    for contender in entered:
+def chosen(settings: argparse.Namespace) -> list[Entrant]:
+    """Who takes part; AdamW always does."""
+    if settings.options:
+        return list(WITH_OPTIONS)
+    groups = {"baseline", *(settings.group or GROUPS)}
+    return [entrant for entrant in (*OURS, *PEERS) if entrant.group in groups]
+
+
+def started(
+    entrants: Sequence[Entrant], workload: Workload, batch: Batch, backend: str
+) -> dict[str, Contender | str]:
+    """All that run, compiled, each with its own copy of one model; or why they do not."""
+    model = classifier(workload.build()).to(batch[0].device)
+    return {
+        entrant.label: start(entrant, copy.deepcopy(model), workload, batch, backend) for entrant in entrants
+    }
+
+
+def start(
+    entrant: Entrant, model: WithLoss, workload: Workload, batch: Batch, backend: str
+) -> Contender | str:
+    """One contender, or why there is none; an error of ours is raised, one of a peer's is its row."""
+    if why := entrant.absent(workload):
+        return why
+    say(f"compiling {entrant.label}")
+    try:
+        contender = entrant.enter(model, workload, batch, backend)
         warm_up(contender, batch)
-    for number in range(rounds):
-        for contender in rotated(entered, number):
-            timings[contender.label] += run_round(contender, batch)
-    return timings
+    except torch.OutOfMemoryError:
+        return "out of memory"
+    except Exception as error:
+        if entrant.group != "peers":
+            raise
+        traceback.print_exc()
+        return f"failed: {type(error).__name__}"
+    return contender
 
 
-def warm_up(contender: Contender, batch: tuple[Tensor, Tensor]) -> None:
+def warm_up(contender: Contender, batch: Batch) -> None:
     """Compile both kinds of step, and stop where a round starts."""
-    say(f"compiling {contender.label}")
-    for _ in range(FREQUENCY + FREQUENCY - FACTOR_STEP):
+    for _ in range(FREQUENCY + FREQUENCY - FACTOR_STEP - contender.lead):
         contender.step(*batch, mark=lambda: None)
 
 
-def run_round(contender: Contender, batch: tuple[Tensor, Tensor]) -> list[Timing]:
+def measure(
+    contenders: Mapping[str, Contender], batch: Batch, rounds: int, limit: float
+) -> dict[str, list[Timing]]:
+    """The counted steps of every contender."""
+    timings: dict[str, list[Timing]] = {label: [] for label in contenders}
+    start = time.perf_counter()
+    for number in range(rounds):
+        if number >= FEWEST and time.perf_counter() - start > limit:
+            break
+        say(f"round {number + 1} of {rounds}")
+        for label in rotated(list(contenders), number):
+            timings[label] += run_round(contenders[label], batch)
+    return timings
+
+
+def run_round(contender: Contender, batch: Batch) -> list[Timing]:
     watches = [timed_step(contender, batch) for _ in range(FREQUENCY)]
     return [
         Timing(contender.second_order and i == FACTOR_STEP, watch.laps())
@@ -129,16 +191,16 @@ def run_round(contender: Contender, batch: tuple[Tensor, Tensor]) -> list[Timing
     ]
 
 
-def timed_step(contender: Contender, batch: tuple[Tensor, Tensor]) -> Watch:
+def timed_step(contender: Contender, batch: Batch) -> Watch:
     watch = Watch(batch[0].device)
     watch.mark()
     contender.step(*batch, mark=watch.mark)
     return watch
 
 
-def rotated(entered: Sequence[Contender], number: int) -> list[Contender]:
-    start = number % len(entered)
-    return [*entered[start:], *entered[:start]]
+def rotated(labels: Sequence[str], number: int) -> list[str]:
+    start = number % len(labels)
+    return [*labels[start:], *labels[:start]]
 
 
 def machine(device: torch.device, load: float) -> dict[str, str]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median, quantiles
+from types import MappingProxyType
 from typing import Any
 
 FREQUENCIES = (1, 10, 100)
@@ -21,16 +22,22 @@ class Timing:
 
 
 Report = dict[str, Any]
-"""``title``, ``machine``, ``settings``, and ``rows``: numbers by contender, the baseline first."""
+"""What was measured on one workload.
+
+``title``, ``machine``, ``settings``; ``rows``: numbers by contender, the baseline first, or ``absent``, why
+there are none; ``rates`` of the machine, and ``floors``, extra work beside the least time that it can take.
+"""
 
 
-def summarise(timings: Mapping[str, Sequence[Timing]]) -> dict[str, dict[str, Any]]:
-    """Numbers by contender, the first one being what ratios are to."""
+def summarise(
+    timings: Mapping[str, Sequence[Timing]], absent: Mapping[str, str] = MappingProxyType({})
+) -> dict[str, dict[str, Any]]:
+    """Numbers by contender, the first one being what ratios are to; then those that are absent, and why."""
     rows = {label: _row(steps) for label, steps in timings.items()}
     first = next(iter(rows.values()))
     for row in rows.values():
         row["ratio_to_first"] = _ratios_to(first, row)
-    return rows
+    return rows | {label: {"absent": why} for label, why in absent.items()}
 
 
 def _ratios_to(first: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, float]:
@@ -73,29 +80,50 @@ def _amortised(row: Mapping[str, Any], frequency: int) -> float:
 
 def markdown(report: Report) -> str:
     """The tables of one report."""
-    rows = report["rows"]
+    rows = {label: row for label, row in report["rows"].items() if "absent" not in row}
+    absent = [[label, row["absent"]] for label, row in report["rows"].items() if "absent" in row]
     first = next(iter(rows))
     heads = [f"frequency {n}" for n in FREQUENCIES]
     steps = [[label, *_times(row)] for label, row in rows.items()]
+    steps += [[label, why, *["-"] * 4] for label, why in absent]
     ratios = [[label, *(f"{x:.2f}" for x in row["ratio_to_first"].values())] for label, row in rows.items()]
     phases = [[label, *_phases(row)] for label, row in rows.items()]
     parts = [
         f"**{report['title']}**",
-        _sentence(report),
+        sentence(report),
         "One step in ms: median (minimum; interquartile range). At frequency N: amortised over N steps.",
-        _table(["", "plain step", "factor step, with refresh", *heads], steps),
+        table(["", "plain step", "factor step, with refresh", *heads], steps),
         f"Times {first}:",
-        _table(["", "plain step", "plain step, of minima", *heads], ratios),
+        table(["", "plain step", "plain step, of minima", *heads], ratios),
         "Where a step goes, medians in ms. *Factors* and *refresh* are differences of their neighbours.",
-        _table(
+        table(
             ["", "forward + backward", "with factors", "*factors*", "update", "with refresh", "*refresh*"],
             phases,
         ),
+        *_floors(report),
     ]
     return "\n\n".join(parts) + "\n"
 
 
-def _sentence(report: Report) -> str:
+def _floors(report: Report) -> list[str]:
+    if not report.get("floors"):
+        return []
+    rates, lines = report["rates"], report["floors"]
+    head = ["", "work", "GFLOP", "MB", "floor ms", "measured ms", "share of the floor's rate"]
+    return [
+        f"Extra work beside its floor: the least time at {rates['flops'] / 1e9:.1f} GFLOP/s (a large matrix "
+        f"product) and {rates['bytes'] / 1e9:.1f} GB/s (a large copy), both measured in this run.",
+        table(head, [_floor(line) for line in lines], texts=2),
+    ]
+
+
+def _floor(line: Mapping[str, Any]) -> list[str]:
+    share = "-" if line["share"] is None else f"{line['share']:.0%}"
+    sizes = [f"{line[key] / unit:.3g}" for key, unit in (("flops", 1e9), ("bytes", 1e6))]
+    return [line["contender"], line["work"], *sizes, f"{line['floor_ms']:.2f}", f"{line['ms']:.2f}", share]
+
+
+def sentence(report: Report) -> str:
     machine, settings = report["machine"], report["settings"]
     facts = [f"{key} {value}" for key, value in {**machine, **settings}.items()]
     return "; ".join(facts) + "."
@@ -108,7 +136,7 @@ def _times(row: Mapping[str, Any]) -> list[str]:
 
 def _phases(row: Mapping[str, Any]) -> list[str]:
     if row[PHASES[0]] is None:
-        return ["one graph", *["-"] * 5]
+        return ["one piece", *["-"] * 5]
     cells = []
     for plain, other in (PHASES[:2], PHASES[2:]):
         cells += [_median(row[plain]), _median(row[other]), _difference(row[plain], row[other])]
@@ -127,8 +155,9 @@ def _difference(plain: Mapping[str, float], other: Mapping[str, float] | None) -
     return "-" if other is None else f"{other['median'] - plain['median']:.2f}"
 
 
-def _table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
-    rule = ["---", *["---:"] * (len(head) - 1)]
+def table(head: Sequence[str], body: Sequence[Sequence[str]], texts: int = 1) -> str:
+    """A table, the first ``texts`` columns of words and the rest of numbers."""
+    rule = ["---"] * texts + ["---:"] * (len(head) - texts)
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, rule, *body))
 
 

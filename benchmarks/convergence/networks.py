@@ -57,9 +57,11 @@ class ConvNet(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, width: int, heads: int) -> None:
+    """Self-attention and a perceptron, each behind a norm and beside an identity."""
+
+    def __init__(self, width: int, heads: int, *, causal: bool = True) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.causal = heads, causal
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
@@ -67,19 +69,26 @@ class Block(nn.Module):
     def forward(self, x_NTD: Tensor) -> Tensor:
         split = self.qkv(self.norm1(x_NTD)).unflatten(-1, (3, self.heads, -1))  # (N, T, 3, heads, D / heads)
         q, k, v = split.permute(2, 0, 3, 1, 4)  # each (N, heads, T, D / heads)
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
         x_NTD = x_NTD + self.out(mixed.transpose(1, 2).flatten(2))
         return x_NTD + self.mlp(self.norm2(x_NTD))
 
 
 class Gpt(nn.Module):
-    """A decoder in GPT's form and with its initial values; logits of all positions, (N T, symbols)."""
+    """A decoder in GPT's form and with its initial values; logits of all positions, (N T, symbols).
 
-    def __init__(self, symbols: int, length: int, width: int, layers: int, heads: int) -> None:
+    ``tied``: the head is the table of tokens, as in GPT-2.
+    """
+
+    def __init__(
+        self, symbols: int, length: int, width: int, layers: int, heads: int, *, tied: bool = False
+    ) -> None:
         super().__init__()
         self.tokens, self.positions = nn.Embedding(symbols, width), nn.Embedding(length, width)
         self.blocks = nn.Sequential(*(Block(width, heads) for _ in range(layers)))
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, symbols, bias=False)
+        if tied:
+            self.head.weight = self.tokens.weight
         self.apply(small_normal)
 
     def forward(self, tokens_NT: Tensor) -> Tensor:

@@ -11,16 +11,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from loops import Contender, Loop, Settings
+from loops import Contender, Loop, Settings, Trained
 from networks import WithLoss
 from ours import RECOMMENDED, THOR, thor
 from search import Space
-from tasks import Task
 from torch import nn
 
 INTERVAL = 10  # steps between renewals of curvature, wherever an optimizer has such an interval
 
-Make = Callable[[WithLoss, Task, Settings, str], Contender]
+Make = Callable[[WithLoss, Trained, Settings, str], Contender]
 """``(model, task, settings, backend)``; trains the model's own parameters."""
 
 
@@ -38,17 +37,17 @@ class Entry:
         return all(importlib.util.find_spec(name) is not None for name in self.needs)
 
 
-def sgd(model: WithLoss, task: Task, settings: Settings, backend: str) -> Contender:
+def sgd(model: WithLoss, task: Trained, settings: Settings, backend: str) -> Contender:
     optimizer = torch.optim.SGD(model.parameters(), fused=True, **settings)
     return Loop(torch.compile(model, backend=backend), [optimizer])
 
 
-def adamw(model: WithLoss, task: Task, settings: Settings, backend: str) -> Contender:
+def adamw(model: WithLoss, task: Trained, settings: Settings, backend: str) -> Contender:
     optimizer = torch.optim.AdamW(model.parameters(), fused=True, **settings)
     return Loop(torch.compile(model, backend=backend), [optimizer])
 
 
-def muon(model: WithLoss, task: Task, settings: Settings, backend: str) -> Contender:
+def muon(model: WithLoss, task: Trained, settings: Settings, backend: str) -> Contender:
     """Muon for hidden weights, of convolutions too; AdamW for embeddings, the last layer and vectors."""
     named = dict(model.named_parameters())
     hidden = {n: p for n, p in named.items() if p.ndim >= 2 and n not in task.first_order}
@@ -78,14 +77,14 @@ class Matrices(torch.optim.Muon):
             weight.grad = None
 
 
-def soap(model: WithLoss, task: Task, settings: Settings, backend: str) -> Contender:
+def soap(model: WithLoss, task: Trained, settings: Settings, backend: str) -> Contender:
     from soap import SOAP
 
     optimizer = SOAP(model.parameters(), **settings)
     return Loop(torch.compile(model, backend=backend), [optimizer], period=settings["precondition_frequency"])
 
 
-def shampoo(model: WithLoss, task: Task, settings: Settings, backend: str) -> Contender:
+def shampoo(model: WithLoss, task: Trained, settings: Settings, backend: str) -> Contender:
     """Distributed Shampoo in the form its README gives for users of AdamW: grafted onto Adam."""
     from distributed_shampoo import AdamPreconditionerConfig, DistributedShampoo
 
@@ -120,7 +119,7 @@ class Kfac(Loop):
         super().update(rate)
 
 
-def kfac(model: WithLoss, task: Task, settings: Settings, backend: str) -> Contender:
+def kfac(model: WithLoss, task: Trained, settings: Settings, backend: str) -> Contender:
     return Kfac(model, settings)
 
 

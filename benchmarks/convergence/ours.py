@@ -8,10 +8,9 @@ no layer, as a part of ``lr``. With it, what Muon leaves to AdamW is left to Ada
 from functools import partial
 
 import torch
-from loops import Contender, Loop, Settings
+from loops import Contender, Loop, Settings, Trained
 from networks import WithLoss
 from search import Space
-from tasks import Task
 from torch import Tensor
 
 import thor_fx
@@ -60,7 +59,7 @@ class Functional:
         return out.loss
 
 
-def thor(model: WithLoss, task: Task, settings: Settings, backend: str) -> Contender:
+def thor(model: WithLoss, task: Trained, settings: Settings, backend: str) -> Contender:
     door = settings.pop("door")
     if "others" in settings:
         settings["fallback_lr"] = settings.pop("others") * settings["lr"]

@@ -1,0 +1,186 @@
+"""The least time that the extra work of a second-order step can take on this machine.
+
+A floor is the larger of two times: the floating-point operations over the rate of one large matrix product,
+and the bytes that have to be read and written once over the rate of a large copy. Both rates are measured
+in the same run, with its threads. What fits into a cache can be read faster than that.
+
+==========  ==================================================  ========================================
+work        operations                                          bytes
+==========  ==================================================  ========================================
+factors     of the graph with factors, beyond those of the      activations and cotangents read, factors
+            graph without                                       written
+refresh     of the inversions                                   factors read, inverses written
+update      of preconditioning                                  parameters and momentum read and written,
+                                                                gradients and inverses read; for AdamW two
+                                                                moments in place of the momentum
+==========  ==================================================  ========================================
+"""
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from contenders import ADAMW, DROP_IN, EVERY_STEP, FUNCTIONAL, SGD, transform
+from from_study import WithLoss, classifier
+from torch import Tensor
+from workloads import Batch, Workload
+
+import thor_fx
+from thor_fx.flops import count_flops
+from thor_fx.inverses import METHODS
+from thor_fx.passes import emit_factors, run
+
+Rows = Mapping[str, Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Work:
+    """Something to compute: floating-point operations, and bytes that move."""
+
+    flops: int
+    bytes: int
+
+    def __add__(self, other: "Work") -> "Work":
+        return Work(self.flops + other.flops, self.bytes + other.bytes)
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What the machine does in a second: operations of a matrix product, bytes of a copy."""
+
+    flops: float
+    bytes: float
+
+    def floor(self, work: Work) -> float:
+        """The least ms that ``work`` takes."""
+        return 1e3 * max(work.flops / self.flops, work.bytes / self.bytes)
+
+
+# --- this machine ----------------------------------------------------------------------------------
+
+
+def rates(device: torch.device, scale: int = 1) -> Rates:
+    """Measure both rates; the best of several, each over some milliseconds or more.
+
+    ``scale`` divides the sizes.
+    """
+    side, numbers = (8192, 2**28) if device.type == "cuda" else (1536, 2**25)
+    side, numbers = max(8, side // scale), max(64, numbers // scale)
+    a, b, c = (torch.randn(side, side, device=device) for _ in range(3))
+    source, target = (torch.zeros(numbers, device=device) for _ in range(2))
+    product = best_seconds(lambda: torch.mm(a, b, out=c), device)
+    copying = best_seconds(lambda: target.copy_(source), device)
+    return Rates(2 * side**3 / product, 2 * source.nbytes / copying)
+
+
+def best_seconds(function: Callable[[], object], device: torch.device, repeats: int = 7) -> float:
+    function()
+    return min(seconds(function, device) for _ in range(repeats))
+
+
+def seconds(function: Callable[[], object], device: torch.device) -> float:
+    wait = torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
+    wait()
+    start = time.perf_counter()
+    function()
+    wait()
+    return time.perf_counter() - start
+
+
+# --- the work --------------------------------------------------------------------------------------
+
+
+def count(model: WithLoss, batch: Batch, settings: Mapping[str, Any]) -> dict[str, Work]:
+    """What training with ``settings`` of :func:`thor_fx.thor` adds, by the work's name."""
+
+    def loss_fn(params: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+        return torch.func.functional_call(model, params, (x, y))
+
+    tx = transform(settings)
+    params = dict(model.named_parameters())
+    report = thor_fx.explain(loss_fn, params, *batch, tx=tx)
+    measured = run(report.step, [partial(emit_factors, rules=tx.rules)])
+    layers = report.coverage.layers.values()
+    inversion = sum(METHODS[tx.inverse].work(layer, tx.rules.block_size).refresh_flops for layer in layers)
+    factors, inverses = report.cost.factor_bytes, report.cost.state_bytes
+    size = bytes_of(params.values())
+    return {
+        "factors": Work(count_flops(measured) - report.plain_flops, _rows_read(report) + factors),
+        "refresh": Work(inversion, factors + inverses),
+        "update": Work(report.cost.step_flops, 5 * size + inverses),
+    }
+
+
+def _rows_read(report: thor_fx.Report) -> int:
+    """The bytes of all activations and cotangents, each read once."""
+    operands = [o for site in report.sites for o in (site.activation, site.cotangent)]
+    nodes = dict.fromkeys(node for operand in operands for node in operand.nodes)
+    return bytes_of(node.meta["val"] for node in nodes)
+
+
+def bytes_of(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+# --- against what was measured -----------------------------------------------------------------------
+
+Span = tuple[str, str]
+"""A row, and one of its times."""
+
+
+@dataclass(frozen=True)
+class Extra:
+    """Extra work that was measured: the parts of it, and the two times whose difference it took."""
+
+    contender: str
+    parts: tuple[str, ...]
+    longer: Span
+    shorter: Span | None
+
+
+EXTRA = (
+    Extra(ADAMW, ("AdamW's update",), (ADAMW, "update_plain"), None),
+    Extra(SGD, ("SGD's update",), (SGD, "update_plain"), None),
+    Extra(DROP_IN, ("update",), (DROP_IN, "update_plain"), None),
+    Extra(DROP_IN, ("factors",), (DROP_IN, "forward_backward_factor"), (DROP_IN, "forward_backward_plain")),
+    Extra(DROP_IN, ("refresh",), (DROP_IN, "update_refresh"), (DROP_IN, "update_plain")),
+    Extra(DROP_IN, ("factors", "refresh"), (DROP_IN, "factor_step"), (DROP_IN, "plain_step")),
+    Extra(FUNCTIONAL, ("factors", "refresh"), (FUNCTIONAL, "factor_step"), (FUNCTIONAL, "plain_step")),
+    Extra(EVERY_STEP, ("factors",), (EVERY_STEP, "plain_step"), (FUNCTIONAL, "plain_step")),
+    Extra(EVERY_STEP, ("refresh",), (EVERY_STEP, "factor_step"), (EVERY_STEP, "plain_step")),
+)
+
+
+def floors(workload: Workload, batch: Batch, rows: Rows, machine: Rates) -> list[dict[str, Any]]:
+    """Every piece of extra work that was measured, beside its floor.
+
+    Returns:
+        Dictionaries of ``contender``, ``work``, ``flops``, ``bytes``, ``floor_ms``, ``ms`` and ``share``, the
+        part of the floor's rate that was reached; None where the difference of the times is not above zero.
+    """
+    model = classifier(workload.build()).to(batch[0].device)
+    size = bytes_of(model.parameters())
+    works = {"AdamW's update": Work(0, 7 * size), "SGD's update": Work(0, 5 * size)}
+    works |= count(model, batch, {})
+    return [_line(extra, works, rows, machine) for extra in EXTRA if _measured(extra, rows)]
+
+
+def _measured(extra: Extra, rows: Rows) -> bool:
+    return all(_median(rows, span) is not None for span in (extra.longer, extra.shorter) if span)
+
+
+def _median(rows: Rows, span: Span) -> float | None:
+    label, phase = span
+    time_of = rows.get(label, {}).get(phase)
+    return time_of["median"] if time_of else None
+
+
+def _line(extra: Extra, works: Mapping[str, Work], rows: Rows, machine: Rates) -> dict[str, Any]:
+    work = sum((works[part] for part in extra.parts), start=Work(0, 0))
+    ms = _median(rows, extra.longer) - (_median(rows, extra.shorter) if extra.shorter else 0.0)
+    least = machine.floor(work)
+    facts = {"contender": extra.contender, "work": " + ".join(extra.parts), **asdict(work)}
+    return {**facts, "floor_ms": least, "ms": ms, "share": least / ms if ms > 0 else None}
