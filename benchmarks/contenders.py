@@ -48,7 +48,7 @@ class Looped:
 
 
 class Functional:
-    """The functional door: one graph, so one mark."""
+    """The functional door: one graph, so one mark. ``params`` are what it trains."""
 
     second_order, lead = True, 0
 
@@ -59,11 +59,11 @@ class Functional:
             return torch.func.functional_call(model, params, (x, y))
 
         self._step = thor_fx.compile_step(loss_fn, transform(settings), backend=backend)
-        self._params: Any = dict(model.named_parameters())
-        self._state = self._step.init(self._params, *batch)
+        self.params: Any = dict(model.named_parameters())
+        self._state = self._step.init(self.params, *batch)
 
     def step(self, x: Tensor, y: Tensor, mark: Mark) -> None:
-        self._params, self._state, _ = self._step(self._params, self._state, x, y)
+        self.params, self._state, _ = self._step(self.params, self._state, x, y)
         mark()
 
 

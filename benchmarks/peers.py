@@ -67,6 +67,8 @@ class Curvlinops:
         mark()
 
 
+FACTORS_ALONE = "curvlinops, factors alone"
+
 PEERS = (
     peer("muon", "Muon (torch.optim) + AdamW"),
     peer("soap", "SOAP"),
@@ -75,7 +77,7 @@ PEERS = (
     peer("kfac", "kfac-pytorch"),
     peer("kfac", "kfac-pytorch, factors every step", further={"factor_update_steps": 1}),
     Entrant(
-        "curvlinops, factors alone",
+        FACTORS_ALONE,
         "peers",
         lambda model, workload, batch, backend: Curvlinops(model),
         partial(_missing, ("curvlinops",)),

@@ -10,6 +10,7 @@ another contender's); one of the rest is a factor step. Rounds end after ``--rou
 import argparse
 import copy
 import datetime
+import math
 import os
 import platform
 import sys
@@ -32,6 +33,8 @@ HERE = Path(__file__).parent
 DEFAULT = ("mlp", "cnn", "transformer")
 FACTOR_STEP = FREQUENCY // 2  # its place in a round
 FEWEST = 2  # rounds
+COMPILING = 0.7  # of the budget: what is left is for rounds
+NO_TIME = "no time left"
 GROUPS = tuple(dict.fromkeys(entrant.group for entrant in (*OURS, *PEERS)))
 BACKENDS = ("inductor", "aot_eager", "eager")
 
@@ -72,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if settings.json:
         settings.json.write_text(as_json(reports))
     else:
-        save(reports, HERE / "results", HERE / "README.md")
+        save(reports, settings.results)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -85,11 +88,18 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, help="of torch; its own default")
     parser.add_argument("--rounds", type=int, default=30, help="of ten steps per contender")
     parser.add_argument("--seconds", type=float, default=60, help="after which no round begins, per model")
+    parser.add_argument(
+        "--budget",
+        type=float,
+        default=math.inf,
+        help="seconds, compilation included, per model; then rows are left",
+    )
     parser.add_argument("--precision", default="highest", choices=("highest", "high"), help="of products")
     parser.add_argument("--quick", action="store_true", help="two rounds: to see that it works")
     parser.add_argument("--backend", default="inductor", choices=BACKENDS, help="for all that is compiled")
     parser.add_argument("--options", action="store_true", help="what every option of thor_fx.thor costs")
     parser.add_argument("--json", type=Path, help="write the numbers there, and nothing under results/")
+    parser.add_argument("--results", type=Path, default=HERE / "results", help="the folder of results")
     settings = parser.parse_args(arguments)
     if settings.quick:
         settings.rounds = FEWEST
@@ -100,12 +110,14 @@ def report(name: str, settings: argparse.Namespace) -> Report:
     """Time all contenders on one workload."""
     torch.manual_seed(0)
     workload, device = WORKLOADS[name], torch.device(settings.device)
-    before = os.getloadavg()[0]
+    before, beginning = os.getloadavg()[0], time.monotonic()
     x, y = (part.to(device) for part in workload.batch())
     speed = rates(device, scale=16 if settings.quick else 1)
-    entered = started(chosen(settings), workload, (x, y), settings.backend)
+    last_start = beginning + COMPILING * settings.budget
+    entered = started(chosen(settings), workload, (x, y), settings.backend, last_start)
     contenders = {label: entry for label, entry in entered.items() if not isinstance(entry, str)}
-    timings = measure(contenders, (x, y), settings.rounds, settings.seconds)
+    left = beginning + settings.budget - time.monotonic()
+    timings = measure(contenders, (x, y), settings.rounds, min(settings.seconds, left))
     rows = summarise(timings, {label: why for label, why in entered.items() if isinstance(why, str)})
     rows = {label: rows[label] for label in entered}
     return {
@@ -214,7 +226,11 @@ def machine(device: torch.device, load: float) -> dict[str, str]:
         "Python": platform.python_version(),
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
     }
-    return facts | ({"GPU": torch.cuda.get_device_name(device)} if device.type == "cuda" else {})
+    return facts | (
+        {"GPU": torch.cuda.get_device_name(device), "CUDA": str(torch.version.cuda)}
+        if device.type == "cuda"
+        else {}
+    )
 
 
 def cpu_name() -> str:

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median, quantiles
@@ -164,14 +164,16 @@ def table(head: Sequence[str], body: Sequence[Sequence[str]], texts: int = 1) ->
 # --- files -----------------------------------------------------------------------------------------
 
 
-def save(reports: Mapping[str, Report], folder: Path, readme: Path) -> None:
-    """Write every report under ``folder``, and its tables into their place in ``readme``."""
-    folder.mkdir(exist_ok=True)
+def save(reports: Mapping[str, Report], folder: Path, render: Callable[[Report], str] = markdown) -> None:
+    """Write every report under ``folder``, and its tables into their place in a README beside it."""
+    folder.mkdir(exist_ok=True, parents=True)
+    readme = folder.parent / "README.md"
     for name, report in reports.items():
-        text, file = markdown(report), f"{name}-{report['settings']['device']}"
+        text, file = render(report), f"{name}-{report['settings']['device']}"
         (folder / f"{file}.md").write_text(text)
         (folder / f"{file}.json").write_text(as_json({name: report}))
-        readme.write_text(replace_section(readme.read_text(), file, text))
+        if readme.exists():
+            readme.write_text(replace_section(readme.read_text(), file, text))
 
 
 def as_json(reports: Mapping[str, Report]) -> str:

@@ -87,10 +87,10 @@ WORKLOADS = {
         by_hand=False,
     ),
     "gpt2": Workload(
-        "GPT-2: width 768, 12 layers, 12 heads, vocabulary 50257, 1024 positions, batch 8; 124M parameters",
+        "GPT-2: width 768, 12 layers, 12 heads, vocabulary 50257, 1024 positions, batch 4; 124M parameters",
         lambda: Gpt(50257, 1024, width=768, layers=12, heads=12, tied=True),
-        lambda: text(8, 1024, 50257),
-        terms=8 * 1024,
+        lambda: text(4, 1024, 50257),
+        terms=4 * 1024,
         by_hand=False,  # the head's weight is the table's: two modules, one matrix
     ),
     "tiny": Workload(

@@ -1,6 +1,9 @@
-"""The benchmark runs, reports every contender, and its hand-written rival does the same work as ours."""
+"""The benchmarks run, report every contender, and the hand-written rival does the same work as ours."""
 
+import importlib.util
 import json
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +22,28 @@ ROWS = {
     "eager K-FAC by hooks": {"plain_step", "factor_step", *PHASES},
     "thor_fx, drop-in": {"plain_step", "factor_step", *PHASES},
     "thor_fx, functional": {"plain_step", "factor_step"},
+    "thor_fx, factors every step": {"plain_step", "factor_step"},
+    'thor_fx, inverse="eva"': {"plain_step", "factor_step"},
+    'thor_fx, preset="recommended"': {"plain_step", "factor_step"},
+    "Muon (torch.optim) + AdamW": {"plain_step", *PHASES[::2]},
+}
+PEERS = {
+    "SOAP": "soap",
+    "Distributed Shampoo": "distributed_shampoo",
+    "kfac-pytorch": "kfac",
+    "kfac-pytorch, factors every step": "kfac",
+    "curvlinops, factors alone": "curvlinops",
+}
+FLOORS = {
+    ("torch.compile + fused AdamW", "AdamW's update"),
+    ("torch.compile + fused SGD-momentum", "SGD's update"),
+    ("thor_fx, drop-in", "update"),
+    ("thor_fx, drop-in", "factors"),
+    ("thor_fx, drop-in", "refresh"),
+    ("thor_fx, drop-in", "factors + refresh"),
+    ("thor_fx, functional", "factors + refresh"),
+    ("thor_fx, factors every step", "factors"),
+    ("thor_fx, factors every step", "refresh"),
 }
 
 
@@ -27,14 +52,19 @@ def on_path(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.syspath_prepend(BENCHMARKS)
 
 
-def step_time(folder: Path, *further: str):
-    """The tables that it prints, and its reports."""
+def run(script: str, folder: Path, *further: str, **environment: str):
+    """What it prints, and its reports."""
     file = folder / "out.json"
-    command = [sys.executable, BENCHMARKS / "step_time.py", "--model", "tiny", "--threads", "1", "--quick"]
-    command += ["--backend", "eager", "--json", file, *further]
-    ran = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    command = [sys.executable, BENCHMARKS / script, "--json", file, *further]
+    variables = os.environ | environment
+    ran = subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr
     return ran.stdout, json.loads(file.read_text())
+
+
+def step_time(folder: Path, *further: str, **environment: str):
+    tiny = ("--model", "tiny", "--threads", "1", "--quick", "--backend", "eager")
+    return run("step_time.py", folder, *tiny, *further, **environment)
 
 
 def test_step_time_reports_every_option(tmp_path: Path, on_path: None):
@@ -49,13 +79,63 @@ def test_step_time_reports_every_contender(tmp_path: Path):
     shown, reports = step_time(tmp_path)
     report = reports["tiny"]
     assert report["machine"]["torch"] == torch.__version__
-    assert list(report["rows"]) == list(ROWS)
-    for label, row in report["rows"].items():
+    assert list(report["rows"]) == [*ROWS, *PEERS]
+    for label, expected in ROWS.items():
+        row = report["rows"][label]
         assert f"| {label} |" in shown
         assert all(ms > 0 for ms in row["amortised"].values())
         measured = {name for name in ("plain_step", "factor_step", *PHASES) if row[name]}
-        assert measured == ROWS[label]
+        assert measured == expected
         assert all(0 < row[name]["min"] <= row[name]["median"] for name in measured)
+    for label, package in PEERS.items():
+        if importlib.util.find_spec(package):
+            assert report["rows"][label]["plain_step"]["median"] > 0
+        else:
+            assert report["rows"][label] == {"absent": "not installed"}
+            assert f"| {label} | not installed |" in shown
+    assert all(rate > 0 for rate in report["rates"].values())
+    assert {(line["contender"], line["work"]) for line in report["floors"]} == FLOORS
+    for line in report["floors"]:
+        assert line["floor_ms"] > 0
+        assert line["share"] is None or line["share"] * line["ms"] == pytest.approx(line["floor_ms"])
+
+
+PACKAGES = {
+    "soap": """
+import torch
+class SOAP(torch.optim.SGD):
+    def __init__(self, params, lr, betas, weight_decay, precondition_frequency):
+        assert precondition_frequency == 10
+        super().__init__(params, lr=lr)
+""",
+    "kfac/__init__": "",
+    "kfac/preconditioner": """
+class KFACPreconditioner:
+    def __init__(self, model, **settings):
+        raise RuntimeError("of a peer")
+""",
+}
+
+
+def test_peers_that_are_installed_run_and_those_that_fail_are_a_row(tmp_path: Path):
+    for name, source in PACKAGES.items():
+        file = tmp_path / f"{name}.py"
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(source)
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    shown, reports = step_time(tmp_path, "--group", "peers", PYTHONPATH=path)
+    rows = reports["tiny"]["rows"]
+    assert not [label for label in rows if label.startswith("thor_fx")]
+    assert rows["SOAP"]["factor_step"]["count"] == 2  # one in a round
+    assert rows["kfac-pytorch"] == {"absent": "failed: RuntimeError"}
+    assert "| kfac-pytorch | failed: RuntimeError |" in shown
+
+
+def test_a_spent_budget_leaves_rows_out(tmp_path: Path):
+    _, reports = step_time(tmp_path, "--group", "ours", "--budget", "0")
+    first, *others = reports["tiny"]["rows"].values()
+    assert first["plain_step"]["count"] == 2 * 9
+    assert others == [{"absent": "no time left"}] * 3
 
 
 @pytest.mark.inductor
@@ -86,10 +166,11 @@ def test_doors_reports_both(tmp_path: Path):
 
 def test_eager_hooks_take_the_same_steps_as_thor(on_path: None):
     from eager_hooks import EagerKfac
-    from workloads import Transformer, text
+    from from_study import Gpt
+    from workloads import text
 
     torch.manual_seed(0)
-    ours, theirs = (Transformer(13, 5, width=12, layers=2, heads=2).double() for _ in range(2))
+    ours, theirs = (Gpt(13, 5, width=12, layers=2, heads=2).double() for _ in range(2))
     theirs.load_state_dict(ours.state_dict())
     settings = {"lr": 0.05, "damping": 0.1, "momentum": 0.9, "frequency": 2, "block_size": 8}
     thor_fx.compile(ours, backend="eager")
@@ -114,7 +195,7 @@ def test_amortised_times_and_ratios(on_path: None):
         "first": [Timing(False, (1.0, 1.0))] * 4,
         "second": [Timing(False, (2.0, 2.0))] * 4 + [Timing(True, (5.0, 9.0))],
     }
-    rows = summarise(timings)
+    rows = summarise(timings, {"third": "not installed"})
     assert rows["second"]["amortised"] == {"1": 14.0, "10": 5.0, "100": 4.1}
     assert rows["second"]["ratio_to_first"] == {
         "plain": 2.0,
@@ -126,5 +207,97 @@ def test_amortised_times_and_ratios(on_path: None):
     assert rows["first"]["amortised"] == dict.fromkeys(("1", "10", "100"), 2.0)
     shown = markdown({"title": "t", "machine": {}, "settings": {}, "rows": rows})
     assert "| second | 2.00 | 5.00 | 3.00 | 2.00 | 9.00 | 7.00 |" in shown
+    assert shown.count("third") == 1
+    assert "| third | not installed | - | - | - | - |" in shown
     document = "a\n<!-- x -->\nold\n<!-- end -->\nb\n<!-- y -->\nkept\n<!-- end -->\n"
     assert replace_section(document, "x", "new\n") == document.replace("old", "new")
+
+
+def test_what_the_extra_work_of_a_matrix_is(on_path: None):
+    """R rows and one matrix (O, I), sides below a block of 128."""
+    from floors import Rates, Work, count
+    from from_study import classifier
+
+    rows, in_, out = 40, 12, 7
+    torch.manual_seed(0)
+    model = classifier(torch.nn.Linear(in_, out, bias=False))
+    found = count(model, (torch.randn(rows, in_), torch.randint(out, (rows,))), {})
+    factors = in_**2 + out**2
+    assert found["factors"] == Work(2 * rows * factors, 4 * (rows * (in_ + out) + factors))
+    assert found["refresh"].bytes == 4 * 2 * factors
+    assert found["update"] == Work(2 * in_ * out * (in_ + out), 4 * (5 * in_ * out + factors))
+    assert Rates(flops=1e9, bytes=1e8).floor(Work(3_000_000, 100_000)) == pytest.approx(3.0)
+    assert Rates(flops=1e9, bytes=1e8).floor(Work(3_000_000, 500_000)) == pytest.approx(5.0)
+
+
+def test_bytes_that_adamw_keeps_are_two_moments_and_the_steps(on_path: None, tmp_path: Path):
+    from workloads import WORKLOADS
+
+    options = ("--model", "tiny", "--backend", "eager", "--group", "ours", "--threads", "1")
+    shown, reports = run("apart.py", tmp_path, *options)
+    rows = reports["tiny-apart"]["rows"]
+    adamw, drop_in = rows["torch.compile + fused AdamW"], rows["thor_fx, drop-in"]
+    counts = [p.numel() for p in WORKLOADS["tiny"].build().parameters()]
+    assert adamw["parameter_bytes"] == 4 * sum(counts)
+    assert adamw["state_bytes"] == 2 * 4 * sum(counts) + 4 * len(counts)
+    assert drop_in["state_bytes"] > drop_in["parameter_bytes"]  # momentum, and the inverses
+    for row in rows.values():
+        assert 0 <= row["plain_mb"] < row["process_mb"]
+        assert (row["cold_s"] is None) == (row["warm_s"] is None)
+    assert adamw["cold_s"] > 0
+    assert "| thor_fx, drop-in |" in shown
+
+
+def test_goals_beside_what_was_measured(on_path: None):
+    from goals import compare, markdown
+
+    def times(plain: float, factor: float, **phases: float):
+        medians = {"plain_step": plain, "factor_step": factor, **phases}
+        amortised = {"10": (factor + 9 * plain) / 10, "100": (factor + 99 * plain) / 100}
+        return {name: {"median": ms} for name, ms in medians.items()} | {"amortised": amortised}
+
+    machine = {"date": "today", "torch": "2", "threads": "1", "load before and after": "0 and 0"}
+    rows = {
+        "torch.compile + fused AdamW": times(10.0, 10.0, update_plain=1.0),
+        "torch.compile + fused SGD-momentum": times(10.0, 10.0),
+        "thor_fx, drop-in": times(10.3, 12.0, update_plain=1.9),
+        "thor_fx, functional": times(10.1, 20.1),
+        "kfac-pytorch": {"absent": "not installed"},
+    }
+    floors = [{"contender": "thor_fx, functional", "work": "factors + refresh", "share": 0.85}]
+    state = {"torch.compile + fused AdamW": {"state_bytes": 8}, "thor_fx, drop-in": {"state_bytes": 18}}
+    reports = {
+        "gpt": {"machine": machine, "rows": rows, "floors": floors},
+        "gpt-apart": {"machine": machine, "rows": state},
+    }
+    found = compare(reports, "cpu")
+    lines = {row["goal"]: row for row in found["rows"]}
+    assert {row["workload"] for row in found["rows"]} == {"gpt"}
+    assert lines["plain step over AdamW's"]["met"] == {"drop-in": False, "functional": True}
+    assert lines["mean step at frequency 100 over AdamW's"]["met"] == {"drop-in": True, "functional": True}
+    factor = lines["factor step, refresh included, over plain step"]
+    assert factor["met"] == {"drop-in": True, "functional": False}
+    assert lines["factors and refresh: share of the floor's rate"]["met"] == {"functional": True}
+    assert lines["update over fused AdamW's"]["measured"] == {"drop-in": pytest.approx(1.9)}
+    assert lines["state beyond AdamW's over AdamW's"]["met"] == {"drop-in": False}
+    shown = markdown(found)
+    assert shown.startswith("6 of 9 met.")
+    assert "| plain step over AdamW's | gpt | at most 1.02 | 1.03 **not met** | 1.01 met |" in shown
+    kfac = "| kfac-pytorch over ours, mean step, factors and inverses every 10 | gpt | at least 3 |"
+    assert f"{kfac} not measured | not measured |" in shown
+
+
+@pytest.mark.parametrize(("limit", "tables"), [("240", True), ("0", False)])
+def test_the_tables_of_a_gpu_in_one_call(tmp_path: Path, limit: str, tables: bool):
+    """On a CPU here, with a tiny model; without time it leaves everything out and says so."""
+    results = tmp_path / "results"
+    settings = {"DEVICE": "cpu", "MODELS": "tiny", "BACKEND": "aot_eager", "ROUNDS": "2", "LIMIT": limit}
+    variables = os.environ | settings | {"RESULTS": str(results), "PYTHON": sys.executable}
+    script = ["bash", BENCHMARKS / "gpu.sh"]
+    ran = subprocess.run(script, env=variables, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+    assert re.search(r"^\d+ s$", ran.stdout, re.MULTILINE)
+    assert "no table" not in ran.stdout, ran.stderr
+    made = {path.name for path in results.glob("*.json")}
+    assert made == {"goals-cpu.json"} | ({"tiny-cpu.json", "tiny-apart-cpu.json"} if tables else set())
+    assert ("tiny is left out" in ran.stdout) == (not tables)
