@@ -5,11 +5,12 @@
 #
 # Every model gets an equal part of the time that is left. A contender that there is no time for, or that does not
 # fit into memory, is a row that says so; a model that there is no time for is left out. Settings, from the
-# environment: LIMIT (seconds), MODELS, DEVICE, BACKEND, ROUNDS, RESULTS (a folder), PYTHON.
+# environment: LIMIT (seconds), MODELS, GROUPS_OF_ROWS, DEVICE, BACKEND, ROUNDS, RESULTS (a folder), PYTHON.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 limit=${LIMIT:-520} device=${DEVICE:-cuda} results=${RESULTS:-benchmarks/results}
 read -ra models <<<"${MODELS:-gpt2 vit resnet50}"
+read -ra groups <<<"${GROUPS_OF_ROWS:-ours variants peers}"
 least=20 # seconds: with less, nothing is begun
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 
@@ -29,8 +30,8 @@ for model in "${models[@]}"; do
         echo "$model is left out: $(left) s left"
         continue
     fi
-    table $(($(left) / parts)) step_time.py --model "$model" --group ours --group variants --group peers \
-        --precision high --rounds "${ROUNDS:-20}" --seconds 30
+    table $(($(left) / parts)) step_time.py --model "$model" "${groups[@]/#/--group=}" --precision high \
+        --rounds "${ROUNDS:-20}" --seconds 30
     parts=$((parts - 1))
 done
 if (($(left) >= least)); then

@@ -69,13 +69,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_float32_matmul_precision(settings.precision)
     names = settings.model or DEFAULT
     ending = "-options" if settings.options else ""
-    reports = {f"{name}{ending}": report(name, settings) for name in names}
-    for each in reports.values():
-        print(markdown(each))
-    if settings.json:
-        settings.json.write_text(as_json(reports))
-    else:
-        save(reports, settings.results)
+    reports: dict[str, Report] = {}
+    for name in names:
+        reports[f"{name}{ending}"] = found = report(name, settings)
+        print(markdown(found), flush=True)
+        if settings.json:
+            settings.json.write_text(as_json(reports))
+        else:
+            save(reports, settings.results)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -92,7 +93,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--budget",
         type=float,
         default=math.inf,
-        help="seconds, compilation included, per model; then rows are left",
+        help="seconds with compilation, per model",
     )
     parser.add_argument("--precision", default="highest", choices=("highest", "high"), help="of products")
     parser.add_argument("--quick", action="store_true", help="two rounds: to see that it works")
@@ -144,13 +145,19 @@ def chosen(settings: argparse.Namespace) -> list[Entrant]:
 
 
 def started(
-    entrants: Sequence[Entrant], workload: Workload, batch: Batch, backend: str
+    entrants: Sequence[Entrant], workload: Workload, batch: Batch, backend: str, last_start: float
 ) -> dict[str, Contender | str]:
-    """All that run, compiled, each with its own copy of one model; or why they do not."""
+    """All that run, compiled, each with its own copy of one model; or why they do not.
+
+    After ``last_start`` none but the first is compiled.
+    """
     model = classifier(workload.build()).to(batch[0].device)
-    return {
-        entrant.label: start(entrant, copy.deepcopy(model), workload, batch, backend) for entrant in entrants
-    }
+    found: dict[str, Contender | str] = {}
+    for entrant in entrants:
+        late = found and time.monotonic() > last_start
+        own = copy.deepcopy(model)
+        found[entrant.label] = NO_TIME if late else start(entrant, own, workload, batch, backend)
+    return found
 
 
 def start(
@@ -226,11 +233,9 @@ def machine(device: torch.device, load: float) -> dict[str, str]:
         "Python": platform.python_version(),
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
     }
-    return facts | (
-        {"GPU": torch.cuda.get_device_name(device), "CUDA": str(torch.version.cuda)}
-        if device.type == "cuda"
-        else {}
-    )
+    if device.type == "cuda":
+        facts |= {"GPU": torch.cuda.get_device_name(device), "CUDA": str(torch.version.cuda)}
+    return facts
 
 
 def cpu_name() -> str:
