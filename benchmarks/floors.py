@@ -7,8 +7,9 @@ in the same run, with its threads. What fits into a cache can be read faster tha
 ==========  ==================================================  ========================================
 work        operations                                          bytes
 ==========  ==================================================  ========================================
-factors     of the graph with factors, beyond those of the      activations and cotangents read, factors
-            graph without                                       written
+factors     of the products ``A`` and ``G``, as thor_fx.costs   activations and cotangents read, factors
+            has them; for ``A`` of a convolution, see           written
+            :func:`share_of_pairs`
 refresh     of the inversions                                   factors read, inverses written
 update      of preconditioning                                  parameters and momentum read and written,
                                                                 gradients and inverses read; for AdamW two
@@ -16,22 +17,21 @@ update      of preconditioning                                  parameters and m
 ==========  ==================================================  ========================================
 """
 
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
-from functools import partial
+from fractions import Fraction
 from typing import Any
 
 import torch
 from contenders import ADAMW, DROP_IN, EVERY_STEP, FUNCTIONAL, SGD, transform
 from from_study import WithLoss, classifier
-from torch import Tensor
+from torch import Tensor, nn
 from workloads import Batch, Workload
 
 import thor_fx
-from thor_fx.flops import count_flops
 from thor_fx.inverses import METHODS
-from thor_fx.passes import emit_factors, run
 
 Rows = Mapping[str, Mapping[str, Any]]
 
@@ -63,11 +63,9 @@ class Rates:
 
 
 def rates(device: torch.device, scale: int = 1) -> Rates:
-    """Measure both rates; the best of several, each over some milliseconds or more.
-
-    ``scale`` divides the sizes.
-    """
-    side, numbers = (8192, 2**28) if device.type == "cuda" else (1536, 2**25)
+    """Measure both rates, the best of several; ``scale`` divides the sizes."""
+    # NOTE: on a CPU each takes about 10 ms, so that some of them run between the turns of other processes
+    side, numbers = (8192, 2**28) if device.type == "cuda" else (768, 2**24)
     side, numbers = max(8, side // scale), max(64, numbers // scale)
     a, b, c = (torch.randn(side, side, device=device) for _ in range(3))
     source, target = (torch.zeros(numbers, device=device) for _ in range(2))
@@ -76,7 +74,7 @@ def rates(device: torch.device, scale: int = 1) -> Rates:
     return Rates(2 * side**3 / product, 2 * source.nbytes / copying)
 
 
-def best_seconds(function: Callable[[], object], device: torch.device, repeats: int = 7) -> float:
+def best_seconds(function: Callable[[], object], device: torch.device, repeats: int = 20) -> float:
     function()
     return min(seconds(function, device) for _ in range(repeats))
 
@@ -102,16 +100,44 @@ def count(model: WithLoss, batch: Batch, settings: Mapping[str, Any]) -> dict[st
     tx = transform(settings)
     params = dict(model.named_parameters())
     report = thor_fx.explain(loss_fn, params, *batch, tx=tx)
-    measured = run(report.step, [partial(emit_factors, rules=tx.rules)])
     layers = report.coverage.layers.values()
     inversion = sum(METHODS[tx.inverse].work(layer, tx.rules.block_size).refresh_flops for layer in layers)
     factors, inverses = report.cost.factor_bytes, report.cost.state_bytes
     size = bytes_of(params.values())
     return {
-        "factors": Work(count_flops(measured) - report.plain_flops, _rows_read(report) + factors),
+        "factors": Work(
+            report.cost.factor_flops - inversion - _spared(model, report), _rows_read(report) + factors
+        ),
         "refresh": Work(inversion, factors + inverses),
         "update": Work(report.cost.step_flops, 5 * size + inverses),
     }
+
+
+def _spared(model: WithLoss, report: thor_fx.Report) -> int:
+    """What products of patches would take beyond what ``A`` of convolutions needs."""
+    convolutions = {f"{name}.weight": m for name, m in model.named_modules() if isinstance(m, nn.Conv2d)}
+    spared = 0.0
+    for layer in report.coverage.layers.values():
+        if layer.param in convolutions and layer.input.kind == "dense":
+            share = share_of_pairs(convolutions[layer.param])
+            spared += sum(2 * sums.count * sums.input.numel * (1 - share) for sums in layer.sums)
+    return round(spared)
+
+
+def share_of_pairs(convolution: nn.Conv2d) -> Fraction:
+    """The part of all pairs of taps whose products ``A`` is made of.
+
+    It is symmetric; and where the kernel moves by one pixel, pairs at the same distance have the same
+    products but for the border.
+
+    >>> share_of_pairs(nn.Conv2d(1, 1, 3, stride=2)), share_of_pairs(nn.Conv2d(1, 1, 3))
+    (Fraction(5, 9), Fraction(13, 81))
+    """
+    taps = math.prod(convolution.kernel_size)
+    needed = taps * (taps + 1) // 2
+    if all(step == 1 for step in convolution.stride):
+        needed = min(needed, (math.prod(2 * k - 1 for k in convolution.kernel_size) + 1) // 2)
+    return Fraction(needed, taps**2)
 
 
 def _rows_read(report: thor_fx.Report) -> int:

@@ -274,6 +274,21 @@ def test_bytes_that_adamw_keeps_are_two_moments_and_the_steps(on_path: None, of_
     assert all(0 <= row["plain_mb"] < row["process_mb"] for row in rows.values())
 
 
+@pytest.mark.parametrize(("stride", "products"), [(1, 13), (2, 45)])
+def test_what_the_factor_of_a_convolution_is(on_path: None, stride: int, products: int):
+    """Of 81 pairs of taps."""
+    from floors import count
+    from from_study import classifier
+
+    torch.manual_seed(0)
+    layers = torch.nn.Conv2d(2, 3, 3, stride, bias=False), torch.nn.Flatten()
+    found = count(
+        classifier(torch.nn.Sequential(*layers)), (torch.randn(4, 2, 6, 6), torch.randint(3, (4,))), {}
+    )
+    positions = 4 * (4 if stride == 1 else 2) ** 2
+    assert found["factors"].flops == 2 * positions * (products * 2**2 + 3**2)
+
+
 def test_a_second_process_compiles_warm(on_path: None, monkeypatch: pytest.MonkeyPatch):
     import apart
 
