@@ -2,9 +2,9 @@
 
     python benchmarks/compile_time.py
 
-The passes run on the step graph of a decoder; every pass is timed alone, in seconds of this process. A cold
-compilation runs in a process of its own, with Inductor and an empty cache, up to the end of the last step
-that compiles: forward and backward of ``torch.compile(model)``, or a factor step and a plain step.
+The passes run on the step graph of a transformer; every pass is timed alone, in seconds of this process.
+A cold compilation runs in a process of its own, with Inductor and an empty cache, up to the end of the last
+step that compiles: forward and backward of ``torch.compile(model)``, or a factor step and a plain step.
 """
 
 import argparse
@@ -22,9 +22,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from tables import replace_section
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.func import functional_call
-from workloads import Transformer, text
+from workloads import text
 
 import thor_fx
 from thor_fx.layers import coverage
@@ -39,16 +39,21 @@ THOR = {"lr": 1e-6, "damping": 0.03, "momentum": 0.9, "frequency": 2}
 PASSES = ("trace", "canonicalize", "survey", "emit_factors", "append_update", "accumulate")
 
 
-def decoder(layers: int) -> Transformer:
+def transformer(layers: int) -> nn.Module:
+    """Token by token, the logits of a vocabulary."""
     torch.manual_seed(0)
-    return Transformer(VOCABULARY, LENGTH, WIDTH, layers, HEADS)
+    blocks = [
+        nn.TransformerEncoderLayer(WIDTH, HEADS, 2 * WIDTH, 0.0, batch_first=True) for _ in range(layers)
+    ]
+    parts = [nn.Embedding(VOCABULARY, WIDTH), *blocks, nn.Linear(WIDTH, VOCABULARY), nn.Flatten(0, 1)]
+    return nn.Sequential(*parts)
 
 
 def example() -> tuple[Tensor, Tensor]:
     return text(BATCH, LENGTH, VOCABULARY)
 
 
-def loss_of(model: Transformer) -> Callable[..., Tensor]:
+def loss_of(model: nn.Module) -> Callable[..., Tensor]:
     def loss_fn(params: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
         return F.cross_entropy(functional_call(model, params, (x,)), y)
 
@@ -60,7 +65,7 @@ def loss_of(model: Transformer) -> Callable[..., Tensor]:
 
 def passes(layers: int) -> dict[str, float]:
     """Seconds of every pass of a factor step, and the nodes of the graph that they start from."""
-    model, tx, rules, seconds = decoder(layers), thor_fx.thor(**THOR), Rules(block_size=128), {}
+    model, tx, rules, seconds = transformer(layers), thor_fx.thor(**THOR), Rules(block_size=128), {}
     params = {name: p.detach() for name, p in model.named_parameters()}
 
     def timed(name: str, function: Callable[..., Any], *args: Any) -> Any:
@@ -82,11 +87,11 @@ def passes(layers: int) -> dict[str, float]:
 # --- cold compilations -----------------------------------------------------------------------------------
 
 
-def stock(model: Transformer, x: Tensor, y: Tensor) -> None:
+def stock(model: nn.Module, x: Tensor, y: Tensor) -> None:
     F.cross_entropy(torch.compile(model)(x), y).backward()
 
 
-def drop_in(model: Transformer, x: Tensor, y: Tensor) -> None:
+def drop_in(model: nn.Module, x: Tensor, y: Tensor) -> None:
     model = thor_fx.compile(model)
     optimizer = thor_fx.Thor(model, **THOR)
     for _ in range(2):
@@ -95,7 +100,7 @@ def drop_in(model: Transformer, x: Tensor, y: Tensor) -> None:
         optimizer.zero_grad()
 
 
-def functional(model: Transformer, x: Tensor, y: Tensor) -> None:
+def functional(model: nn.Module, x: Tensor, y: Tensor) -> None:
     params: Any = dict(model.named_parameters())
     step = thor_fx.compile_step(loss_of(model), thor_fx.thor(**THOR))
     state = step.init(params, x, y)
@@ -103,7 +108,7 @@ def functional(model: Transformer, x: Tensor, y: Tensor) -> None:
         params, state, _ = step(params, state, x, y)
 
 
-WAYS: dict[str, tuple[str, Callable[[Transformer, Tensor, Tensor], None]]] = {
+WAYS: dict[str, tuple[str, Callable[[nn.Module, Tensor, Tensor], None]]] = {
     "stock": ("torch.compile, forward and backward", stock),
     "drop_in": ("thor_fx, drop-in: both kinds of step and of update", drop_in),
     "functional": ("thor_fx, functional: both kinds of step", functional),
@@ -112,7 +117,7 @@ WAYS: dict[str, tuple[str, Callable[[Transformer, Tensor, Tensor], None]]] = {
 
 def compilation(way: str, layers: int) -> float:
     """Seconds until all is compiled; called in a process of its own."""
-    model, batch = decoder(layers), example()
+    model, batch = transformer(layers), example()
     before = time.perf_counter()
     WAYS[way][1](model, *batch)
     return time.perf_counter() - before
@@ -141,7 +146,7 @@ def report(layers: Sequence[int], deep: int) -> dict[str, Any]:
 
 def markdown(result: dict[str, Any]) -> str:
     names = ["layers", "nodes", *PASSES]
-    lines = [f"torch {result['torch']}. Seconds of every pass on a factor step of a decoder:", ""]
+    lines = [f"torch {result['torch']}. Seconds of every pass on a factor step of a transformer:", ""]
     lines += [f"| {' | '.join(names)} |", f"| {' | '.join('---' for _ in names)} |"]
     for row in result["passes"]:
         values = [str(row[name]) if name in {"layers", "nodes"} else f"{row[name]:.2f}" for name in names]

@@ -188,6 +188,16 @@ def test_eager_hooks_take_the_same_steps_as_thor(on_path: None):
         torch.testing.assert_close(mine, other, rtol=1e-9, atol=1e-12)
 
 
+def test_passes_are_timed_by_depth(on_path: None):
+    from compile_time import PASSES, markdown, report
+
+    result = report([1, 2], deep=0)
+    shallow, deep = result["passes"]
+    assert shallow["nodes"] < deep["nodes"] < 2 * shallow["nodes"]
+    assert all(row[name] > 0 for row in result["passes"] for name in PASSES)
+    assert f"| 2 | {deep['nodes']} |" in markdown(result)
+
+
 def test_amortised_times_and_ratios(on_path: None):
     from tables import Timing, markdown, replace_section, summarise
 
