@@ -26,6 +26,8 @@ from .passes.stitch import ORIGIN, SIDE, Halves
 
 EFFECTS = {torch.ops.prims._make_token.default, torch.ops.higher_order.with_effects}
 
+WISH = "recompute"
+
 
 class CannotSplit(ValueError):
     """A step graph that has to stay whole; the message says why."""
@@ -164,7 +166,17 @@ def _names(inputs: int) -> list[str]:
 
 def _save(node: fx.Node) -> None:
     """Let nobody compute a value again, in a checkpointed region neither."""
-    node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
+    node.meta[WISH] = CheckpointPolicy.MUST_SAVE
     for user in node.users:
         if user.target is operator.getitem:
             _save(user)
+
+
+def forget_wishes(gm: fx.GraphModule) -> None:
+    """Take off the tags on what should be computed again, in place.
+
+    NOTE: torch acts on them once more when it compiles one graph with forward and backward, and raises where
+    backward does not lie in one piece behind forward, or a region draws random numbers.
+    """
+    for node in gm.graph.nodes:
+        node.meta.pop(WISH, None)

@@ -14,7 +14,7 @@ import warnings
 
 from torch import fx
 
-from .partitioner import CannotSplit, PartitionerFailed, split
+from .partitioner import CannotSplit, PartitionerFailed, forget_wishes, split
 from .passes.splice import Decompositions
 from .passes.stitch import OrderError, stitch
 
@@ -29,6 +29,7 @@ def recompute(gm: fx.GraphModule, *, decompositions: Decompositions | None = Non
     """
     try:
         stitch(gm, split(gm, decompositions))
+        forget_wishes(gm)
     except PartitionerFailed as error:
         warnings.warn(f"thor_fx: the step keeps all activations, for {error}: please report", stacklevel=2)
     except (CannotSplit, OrderError):
