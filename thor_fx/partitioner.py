@@ -45,7 +45,8 @@ def split(gm: fx.GraphModule, decompositions: Decompositions | None = None) -> H
         decompositions: a table to trace it with first; operators that are whole are never computed again.
 
     Raises:
-        CannotSplit: ``gm`` has nowhere that backward starts, has side effects in an order, or graphs inside.
+        CannotSplit: ``gm`` has nowhere that backward starts, has side effects in an order, or graphs inside;
+            or an operator is made of constants.
         PartitionerFailed: torch finds no cut.
     """
     start = outputs.input_nodes(gm).get(Tangent(0))
@@ -59,6 +60,8 @@ def split(gm: fx.GraphModule, decompositions: Decompositions | None = None) -> H
     joint = _lifted(gm, inputs, [*early.values(), *late.values()])
     if decompositions:
         joint = _decomposed(joint, decompositions)
+        if joint.graph.find_nodes(op="get_attr"):
+            raise CannotSplit("a constant comes up where an operator is taken apart")
     joint = _named(joint)
     drawn = [node.name for node in joint.graph.nodes if is_random(node)]
     try:
