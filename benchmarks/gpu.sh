@@ -3,7 +3,7 @@
 #
 #     bash benchmarks/gpu.sh
 #
-# Every model gets an equal part of the time that is left. A contender that there is no time for, or that does not
+# Earlier models get more of the time. A contender that there is no time for, or that does not
 # fit into memory, is a row that says so; a model that there is no time for is left out. Settings, from the
 # environment: LIMIT (seconds), MODELS, GROUPS_OF_ROWS, DEVICE, BACKEND, ROUNDS, RESULTS (a folder), PYTHON.
 set -uo pipefail
@@ -16,11 +16,10 @@ export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 
 left() { echo $((limit - SECONDS)); }
 
-# table SECONDS SCRIPT ARGUMENT...: one script with a budget; it is ended where it takes half as long again
+# table SECONDS SCRIPT ARGUMENT...: one script with a budget after which it begins nothing; it is ended at the limit
 table() {
-    local budget=$1 script=$2 patience
-    patience=$((budget * 3 / 2 < $(left) ? budget * 3 / 2 : $(left)))
-    timeout "$patience" "${PYTHON:-python3}" "benchmarks/$script" --device "$device" --results "$results" \
+    local budget=$1 script=$2
+    timeout "$(left)" "${PYTHON:-python3}" "benchmarks/$script" --device "$device" --results "$results" \
         --backend "${BACKEND:-inductor}" --budget "$budget" "${@:3}" || echo "no table of $script ${*:3}: exit status $?"
 }
 
@@ -30,7 +29,7 @@ for model in "${models[@]}"; do
         echo "$model is left out: $(left) s left"
         continue
     fi
-    table $(($(left) / parts)) step_time.py --model "$model" "${groups[@]/#/--group=}" --precision high \
+    table $(($(left) * 2 / (parts + 1))) step_time.py --model "$model" "${groups[@]/#/--group=}" --precision high \
         --rounds "${ROUNDS:-20}" --seconds 30
     parts=$((parts - 1))
 done
