@@ -118,9 +118,10 @@ def _spared(model: WithLoss, report: thor_fx.Report) -> int:
     convolutions = {f"{name}.weight": m for name, m in model.named_modules() if isinstance(m, nn.Conv2d)}
     spared = 0.0
     for layer in report.coverage.layers.values():
-        if layer.param in convolutions and layer.input.kind == "dense":
-            share = share_of_pairs(convolutions[layer.param])
-            spared += sum(2 * sums.count * sums.input.numel * (1 - share) for sums in layer.sums)
+        side = layer.input
+        if layer.param in convolutions and side.kind in {"dense", "blocks"}:
+            needed = share_of_pairs(convolutions[layer.param]) * side.dim**2 * side.groups
+            spared += sum(2 * sums.count * max(0, side.numel - needed) for sums in layer.sums)
     return round(spared)
 
 
