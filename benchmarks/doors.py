@@ -14,42 +14,30 @@ import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from contenders import FREQUENCY, Contender, Functional, drop_in
+from contenders import DROP_IN, FREQUENCY, FUNCTIONAL, OURS
+from from_study import classifier
 from layer_cost import milliseconds, peak_megabytes
 from step_time import BACKENDS, machine
 from tables import replace_section
-from torch import Tensor
-from workloads import WORKLOADS, Workload
+from workloads import WORKLOADS
 
 HERE = Path(__file__).parent
-sys.path.append(str(HERE / "convergence"))
-from networks import ConvNet  # noqa: E402 - the study's scripts are no package
-
-CNN = Workload(
-    "the study's CNN: five 3x3 convolutions with batch norm, 16 to 64 channels, 128 images of 32x32",
-    lambda: ConvNet(3, (16, 32, 32, 64, 64), (1, 2, 1, 2, 1), 10),
-    lambda: (torch.randn(128, 3, 32, 32), torch.randint(10, (128,))),
-    terms=128,
-    outputs=10,
-)
-MODELS = {"cnn": CNN, "transformer": WORKLOADS["transformer"], "tiny": WORKLOADS["tiny"]}
-DOORS: dict[str, Callable[[Workload, tuple[Tensor, Tensor], str], Contender]] = {
-    "drop-in": lambda workload, _batch, backend: drop_in(workload.build(), backend),
-    "functional": lambda workload, batch, backend: Functional("", workload.build(), batch, backend),
-}
+LABELS = {"drop-in": DROP_IN, "functional": FUNCTIONAL}
+DOORS = {door: entrant for door, label in LABELS.items() for entrant in OURS if entrant.label == label}
 Numbers = dict[str, float]
 
 
 def measure(name: str, door: str, backend: str, rounds: int) -> Numbers:
     """Milliseconds and peak megabytes of both kinds of step; called in a process of its own."""
     torch.manual_seed(0)
-    batch = MODELS[name].batch()
-    contender = DOORS[door](MODELS[name], batch, backend)
+    workload = WORKLOADS[name]
+    batch = workload.batch()
+    contender = DOORS[door].enter(classifier(workload.build()), workload, batch, backend)
 
     def step() -> None:
         contender.step(*batch, mark=lambda: None)
@@ -94,7 +82,7 @@ def table(report: Mapping[str, Any]) -> str:
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
     parser.add_argument(
-        "--model", action="append", choices=MODELS, help="may be repeated; cnn and transformer"
+        "--model", action="append", choices=WORKLOADS, help="may be repeated; cnn and transformer"
     )
     parser.add_argument("--backend", default="inductor", choices=BACKENDS)
     parser.add_argument("--rounds", type=int, default=10, help="of ten steps, one of them a factor step")
