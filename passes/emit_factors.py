@@ -20,6 +20,7 @@ Sums and not means: they add up over micro-batches, graphs and devices as they a
 Afterwards everything that the graph returned before is computed by the same nodes as before.
 """
 
+import re
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -34,7 +35,7 @@ from .products import block_grams, gram
 from .resample import is_draw, resample, with_copies
 from .sides import Side, widen
 from .sites import SiteReport
-from .splice import Decompositions, splice
+from .splice import Decompositions, Traced, put, splice, trace
 from .survey import survey
 from .walk import Site
 
@@ -64,7 +65,7 @@ def emit_factors(
         uses = [with_copies(use, directions) for use in uses]
     last = {node: position for position, node in enumerate(gm.graph.nodes)}
     new: list[tuple[OutputDescriptor, fx.Node]] = []
-    share = _Shared(insert)
+    share = _Shared(decompositions)
     for use in uses:
         read = _nodes((*use.activations, *use.cotangents))
         anchor = max((*(site.gradient for site in use.sites), *read), key=last.__getitem__)
@@ -92,19 +93,35 @@ class _Shared:
     """Inserts what is not there yet: layers that read the same rows have one factor between them.
 
     Queries, keys and values of an attention share ``A``; so do the gate and the rise of a gated network. Two
-    layers whose results are added up share ``G``.
+    layers whose results are added up share ``G``. Layers of the same form are traced once.
     """
 
-    def __init__(self, insert: Callable[..., fx.Node]) -> None:
-        self._insert = insert
+    def __init__(self, decompositions: Decompositions | None) -> None:
+        self._decompositions = decompositions
         self._known: dict[str, fx.Node] = {}
+        self._traced: dict[Any, Traced] = {}
 
-    def __call__(self, anchor: fx.Node, what: Any, operands: tuple[Operand, ...], function: Any) -> fx.Node:
+    def __call__(
+        self, anchor: fx.Node, what: Any, operands: tuple[Operand, ...], function: Callable[..., Tensor]
+    ) -> fx.Node:
         """The node of a function of the operands' values, which ``what`` tells from other functions."""
+        nodes = _nodes(operands)
         key = repr((what, operands))  # nodes have names of their own; sizes may be symbolic
         if key not in self._known:
-            self._known[key] = self._insert(anchor, function, *_nodes(operands))
+            form = _form(key, nodes)
+            again = form in self._traced
+            if not again:
+                self._traced[form] = trace(function, *nodes, decompositions=self._decompositions)
+            self._known[key] = put(anchor, self._traced[form], *nodes, again=again)
         return self._known[key]
+
+
+def _form(key: str, nodes: list[fx.Node]) -> tuple[str, ...]:
+    """What tells apart functions of nodes whose names do not matter, but whose values' form does."""
+    places = {node.name: f"%{i}" for i, node in reversed(list(enumerate(nodes)))}
+    plain = re.sub(r"\w+", lambda word: places.get(word[0], word[0]), key)
+    values = [node.meta["val"] for node in nodes]
+    return plain, *(f"{tuple(v.shape)} {v.stride()} {v.dtype} {v.device}" for v in values)
 
 
 def _moments(use: Use, anchor: fx.Node, share: _Shared) -> list[tuple[OutputDescriptor, fx.Node]]:

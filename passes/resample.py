@@ -22,6 +22,7 @@ from .operands import Operand, Pooled
 from .outputs import KEY, Loss, Mutation, Output, output_nodes
 from .scores import cotangents
 from .sites import SiteReport, seeds
+from .splice import another
 
 DRAW = "thor_fx draws"
 Insert = Callable[..., Any]
@@ -106,7 +107,7 @@ class _Copier:
             self.cursor.meta = {key: value for key, value in node.meta.items() if key != KEY}
             # NOTE: values of their own, for tracers tell tensors apart by identity
             if "val" in node.meta:
-                self.cursor.meta["val"] = tree_map_only(torch.Tensor, _another, node.meta["val"])
+                self.cursor.meta["val"] = tree_map_only(torch.Tensor, another, node.meta["val"])
         return copies
 
     def _stand_in(self, source: fx.Node, copies: Copies) -> fx.Node:
@@ -115,12 +116,6 @@ class _Copier:
         if source not in self._zeros:
             self.cursor = self._zeros[source] = self.insert(self.cursor, torch.zeros_like, source)
         return self._zeros[source]
-
-
-def _another(value: Any) -> torch.Tensor:
-    """A fake tensor like ``value``."""
-    with value.fake_mode:
-        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
 
 
 def with_copies(use: Use, directions: Sequence[Copies]) -> Use:

@@ -1,7 +1,7 @@
 """Write inserted computation as Python; trace it; insert its nodes."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from functorch import make_fx
@@ -9,6 +9,13 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 Decompositions = Mapping[Any, Callable[..., Any]]
+
+
+class Traced(NamedTuple):
+    """A traced function: its graph, and the structure of what it returns."""
+
+    graph: fx.GraphModule
+    structure: pytree.TreeSpec
 
 
 def splice(
@@ -36,6 +43,11 @@ def splice(
         ValueError: ``fn`` closes over a tensor.
         AssertionError: what ``fn`` itself asserts.
     """
+    return put(anchor, trace(fn, *operands, decompositions=decompositions), *operands)
+
+
+def trace(fn: Callable[..., Any], *operands: fx.Node, decompositions: Decompositions | None = None) -> Traced:
+    """The operations of ``fn`` of values like those of ``operands``: the first half of :func:`splice`."""
     structure = None
 
     def flat(*values: torch.Tensor) -> list[Any]:
@@ -53,7 +65,20 @@ def splice(
                 raise ValueError("the spliced function captures a tensor: pass it as an operand") from error
             raise
     assert structure is not None
-    return pytree.tree_unflatten(_insert(anchor, traced, operands), structure)
+    return Traced(traced, structure)
+
+
+def put(anchor: fx.Node, traced: Traced, *operands: fx.Node, again: bool = False) -> Any:
+    """Insert a traced function right behind ``anchor``: the second half of :func:`splice`.
+
+    Args:
+        anchor: as in :func:`splice`.
+        traced: the function.
+        *operands: of the shapes, strides and dtypes that it was traced with.
+        again: whether it has been inserted before.
+    """
+    nodes = _insert(anchor, traced.graph, operands, again=again)
+    return pytree.tree_unflatten(nodes, traced.structure)
 
 
 def in_mode(mode: Any, value: Any) -> torch.Tensor:
@@ -63,7 +88,15 @@ def in_mode(mode: Any, value: Any) -> torch.Tensor:
     return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
 
 
-def _insert(anchor: fx.Node, traced: fx.GraphModule, operands: tuple[fx.Node, ...]) -> list[Any]:
+def another(value: Any) -> torch.Tensor:
+    """A fake tensor like ``value``."""
+    with value.fake_mode:
+        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
+
+
+def _insert(
+    anchor: fx.Node, traced: fx.GraphModule, operands: tuple[fx.Node, ...], *, again: bool
+) -> list[Any]:
     graph = anchor.graph
     env = dict(zip(traced.graph.find_nodes(op="placeholder"), operands, strict=True))
     for node in traced.graph.nodes:
@@ -75,4 +108,7 @@ def _insert(anchor: fx.Node, traced: fx.GraphModule, operands: tuple[fx.Node, ..
             raise ValueError(f"the spliced function captures a tensor ({node.target}): pass it as an operand")
         with graph.inserting_after(anchor):
             anchor = env[node] = graph.node_copy(node, env.__getitem__)
+        # NOTE: values of their own, for tracers tell tensors apart by identity
+        if again and "val" in node.meta:
+            anchor.meta["val"] = pytree.tree_map_only(torch.Tensor, another, node.meta["val"])
     raise AssertionError("a traced graph has an output")

@@ -1,5 +1,7 @@
 """Layers that read the same rows have one product between them."""
 
+import importlib
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,9 +10,11 @@ from torch import Tensor, nn
 import thor_fx
 from models import random
 from thor_fx.passes import Factor, Rows, canonicalize, emit_factors, outputs, run
+from thor_fx.passes.splice import trace
 from training import CLASSES, HIDDEN, IN, assert_same, batches, build, by_both_doors, train
 
 SETTINGS = {"lr": 0.05, "damping": 0.1, "momentum": 0.9, "frequency": 2}
+EXACT = {"fisher": "exact", "likelihood": "categorical"}
 
 
 class Gated(nn.Module):
@@ -61,10 +65,7 @@ def test_what_differs_in_what_is_kept_is_not_shared():
     assert torch.equal(found["w"].A[:3, :3], found["v"].A)
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [{}, {"bias": "joint"}, {"factor_decay": 0.9}, {"fisher": "exact", "likelihood": "categorical"}],
-)
+@pytest.mark.parametrize("settings", [{}, {"bias": "joint"}, {"factor_decay": 0.9}, EXACT])
 def test_both_doors_agree_where_factors_are_shared(settings):
     by_both_doors(lambda: build(Gated), batches(5), **SETTINGS, **settings)
 
@@ -87,3 +88,44 @@ def test_sums_over_micro_batches_are_not_added_twice():
     assert_same(trained(4), trained(1), rtol=1e-10)
     model = thor_fx.compile(build(Gated), backend="aot_eager")
     assert_same(train(model, thor_fx.Thor(model, **SETTINGS), batches(3, rows=8)), trained(1))
+
+
+class Deep(nn.Module):
+    """Layers of one form."""
+
+    def __init__(self, depth: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(IN, IN) for _ in range(depth))
+        self.head = nn.Linear(IN, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x).tanh()
+        return self.head(x)
+
+
+def traces(monkeypatch, depth: int) -> int:
+    asked = []
+
+    def counted(*args, **kwargs):
+        asked.append(args)
+        return trace(*args, **kwargs)
+
+    monkeypatch.setattr(importlib.import_module("thor_fx.passes.emit_factors"), "trace", counted)
+    model = build(lambda: Deep(depth))
+
+    def loss_fn(params, x, y):
+        return F.cross_entropy(torch.func.functional_call(model, dict(params), (x,)), y)
+
+    gm = thor_fx.trace_step(loss_fn, dict(model.named_parameters()), *batches(1)[0])
+    run(gm, [canonicalize, emit_factors])
+    return len(asked)
+
+
+def test_layers_of_one_form_are_traced_once(monkeypatch):
+    assert traces(monkeypatch, 12) == traces(monkeypatch, 3) > 0
+
+
+@pytest.mark.parametrize("settings", [{}, EXACT, {"rows": 0.5}])
+def test_both_doors_agree_on_layers_of_one_form(settings):
+    by_both_doors(lambda: build(lambda: Deep(5)), batches(4), **SETTINGS, **settings)
