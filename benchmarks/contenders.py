@@ -177,6 +177,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     'fallback="adamw"': {"fallback": "adamw"},
     "rows=0.25": {"rows": 0.25},
     "factor_dtype=bfloat16": {"factor_dtype": torch.bfloat16},
+    "update_dtype=bfloat16": {"update_dtype": torch.bfloat16},
     'preset="recommended"': {"preset": "recommended"},
 }
 """Settings of :func:`thor_fx.thor`, each changed alone."""

@@ -95,6 +95,7 @@ WRONG = [
     ("layer_filter", ["fc.weight"], TypeError),
     ("rows", 0.3, ValueError),
     ("factor_dtype", torch.float16, ValueError),
+    ("update_dtype", torch.float32, ValueError),
     ("split_indices", 3, TypeError),
     ("split_indices", "12", TypeError),
     ("split_indices", [1.0], TypeError),

@@ -44,6 +44,7 @@ WRONG_TYPES = {
     "likelihood": [1, ["categorical"]],
     "rows": ["0.5", None, True, [0.5]],
     "factor_dtype": ["bfloat16", 16, float],
+    "update_dtype": ["bfloat16", 16, float],
 }
 WRONG_VALUES = {
     **{name: [-0.1, NAN, INF, -INF] for name in NUMBERS},
@@ -71,6 +72,7 @@ WRONG_VALUES = {
     "likelihood": ["poisson", ""],
     "rows": [0, -0.5, 2, 0.3, NAN, INF],
     "factor_dtype": [torch.float16, torch.float32, torch.int8],
+    "update_dtype": [torch.float16, torch.float32, torch.int8],
 }
 RIGHT = {
     **{name: [0.5, 1] for name in NUMBERS},
@@ -111,6 +113,7 @@ RIGHT = {
     "likelihood": [None, "categorical", "bernoulli", "gaussian", torch.zeros_like],
     "rows": [1, 1.0, 0.5, 1 / 3, 0.01],
     "factor_dtype": [None, torch.bfloat16],
+    "update_dtype": [None, torch.bfloat16],
 }
 
 

@@ -106,6 +106,7 @@ def _preconditioner(options: Options, groups: ParameterGroups) -> Transform:
             inverse=options.inverse,
             factor_decay=options.factor_decay,
             refresh_rule=options.refresh_rule,
+            update_dtype=options.update_dtype,
         )
     )
 

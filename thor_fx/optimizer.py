@@ -102,6 +102,7 @@ class Thor(torch.optim.Optimizer):
         layer_filter: ``name of weight -> bool``: which weights have factors; None: all that can.
         rows: ``1 / k``: factors are measured on every k-th row: see :func:`thor_fx.thor`.
         factor_dtype: ``torch.bfloat16``: rows are rounded to it in the products of factors.
+        update_dtype: ``torch.bfloat16``: gradients and inverses are, in those of preconditioning.
         backend: compiles the update: ``"inductor"``, or ``"eager"`` to interpret it; None: as the model.
 
     Attributes:
@@ -155,6 +156,7 @@ class Thor(torch.optim.Optimizer):
         layer_filter: Callable[[str], bool] | None = None,
         rows: float = 1.0,
         factor_dtype: torch.dtype | None = None,
+        update_dtype: torch.dtype | None = None,
         backend: str | None = None,
     ) -> None:
         self._model = model
@@ -192,6 +194,7 @@ class Thor(torch.optim.Optimizer):
             layer_filter=layer_filter,
             rows=rows,
             factor_dtype=factor_dtype,
+            update_dtype=update_dtype,
         )
         self._backend = self._collector.backend if backend is None else backend
         check_backend(self._backend)

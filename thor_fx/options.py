@@ -74,6 +74,7 @@ class Options:
     layer_filter: Callable[[str], bool] | None = None
     rows: float = 1.0
     factor_dtype: torch.dtype | None = None
+    update_dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
         check_number("loss_scale", self.loss_scale, positive=True)
@@ -108,11 +109,17 @@ class Options:
         check_likelihood("likelihood", self.likelihood)
         _check_split_indices(self.split_indices)
         _check_rows(self.rows)
-        _check_factor_dtype(self.factor_dtype)
+        for name in ("factor_dtype", "update_dtype"):
+            _check_rounding(name, getattr(self, name))
         if self.inverse == "eva" and self.fisher != "empirical":
             raise ValueError(
                 f"inverse='eva' takes the mean of the cotangents, and that of drawn labels is zero: "
                 f"fisher={self.fisher!r} needs another inverse="
+            )
+        if self.update_dtype is not None and self.inverse not in INVERTS_SIDES:
+            raise ValueError(
+                f"update_dtype={self.update_dtype} rounds inverses of both sides: inverse= must be one of "
+                f"{list(INVERTS_SIDES)}, got {self.inverse!r}"
             )
         if self.adaptive is not None and self.inverse not in INVERTS_SIDES:
             raise ValueError(
@@ -181,11 +188,11 @@ def _check_rows(rows: Any) -> None:
         raise ValueError(f"rows must be 1 / k for a whole k, as 1, 0.5 or 0.25: every k-th row; got {rows!r}")
 
 
-def _check_factor_dtype(dtype: Any) -> None:
+def _check_rounding(name: str, dtype: Any) -> None:
     if dtype is not None and not isinstance(dtype, torch.dtype):
-        raise TypeError(f"factor_dtype must be torch.bfloat16 or None, got {shown(dtype)}")
+        raise TypeError(f"{name} must be torch.bfloat16 or None, got {shown(dtype)}")
     if dtype not in {None, torch.bfloat16}:
-        raise ValueError(f"factor_dtype must be torch.bfloat16 or None, got {dtype}")
+        raise ValueError(f"{name} must be torch.bfloat16 or None, got {dtype}")
 
 
 def damping_schedule(value: Any) -> Schedule:

@@ -76,6 +76,7 @@ def precondition(
     inverse: Inverse = "cholesky",
     factor_decay: float | None = None,
     refresh_rule: RefreshRule | Overlap | None = None,
+    update_dtype: torch.dtype | None = None,
 ) -> Transform:
     """Multiply the gradient of every layer by its damped inverse factors.
 
@@ -90,6 +91,7 @@ def precondition(
         inverse: the method of inversion.
         factor_decay: of the running averages of factors; None: the inverses are those of one batch.
         refresh_rule: which inverses are recomputed after which step; None: all, in every factor step.
+        update_dtype: what gradients and inverses are rounded to for their products; None: nothing.
     """
     rules = rules or Rules(block_size=block_size, means=inverse == "eva")
     # a rule without averages keeps the factors of the last batch
@@ -97,7 +99,15 @@ def precondition(
     remembers = factor_decay is not None or refresh_rule is not None
     method = METHODS[inverse]
     made = _Preconditioner(
-        method, renewal, remembers, damping_rule, block_size, rules.fisher, loss_scale, batch_size
+        method,
+        renewal,
+        remembers,
+        damping_rule,
+        block_size,
+        rules.fisher,
+        loss_scale,
+        batch_size,
+        update_dtype,
     )
     hook = None if refresh_rule is None else made.between
     return Transform(made.init, made.update, {"damping": damping}, frequency, rules, inverse, hook)
@@ -115,6 +125,7 @@ class _Preconditioner:
     fisher: Fisher
     loss_scale: float
     batch_size: int | None
+    update_dtype: torch.dtype | None
 
     def init(self, params: Params, coverage: Coverage) -> PreconditionState:
         inverses = {}
@@ -141,11 +152,19 @@ class _Preconditioner:
             new[name] = _elementwise(new[name], state.terms, root(self.damping_rule, lam))
         applied = {}
         for key, layers in groups.items():
-            changed, applied[key] = _apply(self.method, layers, state.inverses[key], new, state.terms, lam)
+            apply = partial(self._applied, terms=state.terms, lam=lam)
+            changed, applied[key] = _apply(apply, layers, state.inverses[key], new)
             new |= changed
         if any(applied[key] is not kept for key, kept in state.inverses.items()):
             state = state._replace(inverses=applied)
         return new, state
+
+    def _applied(self, kept: State, gradients: Tensor, terms: Tensor, lam: Tensor) -> tuple[Tensor, State]:
+        """What the method makes of gradients (L, out, in), rounded or not, and what it keeps."""
+        if self.update_dtype is None or gradients.dtype == torch.float64:
+            return self.method.apply(kept, gradients.to(_dtype(kept, gradients)), terms, lam)
+        rounded = pytree.tree_map(lambda part: part.to(self.update_dtype), kept)
+        return self.method.apply(rounded, gradients.to(self.update_dtype), terms, lam)[0], kept
 
     def between(
         self, state: PreconditionState, params: Params, signals: Signals, taken: Taken
@@ -270,7 +289,10 @@ def _terms(batch_size: int | None, measured: Tensor | None, previous: Tensor) ->
 
 
 def _apply(
-    method: Method, layers: list[Layer], state: State, gradients: Updates, terms: Tensor, lam: Tensor
+    apply: Callable[[State, Tensor], tuple[Tensor, State]],
+    layers: list[Layer],
+    state: State,
+    gradients: Updates,
 ) -> tuple[dict[str, Tensor], State]:
     """The updates of the layers of one shape, and what the method keeps of them."""
     present = [layer.param in gradients for layer in layers]
@@ -279,11 +301,8 @@ def _apply(
     used = select(state, spans(layers), present)
     shown = [layer for layer, here in zip(layers, present, strict=True) if here]
     each = [matrices(layer, gradients) for layer in shown]
-    stacked = (
-        each[0] if len(each) == 1 else torch.cat(each)
-    )  # (L, out, in); a copy only where there are several
-    working = stacked.to(_dtype(used, stacked))
-    preconditioned, after = method.apply(used, working, terms, lam)
+    stacked = each[0] if len(each) == 1 else torch.cat(each)  # (L, out, in); a copy where there are several
+    preconditioned, after = apply(used, stacked)
     preconditioned = preconditioned.to(stacked.dtype)
     new = dict(gradients)
     for layer, place in zip(shown, spans(shown), strict=True):

@@ -88,6 +88,7 @@ def thor(
     layer_filter: Callable[[str], bool] | None = None,
     rows: float = 1.0,
     factor_dtype: torch.dtype | None = None,
+    update_dtype: torch.dtype | None = None,
 ) -> Transform:
     """THOR as a pure transform, for :func:`thor_fx.compile_step`.
 
@@ -149,6 +150,7 @@ def thor(
             every k-th position of a flat list of sequences. Unbiased where batches are shuffled.
         factor_dtype: ``torch.bfloat16``: rows are rounded to it in the products of factors, which are several
             times faster for it, and summed in float32; None: nothing is rounded.
+        update_dtype: ``torch.bfloat16``: gradients and inverses are rounded to it where they are multiplied.
 
     Returns:
         A transform whose updates are added to the parameters.
@@ -195,6 +197,7 @@ def thor(
         layer_filter=layer_filter,
         rows=rows,
         factor_dtype=factor_dtype,
+        update_dtype=update_dtype,
     )
     schedules = {
         "lr": Schedule("lr", lr),
