@@ -64,7 +64,7 @@ def assert_resampled(masks: list[Tensor]) -> None:
 def dropout_masks_of_factors(backend: str) -> list[Tensor]:
     """A batch of one row ``a``: its factor is ``a a^T`` and its gradient ``g a^T``, of the same mask."""
     model = thor_fx.compile(build(Dropped), backend=backend)
-    thor_fx.Thor(model, **SETTINGS)
+    thor_fx.Thor(model, **SETTINGS, block_size=None)
     masks = []
     for _ in range(4):
         model(torch.ones(1, WIDE, dtype=torch.float64)).square().sum().backward()
