@@ -192,9 +192,13 @@ class Patches(Operand):
     # --- correlation -------------------------------------------------------------------------------
 
     def _at_once(self, x: Tensor) -> int:
-        """J: as many taps as make a slice no larger than the input or the output of the convolution."""
-        channels, spots = shape(self.node)[1], math.prod(self.positions)
-        return max(1, max(math.prod(x.shape[1:]), self.outputs * spots) // (channels * spots))
+        """J: as many taps as make a slice no larger than the input or the output of the convolution.
+
+        Sizes of one image are numbers here, also where the size of the batch is a symbol.
+        """
+        spots = math.prod(map(int, self.positions))
+        most = max(math.prod(map(int, x.shape[1:])), self.outputs * spots)
+        return max(1, most // (int(shape(self.node)[1]) * spots))
 
     def _correlated(self, x: Tensor, groups: int) -> Tensor:
         """``sum_nq patch patch^T`` of every group: (groups, C K, C K)."""

@@ -56,10 +56,12 @@ def trace(fn: Callable[..., Any], *operands: fx.Node, decompositions: Decomposit
         return leaves
 
     mode = operands[0].meta["val"].fake_mode
+    # NOTE: else the tracer asks for numbers where sizes are symbolic: padding would fix the batch size
+    tracing_mode = "real" if mode.shape_env is None else "symbolic"
     with mode, torch.no_grad():
         values = [in_mode(mode, node.meta["val"]) for node in operands]
         try:
-            traced = make_fx(flat, decomposition_table=dict(decompositions or {}))(*values)
+            traced = make_fx(flat, dict(decompositions or {}), tracing_mode)(*values)
         except AssertionError as error:
             if "convert all Tensors to FakeTensors" in str(error):
                 raise ValueError("the spliced function captures a tensor: pass it as an operand") from error

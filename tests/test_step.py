@@ -15,6 +15,7 @@ from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
 import thor_fx
+from models import random
 from thor_fx.inverses.pair import InversePair
 from thor_fx.precondition import PreconditionState
 from thor_fx.schedule import Schedule
@@ -658,6 +659,31 @@ def test_the_compiled_step_equals_the_interpreted_one(compilations):
         assert all(one is other for one, other in zip(tensors, after, strict=True))
     assert compilations.count == 2 * 2
     assert_same(trajectories["inductor"], trajectories["eager"], rtol=1e-11)
+
+
+class Convolved(nn.Module):
+    """Padding, a stride and blocks: everything that asks for sizes of the input."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(2, 5, 3, padding=1), nn.Conv2d(5, 4, 3, padding=1, stride=2)
+        self.head = nn.Linear(4 * 9, CLASSES)
+
+    def forward(self, x):
+        return self.head(self.second(self.first(x).relu()).relu().flatten(1))
+
+
+@pytest.mark.parametrize("settings", [{}, {"block_size": 7}, {"bias": "joint", "rows": 0.5}])
+def test_convolutions_of_any_batch_size_are_compiled_once(settings, compilations):
+    model = build(Convolved)
+    tx = thor_fx.thor(**SETTINGS, **settings)
+    step = thor_fx.compile_step(classifier_loss(model), tx, backend="eager", dynamic=True)
+    params = start(model)
+    data = [(random(n, torch.float64, n, 2, 6, 6), torch.arange(n) % CLASSES) for n in (7, 9, 4, 6, 5)]
+    state = step.init(params, *data[0])
+    for batch in data:
+        params, state, _ = step(params, state, *batch)
+    assert compilations.count == 2
 
 
 def test_init_may_be_called_again():

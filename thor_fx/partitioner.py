@@ -141,8 +141,10 @@ def _decomposed(joint: fx.GraphModule, decompositions: Decompositions) -> fx.Gra
     """The same, traced again; tags on nodes go over to what comes of them."""
     values = [node.meta["val"] for node in joint.graph.find_nodes(op="placeholder")]
     interpreter = fx.Interpreter(joint)
-    with values[-1].fake_mode, torch.no_grad(), preserve_node_meta():
-        return make_fx(interpreter.run, decomposition_table=dict(decompositions))(*values)
+    mode = values[-1].fake_mode
+    tracing_mode = "real" if mode.shape_env is None else "symbolic"  # as in thor_fx.passes.splice
+    with mode, torch.no_grad(), preserve_node_meta():
+        return make_fx(interpreter.run, dict(decompositions), tracing_mode)(*values)
 
 
 def _named(joint: fx.GraphModule) -> fx.GraphModule:
