@@ -2,9 +2,10 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, fx
+from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
 from .capture import Captured, LossCapture, LossFn, Runner
@@ -110,7 +111,10 @@ def _in_order_of_arguments(
                 new.meta["val"] = value.detach().to("meta")
         for node, value in zip(old, flat, strict=True):
             if node not in kept:
-                _to_buffer(gm, node, value)
+                if isinstance(value, Tensor):
+                    _to_buffer(gm, node, value)
+                else:
+                    _to_constant(node, value)
     results = [_moved(result, old, kept) for result in outputs.output_nodes(gm)]
     for node in old:
         gm.graph.erase_node(node)
@@ -143,6 +147,17 @@ def _name(descriptor: InputDescriptor, position: int) -> str:
 
 def _buffer_name(node: fx.Node) -> str:
     return f"captured_{node.name}"
+
+
+def _to_constant(node: fx.Node, number: Any) -> None:
+    """Dynamo makes a Python number an input where the same code was compiled with another one before."""
+
+    def constant(argument: fx.Node) -> Any:
+        return number if argument is node else argument
+
+    for user in list(node.users):
+        user.args = cast(tuple[Any, ...], map_arg(user.args, constant))
+        user.kwargs = cast(dict[str, Any], map_arg(user.kwargs, constant))
 
 
 def _to_buffer(gm: fx.GraphModule, node: fx.Node, value: Any) -> None:
