@@ -147,16 +147,15 @@ class Matrix(Operand):
 
 
 @dataclass(frozen=True)
-class Multiplied(Operand):
-    """The rows of ``inner`` times ``by``, a number or a node."""
+class Wrapped(Operand):
+    """An operand that reads what ``inner`` reads, and makes something else of it."""
 
     inner: Operand
-    by: Any
 
     @property
     def nodes(self) -> tuple[fx.Node, ...]:
-        """Those of ``inner``, then ``by``, where it is a node."""
-        return (*self.inner.nodes, self.by) if isinstance(self.by, fx.Node) else self.inner.nodes
+        """Those of ``inner``."""
+        return self.inner.nodes
 
     @property
     def features(self) -> int:
@@ -172,6 +171,23 @@ class Multiplied(Operand):
     def rows(self) -> Any:
         """R."""
         return self.inner.rows
+
+    @property
+    def row_axes(self) -> tuple[int | None, ...]:
+        """Those of ``inner``."""
+        return self.inner.row_axes
+
+
+@dataclass(frozen=True)
+class Multiplied(Wrapped):
+    """The rows of ``inner`` times ``by``, a number or a node."""
+
+    by: Any
+
+    @property
+    def nodes(self) -> tuple[fx.Node, ...]:
+        """Those of ``inner``, then ``by``, where it is a node."""
+        return (*self.inner.nodes, self.by) if isinstance(self.by, fx.Node) else self.inner.nodes
 
     @property
     def row_axes(self) -> tuple[int | None, ...]:

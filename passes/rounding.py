@@ -6,46 +6,19 @@ every number of a factor has a relative error of the order of 2^-9, but see the 
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
-from .operands import Operand
+from .operands import Wrapped
 from .products import block_grams, gram
 
 
 @dataclass(frozen=True)
-class Rounded(Operand):
+class Rounded(Wrapped):
     """The rows of ``inner``, rounded to ``dtype`` in products."""
 
-    inner: Operand
     dtype: torch.dtype
-
-    @property
-    def nodes(self) -> tuple[fx.Node, ...]:
-        """Those of ``inner``."""
-        return self.inner.nodes
-
-    @property
-    def features(self) -> int:
-        """F."""
-        return self.inner.features
-
-    @property
-    def groups(self) -> int:
-        """E."""
-        return self.inner.groups
-
-    @property
-    def rows(self) -> Any:
-        """R."""
-        return self.inner.rows
-
-    @property
-    def row_axes(self) -> tuple[int | None, ...]:
-        """Those of ``inner``."""
-        return self.inner.row_axes
 
     def read(self, *values: Tensor) -> Tensor:
         """Those of ``inner``, not rounded."""

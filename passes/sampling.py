@@ -12,30 +12,14 @@ from typing import Any
 from torch import Tensor, fx
 
 from .nodes import shape
-from .operands import Operand
+from .operands import Wrapped
 
 
 @dataclass(frozen=True)
-class EveryKth(Operand):
+class EveryKth(Wrapped):
     """Every ``k``-th row of ``inner``, for all of them."""
 
-    inner: Operand
     k: int
-
-    @property
-    def nodes(self) -> tuple[fx.Node, ...]:
-        """Those of ``inner``."""
-        return self.inner.nodes
-
-    @property
-    def features(self) -> int:
-        """F."""
-        return self.inner.features
-
-    @property
-    def groups(self) -> int:
-        """E."""
-        return self.inner.groups
 
     @property
     def rows(self) -> Any:
