@@ -142,8 +142,9 @@ def test_a_spent_budget_leaves_rows_out(tmp_path: Path):
 def test_factors_of_a_convolution_take_half_as_much_memory_again_at_most(on_path: None):
     """3 x 3, 64 channels, 256 images: written down, the patches would take nine times the input.
 
-    A plain step holds three times the size of the input where torch copies to another layout, as 2.13 does;
-    where it does with two, the step with factors has to keep to half as much again as three all the same.
+    The peak of a plain step reads as three times the input or as two, from one process to the next, on every
+    torch; that of the step with factors as four. So the bound is half as much again as three, whichever
+    was read.
     """
     from layer_cost import measure_apart
 
