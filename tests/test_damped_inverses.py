@@ -1,5 +1,7 @@
 """Inverses that cannot fail silently, whatever the method."""
 
+import math
+
 import pytest
 import torch
 
@@ -24,7 +26,7 @@ def previous(m: torch.Tensor) -> torch.Tensor:
     return torch.arange(float(m.numel()), dtype=m.dtype).view_as(m)
 
 
-@pytest.mark.parametrize("side", [2, 5, 16])
+@pytest.mark.parametrize("side", [2, 5, 16, 33, 100])  # Cholesky halves the last two
 @pytest.mark.parametrize("damping", [1e-3, 0.5])
 def test_equals_the_inverse_of_the_damped_matrix(damped_inverse, side, damping):
     m = matrices(3, side, side)
@@ -82,6 +84,30 @@ def test_a_damping_that_is_no_number_fails_all(damped_inverse, damping):
     inverse, failed = damped_inverse(m, torch.tensor(damping), previous(m))
     assert failed == 3
     assert torch.equal(inverse, previous(m))
+
+
+@pytest.mark.parametrize("side", [64, 100, 200])
+@pytest.mark.parametrize("condition", [1e2, 1e5])
+def test_halving_costs_no_accuracy(side, condition):
+    draws = torch.Generator().manual_seed(side)
+    q, _ = torch.linalg.qr(torch.randn(5, side, side, dtype=torch.float64, generator=draws))
+    m = (q * torch.logspace(0, -math.log10(condition), side, dtype=torch.float64)) @ q.mT
+    whole = torch.cholesky_inverse(torch.linalg.cholesky(m.float()))
+    halved, failed = cholesky.damped_inverse(m.float(), torch.zeros(()), torch.zeros(side, side))
+    exact = torch.linalg.inv(m)
+    assert failed == 0
+    assert (halved - exact).norm() <= 2 * (whole - exact).norm()
+
+
+@pytest.mark.parametrize("place", [0, 31, 32, 70, 99])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -1e3])
+def test_cholesky_finds_what_is_wrong_in_every_part(place, value):
+    m = matrices(2, 100, 100)
+    m[1, place, place] = value
+    before = previous(m)
+    inverse, failed = cholesky.damped_inverse(m, torch.tensor(0.1), before)
+    assert failed == 1
+    assert torch.equal(inverse[1], before[1])
 
 
 def test_an_inverse_that_overflows_is_a_failure(damped_inverse):
