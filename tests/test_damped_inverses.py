@@ -1,10 +1,12 @@
 """Inverses that cannot fail silently, whatever the method."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
 
+from inversions import renew
 from thor_fx.inverses import cholesky, eigen, newton_schulz
 from thor_fx.inverses.pair import damped_reciprocal
 
@@ -13,7 +15,7 @@ from thor_fx.inverses.pair import damped_reciprocal
     params=[cholesky, eigen, newton_schulz], ids=lambda method: method.__name__.rpartition(".")[2]
 )
 def damped_inverse(request):
-    return request.param.damped_inverse
+    return partial(renew, request.param.damped_inverse)
 
 
 def matrices(*shape: int, dtype=torch.float64) -> torch.Tensor:
@@ -93,7 +95,7 @@ def test_halving_costs_no_accuracy(side, condition):
     q, _ = torch.linalg.qr(torch.randn(5, side, side, dtype=torch.float64, generator=draws))
     m = (q * torch.logspace(0, -math.log10(condition), side, dtype=torch.float64)) @ q.mT
     whole = torch.cholesky_inverse(torch.linalg.cholesky(m.float()))
-    halved, failed = cholesky.damped_inverse(m.float(), torch.zeros(()), torch.zeros(side, side))
+    halved, failed = renew(cholesky.damped_inverse, m.float(), torch.zeros(()), torch.zeros(side, side))
     exact = torch.linalg.inv(m)
     assert failed == 0
     assert (halved - exact).norm() <= 2 * (whole - exact).norm()
@@ -105,7 +107,7 @@ def test_cholesky_finds_what_is_wrong_in_every_part(place, value):
     m = matrices(2, 100, 100)
     m[1, place, place] = value
     before = previous(m)
-    inverse, failed = cholesky.damped_inverse(m, torch.tensor(0.1), before)
+    inverse, failed = renew(cholesky.damped_inverse, m, torch.tensor(0.1), before)
     assert failed == 1
     assert torch.equal(inverse[1], before[1])
 
@@ -129,7 +131,7 @@ def test_reciprocals_of_diagonals():
     d = torch.tensor([[1.0, 3.0], [0.0, 1.0], [torch.nan, 1.0], [-2.0, 1.0]], dtype=torch.float64)
     damping = torch.tensor([[1.0], [0.0], [1.0], [1.0]], dtype=torch.float64)
     before = torch.full_like(d, 7.0)
-    inverse, failed = damped_reciprocal(d, damping, before)
+    inverse, failed = renew(damped_reciprocal, d, damping, before)
     torch.testing.assert_close(inverse[0], torch.tensor([0.5, 0.25], dtype=torch.float64))
     assert torch.equal(inverse[1:], before[1:])  # a zero, a NaN and a negative number
     assert failed == 3

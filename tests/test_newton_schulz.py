@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from inversions import renew
 from thor_fx import blocks
 from thor_fx.inverses import cholesky, newton_schulz
 from thor_fx.inverses.newton_schulz import FLOOR, TOLERANCE, damped_inverse, steps
@@ -36,7 +37,7 @@ def residual(m: Tensor, damping: Tensor, inverse: Tensor) -> float:
 @pytest.mark.parametrize("condition", [1.0, 1e2, 1e4])
 def test_equals_the_inverse(b, condition):
     m, damping = spread(b, condition)
-    inverse, failed = damped_inverse(m, damping, torch.zeros_like(m))
+    inverse, failed = renew(damped_inverse, m, damping, torch.zeros_like(m))
     expected = torch.linalg.inv(m + damping * torch.eye(b, dtype=m.dtype))
     assert failed == 0
     assert (inverse - expected).norm() < 1e-11 * expected.norm()
@@ -47,8 +48,8 @@ def test_equals_the_inverse(b, condition):
 def test_the_error_is_the_condition_times_that_of_rounding_as_with_cholesky(dtype, condition):
     m, damping = spread(128, condition, dtype)
     zeros = torch.zeros_like(m)
-    found, failed = damped_inverse(m, damping, zeros)
-    reference, _ = cholesky.damped_inverse(m, damping, zeros)
+    found, failed = renew(damped_inverse, m, damping, zeros)
+    reference, _ = renew(cholesky.damped_inverse, m, damping, zeros)
     assert failed == 0
     error = residual(m, damping, found)
     assert error < 16 * condition * EPS[dtype]
@@ -66,9 +67,9 @@ def test_the_steps_are_enough_at_the_floor_and_not_below(dtype):
     values = torch.zeros(1, 4, 4, dtype=dtype)
     values[0, 0, 0] = 1
     at_floor, far_below = (torch.full((1, 1, 1), d, dtype=dtype) for d in (FLOOR[dtype], FLOOR[dtype] / 1e4))
-    assert damped_inverse(values, at_floor, values)[1] == 0
+    assert renew(damped_inverse, values, at_floor, values)[1] == 0
     before = torch.full_like(values, 7.0)
-    kept, failed = damped_inverse(values, far_below, before)
+    kept, failed = renew(damped_inverse, values, far_below, before)
     assert failed == 1
     assert torch.equal(kept, before)
 
@@ -79,19 +80,19 @@ def test_what_is_too_ill_conditioned_for_its_dtype_keeps_its_inverse():
     easy, _ = spread(256, 10.0, torch.float32)
     before = torch.full_like(torch.cat([m, easy]), 7.0)
     strengths = torch.cat([damping, torch.full_like(damping, 0.1)])
-    inverse, failed = damped_inverse(torch.cat([m, easy]), strengths, before)
+    inverse, failed = renew(damped_inverse, torch.cat([m, easy]), strengths, before)
     assert failed == 1
     assert torch.equal(inverse[0], before[0])
     assert residual(easy, strengths[1:], inverse[1:]) < 1e-4
-    assert residual(m, damping, cholesky.damped_inverse(m, damping, m)[0]) > TOLERANCE[torch.float32]
+    assert residual(m, damping, renew(cholesky.damped_inverse, m, damping, m)[0]) > TOLERANCE[torch.float32]
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
 def test_the_scale_of_a_matrix_does_not_matter(scale):
     """In float32 squares of either would be lost."""
     m, damping = spread(8, 100.0, torch.float32)
-    expected, _ = damped_inverse(m, damping, m)
-    found, failed = damped_inverse(m * scale, damping * scale, m)
+    expected, _ = renew(damped_inverse, m, damping, m)
+    found, failed = renew(damped_inverse, m * scale, damping * scale, m)
     assert failed == 0
     torch.testing.assert_close(found * scale, expected, rtol=1e-4, atol=1e-4)
 
@@ -99,10 +100,10 @@ def test_the_scale_of_a_matrix_does_not_matter(scale):
 def test_a_zero_matrix_is_its_damping():
     zeros = torch.zeros(2, 5, 5, dtype=torch.float64)
     damping = torch.tensor([0.25, 4.0], dtype=torch.float64).view(2, 1, 1)
-    inverse, failed = damped_inverse(zeros, damping, zeros)
+    inverse, failed = renew(damped_inverse, zeros, damping, zeros)
     assert failed == 0
     torch.testing.assert_close(inverse, torch.eye(5, dtype=torch.float64) / damping)
-    assert damped_inverse(zeros, 0 * damping, zeros)[1] == 2
+    assert renew(damped_inverse, zeros, 0 * damping, zeros)[1] == 2
 
 
 def test_no_factorisation_is_called():
@@ -116,7 +117,7 @@ def test_no_factorisation_is_called():
 
     m, damping = spread(8, 100.0)
     with Names():
-        damped_inverse(m, damping, m)
+        renew(damped_inverse, m, damping, m)
     assert {"aten::bmm", "aten::baddbmm"} <= called
     assert not [name for name in called if any(word in name for word in ("cholesky", "solve", "inv", "lu"))]
 
@@ -125,7 +126,7 @@ def test_the_inverse_is_left_unsymmetric():
     """NOTE: [Not symmetric]: in sharp directions its symmetric part is far off, and what it makes is not."""
     condition = 1e4
     m, damping = spread(64, condition, torch.float32)
-    inverse, _ = damped_inverse(m, damping, torch.zeros_like(m))
+    inverse, _ = renew(damped_inverse, m, damping, torch.zeros_like(m))
     symmetric = (inverse + inverse.mT) / 2
     assert residual(m, damping, symmetric) > 30 * residual(m, damping, inverse)
     wide = m.double() + damping.double() * torch.eye(64)
@@ -152,5 +153,5 @@ def test_the_coupled_form_is_less_accurate():
         w = 2 * eye - scale * y
         x, y = scale * x @ w, scale * y @ w
         smallest = 4 * smallest / (1 + smallest) ** 2
-    found, _ = damped_inverse(m, damping, m)
+    found, _ = renew(damped_inverse, m, damping, m)
     assert residual(m, damping, x) > 1.3 * residual(m, damping, found)

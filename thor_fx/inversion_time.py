@@ -39,7 +39,7 @@ class Inversion:
     def __call__(self) -> None:
         """Compute the inverses; on a GPU: start to."""
         for stack, strength in zip(self.stacks, self.strengths, strict=True):
-            damped_inverse(stack, strength, stack)
+            damped_inverse(stack, strength)
 
 
 Timer = Callable[[Inversion], float]

@@ -39,23 +39,22 @@ class Inverted(NamedTuple):
     good: Tensor
 
 
-def damped_inverse(matrices: Tensor, damping: Tensor, previous: Tensor) -> tuple[Tensor, Tensor]:
+def damped_inverse(matrices: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
     """``(M + d I)^-1`` of many symmetric positive semi-definite matrices, by Cholesky.
 
-    A matrix that has no finite inverse keeps its previous one. ``cholesky_ex`` reports failure in a
-    tensor, which survives compilation and needs no synchronisation; compiled ``cholesky`` does not.
+    ``cholesky_ex`` reports failure in a tensor, which survives compilation and needs no synchronisation;
+    compiled ``cholesky`` does not.
 
     Args:
         matrices: shape (N, b, b).
         damping: broadcastable to (N, 1, 1).
-        previous: the last good inverses, shape (N, b, b).
 
     Returns:
-        The inverses, shape (N, b, b), and how many of them failed, an int64 0-D tensor.
+        The inverses, shape (N, b, b), and which of them are good, a boolean tensor of shape (N,).
     """
     small = SMALL if matrices.device.type == "cpu" else matrices.shape[-1]
     _, inverse, good = _invert(matrices, damping, small)
-    return torch.where(good[:, None, None], inverse, previous), (~good).sum()
+    return inverse, good
 
 
 def _invert(matrices: Tensor, damping: Tensor, small: int) -> Inverted:

@@ -14,22 +14,21 @@ FLOPS_PER_CUBE = 9
 """Of one decomposition, about: ``9 b^3`` (Golub & Van Loan 2013, section 8.3)."""
 
 
-def damped_inverse(matrices: Tensor, damping: Tensor, previous: Tensor) -> tuple[Tensor, Tensor]:
+def damped_inverse(matrices: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
     """``(M + d I)^-1`` of many symmetric positive semi-definite matrices, by eigendecomposition.
 
     Args:
         matrices: shape (N, b, b).
         damping: broadcastable to (N, 1, 1).
-        previous: the last good inverses, shape (N, b, b).
 
     Returns:
-        The inverses, shape (N, b, b), and how many of them failed, an int64 0-D tensor.
+        The inverses, shape (N, b, b), and which of them are good, a boolean tensor of shape (N,).
     """
     values, vectors, good = decompose(matrices)
     reciprocal = 1 / (values + damping.squeeze(-1))
     good = good & (reciprocal.isfinite() & (reciprocal > 0)).all(-1)
     inverse = (vectors * reciprocal.unsqueeze(-2)) @ vectors.mT
-    return torch.where(good[:, None, None], inverse, previous), (~good).sum()
+    return inverse, good
 
 
 def decompose(matrices: Tensor) -> tuple[Tensor, Tensor, Tensor]:

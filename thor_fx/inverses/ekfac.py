@@ -38,7 +38,7 @@ from ..layers import Layer
 from ..passes.sides import Side
 from .batches import Job, in_batches
 from .eigen import FLOPS_PER_CUBE, decompose
-from .method import Damping, Method, Stack, Work
+from .method import Damping, Method, Stack, Work, keep
 
 DECAY = 0.95
 """Of the running average of second moments: about the last twenty steps count."""
@@ -104,10 +104,10 @@ def _one_shape(layer: Layer, before: Eigenbasis, input_: list[Job], output: list
     for _, _, fine in (*input_, *output):
         good = good & fine.reshape(len(old), -1).all(-1)
     new_input, new_output = (
-        tuple(_keep(good, q.reshape(last.shape), last) for (_, q, _), last in zip(pieces, kept, strict=True))
+        tuple(keep(good, q.reshape(last.shape), last) for (_, q, _), last in zip(pieces, kept, strict=True))
         for pieces, kept in ((input_, before.input), (output, before.output))
     )
-    return Eigenbasis(new_input, new_output, (_keep(good, moments, old),))
+    return Eigenbasis(new_input, new_output, (keep(good, moments, old),))
 
 
 def _eigenvalues(pieces: list[Job], dim: int, like: Tensor) -> Tensor:
@@ -115,10 +115,6 @@ def _eigenvalues(pieces: list[Job], dim: int, like: Tensor) -> Tensor:
     if not pieces:
         return like.new_ones(len(like), dim)
     return torch.cat([values.reshape(len(like), -1) for values, _, _ in pieces], 1)
-
-
-def _keep(good: Tensor, new: Tensor, old: Tensor) -> Tensor:
-    return torch.where(good.reshape(-1, *(1,) * (new.dim() - 1)), new, old)
 
 
 def _apply(state: Eigenbasis, gradients: Tensor, terms: Tensor, lam: Tensor) -> tuple[Tensor, Eigenbasis]:

@@ -72,6 +72,11 @@ class Method(NamedTuple):
     marks: tuple[str, ...] = ("input", "output")
 
 
+def keep(good: Tensor, new: Tensor, old: Tensor) -> Tensor:
+    """The new matrices (N, ...) where they are good (N,), and the old ones elsewhere."""
+    return torch.where(good.reshape(-1, *(1,) * (new.dim() - 1)), new, old)
+
+
 def select(state: State, places: list[slice], present: list[bool]) -> State:
     """The state of some layers only: not all have a gradient, or factors, in every step."""
     if all(present):

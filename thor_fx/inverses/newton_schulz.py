@@ -46,16 +46,15 @@ def steps(dtype: torch.dtype) -> int:
     return count
 
 
-def damped_inverse(matrices: Tensor, damping: Tensor, previous: Tensor) -> tuple[Tensor, Tensor]:
+def damped_inverse(matrices: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
     """``(M + d I)^-1`` of many symmetric positive semi-definite matrices, by Newton's iteration.
 
     Args:
         matrices: shape (N, b, b), float32 or float64.
         damping: broadcastable to (N, 1, 1), positive.
-        previous: the last good inverses, shape (N, b, b).
 
     Returns:
-        The inverses, shape (N, b, b), and how many of them failed, an int64 0-D tensor.
+        The inverses, shape (N, b, b), and which of them are good, a boolean tensor of shape (N,).
     """
     eye = torch.eye(matrices.shape[-1], dtype=matrices.dtype, device=matrices.device)
     damped = matrices + damping * eye
@@ -70,7 +69,7 @@ def damped_inverse(matrices: Tensor, damping: Tensor, previous: Tensor) -> tuple
     residual = torch.linalg.matrix_norm(eye - y @ x)
     inverse = x / bound
     good = (residual <= TOLERANCE[matrices.dtype]) & inverse.isfinite().all(dim=(-2, -1))  # a NaN is neither
-    return torch.where(good[:, None, None], inverse, previous), (~good).sum()
+    return inverse, good
 
 
 def _bound(damped: Tensor) -> Tensor:

@@ -18,10 +18,10 @@ from ..blocks import Blocks
 from ..layers import Layer
 from ..passes.sides import Side
 from .batches import Job, in_batches
-from .method import Damping, Method, Stack, Work
+from .method import Damping, Method, Stack, Work, keep
 
-Invert = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-"""``invert(matrices (N, b, b), damping (N, 1, 1), previous (N, b, b)) -> (inverses, failed 0-D)``"""
+Invert = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""``invert(matrices (N, b, b), damping (N, 1, 1)) -> (inverses, which are good (N,))``"""
 
 
 class InversePair(NamedTuple):
@@ -36,22 +36,18 @@ def pair_method(invert: Invert, flops: Callable[[int], int]) -> Method:
     return Method(_init, partial(_refresh, invert), _apply, partial(_work, flops))
 
 
-def damped_reciprocal(diagonals: Tensor, damping: Tensor, previous: Tensor) -> tuple[Tensor, Tensor]:
+def damped_reciprocal(diagonals: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
     """``1 / (d + damping)`` of the diagonals of many diagonal matrices.
-
-    A matrix that has no finite inverse keeps its previous one.
 
     Args:
         diagonals: shape (N, d).
         damping: broadcastable to (N, 1).
-        previous: the last good inverses, shape (N, d).
 
     Returns:
-        The inverses, shape (N, d), and how many matrices failed, an int64 0-D tensor.
+        The inverses, shape (N, d), and which matrices have a finite one, a boolean tensor of shape (N,).
     """
     inverse = 1 / (diagonals + damping)
-    good = (inverse.isfinite() & (inverse > 0)).all(-1)
-    return torch.where(good[:, None], inverse, previous), (~good).sum()
+    return inverse, (inverse.isfinite() & (inverse > 0)).all(-1)
 
 
 def _init(count: int, sides: tuple[Side, Side], block_size: int | None, like: Tensor) -> InversePair:
@@ -63,32 +59,37 @@ def _refresh(
     invert: Invert, stacks: list[Stack], damping: Damping, block_size: int | None
 ) -> tuple[list[InversePair], Tensor | int]:
     jobs: list[Job] = []
-    shapes: list[torch.Size] = []
+    kept: list[Tensor] = []
     for layer, pair, before in stacks:
         sides, strengths = (layer.input, layer.output), damping(pair, layer)
         for factors, side, strength, old in zip(pair, sides, strengths, before, strict=True):
             if factors is not None:
                 per_matrix = strength * torch.ones(len(factors), dtype=factors.dtype, device=factors.device)
                 cut = blocks.cut(factors, side, block_size)
-                jobs += [_job(part, per_matrix, last) for part, last in zip(cut, old, strict=True)]
-                shapes += [last.shape for last in old]
+                jobs += [_job(part, per_matrix) for part in cut]
+                kept += old
     found, failed = in_batches(jobs, partial(_one_size, invert))
-    results = iter([piece.reshape(shape) for (piece,), shape in zip(found, shapes, strict=True)])
+    results = iter([_renewed(inverse, good, old) for (inverse, good), old in zip(found, kept, strict=True)])
     return [InversePair(*(tuple(next(results) for _ in side) for side in s.before)) for s in stacks], failed
 
 
-def _job(part: Tensor, strength: Tensor, before: Tensor) -> Job:
+def _job(part: Tensor, strength: Tensor) -> Job:
     """All blocks of all matrices in one axis, with a damping for each."""
     if part.dim() == 2:
-        return part, strength[:, None], before
+        return part, strength[:, None]
     _, count, b, _ = part.shape
-    strength = strength.repeat_interleave(count)[:, None, None]
-    return part.reshape(-1, b, b), strength, before.reshape(-1, b, b)
+    return part.reshape(-1, b, b), strength.repeat_interleave(count)[:, None, None]
 
 
-def _one_size(invert: Invert, part: Tensor, strength: Tensor, before: Tensor) -> tuple[Job, Tensor]:
-    inverse, failed = (invert if part.dim() == 3 else damped_reciprocal)(part, strength, before)
-    return (inverse,), failed
+def _one_size(invert: Invert, part: Tensor, strength: Tensor) -> tuple[Job, Tensor]:
+    inverse, good = (invert if part.dim() == 3 else damped_reciprocal)(part, strength)
+    return (inverse, good), (~good).sum()
+
+
+def _renewed(inverse: Tensor, good: Tensor, before: Tensor) -> Tensor:
+    """What has no good inverse keeps its previous one."""
+    flat = before.reshape(inverse.shape)
+    return keep(good, inverse, flat).reshape(before.shape)
 
 
 def _apply(state: InversePair, gradients: Tensor, _terms: Tensor, _lam: Tensor) -> tuple[Tensor, InversePair]:
