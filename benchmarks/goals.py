@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from contenders import ADAMW, DROP_IN, EVA, EVERY_STEP, FUNCTIONAL, SGD
+from kfac_jax_rows import JAX_SGD, KFAC_JAX
 from tables import Report, as_json, save, table
 
 HERE = Path(__file__).parent
@@ -25,6 +26,9 @@ ALL = ("mlp", "cnn", "transformer", "resnet", "gpt", "vit", "resnet50", "gpt2")
 SMALL = ("mlp", "cnn", "transformer")
 REAL = ("resnet", "gpt", "vit", "resnet50", "gpt2")
 LARGE = ("gpt", "vit", "resnet50", "gpt2")  # above 10M parameters
+IN_JAX = ("mlp", "cnn", "transformer", "resnet", "gpt")
+HOOKED = ("kfac-pytorch", "ASDL, K-FAC")
+"""K-FAC of others, by hooks."""
 
 Measure = Callable[[Reports, str, str], float | None]
 """``(reports, workload, row)`` to a number; None where it has not been measured."""
@@ -91,6 +95,16 @@ def faster_than(rival: str) -> Measure:
     )
 
 
+def cheaper_than(rival: str) -> Measure:
+    """What a mean step of ``rival`` is over one of SGD in JAX, over what ours is over one of SGD in torch."""
+
+    def measure(reports: Reports, workload: str, row: str) -> float | None:
+        theirs, ours = over(JAX_SGD, MEAN, MEAN), over(SGD, MEAN, MEAN)
+        return quotient(theirs(reports, workload, rival), ours(reports, workload, row))
+
+    return measure
+
+
 def state_beyond(reports: Reports, workload: str, row: str) -> float | None:
     """What we keep beyond AdamW's state, over AdamW's state."""
     report = reports.get(f"{workload}-apart")
@@ -104,6 +118,18 @@ MEAN, RARE = ("amortised", "10"), ("amortised", "100")
 
 def alike(workloads: Sequence[str], limit: float) -> dict[str, float]:
     return dict.fromkeys(workloads, limit)
+
+
+def both_schedules(
+    rival: str, title: str, workloads: Sequence[str], limit: float, measure: Callable[[str], Measure]
+) -> tuple[Goal, Goal]:
+    """Goals beside a rival's two rows: with factors every ten steps, and with factors in every step."""
+    limits, seldom, often = alike(workloads, limit), measure(rival), measure(f"{rival}, factors every step")
+    every_step = f"{title}, mean step, factors every step and inverses every 10"
+    return (
+        Goal(f"{title}, mean step, factors and inverses every 10", limits, seldom, BOTH, at_least=True),
+        Goal(every_step, limits, often, {"functional": EVERY_STEP}, at_least=True),
+    )
 
 
 GOALS = (
@@ -125,20 +151,13 @@ GOALS = (
         at_least=True,
     ),
     Goal("update over fused AdamW's", alike(LARGE, 2.0), over(ADAMW, UPDATE, UPDATE), {"drop-in": DROP_IN}),
-    Goal(
-        "kfac-pytorch over ours, mean step, factors and inverses every 10",
-        alike(ALL, 3.0),
-        faster_than("kfac-pytorch"),
-        BOTH,
-        at_least=True,
+    *(
+        goal
+        for rival in HOOKED
+        for goal in both_schedules(rival, f"{rival} over ours", ALL, 3.0, faster_than)
     ),
-    Goal(
-        "kfac-pytorch over ours, mean step, factors every step and inverses every 10",
-        alike(ALL, 3.0),
-        faster_than("kfac-pytorch, factors every step"),
-        {"functional": EVERY_STEP},
-        at_least=True,
-    ),
+    *both_schedules(KFAC_JAX, "kfac-jax over ours", IN_JAX, 1.0, faster_than),
+    *both_schedules(KFAC_JAX, "kfac-jax over ours, each over its framework's SGD", IN_JAX, 1.0, cheaper_than),
     Goal(
         "mean step, factors every step and inverses every 10, over SGD's",
         {"mlp": 2.5, "cnn": 3.0, "transformer": 1.3},

@@ -1,12 +1,16 @@
 """Other people's second-order optimizers, built as the study of convergence builds them."""
 
 import importlib.util
+import warnings
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
-from contenders import DAMPING, FREQUENCY, LR, Contender, Entrant, Looped, Mark
+import torch
+from contenders import DAMPING, FREQUENCY, LR, MOMENTUM, Contender, Entrant, Looped, Mark
 from from_study import OPTIMIZERS, WithLoss
 from torch import Tensor, nn
 from workloads import Batch, Workload
@@ -67,6 +71,54 @@ class Curvlinops:
         mark()
 
 
+class Asdl:
+    """ASDL's K-FAC in front of SGD with momentum; ``settings`` are further ones of its configuration.
+
+    Its hooks are there in curvature steps only, which are eager; in other steps the model is compiled. One
+    call does forward, backward and preconditioning, so a step has one mark.
+    """
+
+    second_order, lead = True, 0
+
+    def __init__(self, model: WithLoss, terms: int, backend: str, settings: Mapping[str, Any]) -> None:
+        from asdl import FISHER_EMP, KfacGradientMaker, PreconditioningConfig
+        from asdl.precondition import natural_gradient
+
+        if not torch.cuda.is_available():  # its marks for a profiler of GPUs are errors in torch without CUDA
+            natural_gradient.nvtx = SimpleNamespace(range=nullcontext)
+        config = PreconditioningConfig(
+            preconditioner_upd_interval=FREQUENCY,
+            data_size=terms,
+            damping=DAMPING,
+            ignore_modules=[nn.Embedding],  # it has no inverses of theirs
+            **settings,
+        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # one for every module that it does not cover
+            self._maker = KfacGradientMaker(model.net, config, fisher_type=FISHER_EMP)
+        self._loss, self._eager = model.loss, model.net
+        self._compiled = torch.compile(model.net, backend=backend)
+        self._sgd = torch.optim.SGD(model.parameters(), lr=LR, momentum=MOMENTUM, fused=True)
+
+    def step(self, x: Tensor, y: Tensor, mark: Mark) -> None:
+        run = self._eager if self._maker.do_update_curvature() else self._compiled
+        outputs = self._maker.setup_model_call(run, x)
+        self._maker.setup_loss_call(self._loss, outputs, y)
+        self._maker.forward_and_backward()
+        self._sgd.step()
+        self._sgd.zero_grad()
+        mark()
+
+
+def asdl(label: str, **settings: Any) -> Entrant:
+    """ASDL's K-FAC with our learning rate, damping and interval."""
+
+    def make(model: WithLoss, workload: Workload, batch: Batch, backend: str) -> Contender:
+        return Asdl(model, workload.terms, backend, settings)
+
+    return Entrant(label, "peers", make, partial(_missing, ("asdl",)))
+
+
 FACTORS_ALONE = "curvlinops, factors alone"
 
 PEERS = (
@@ -76,6 +128,9 @@ PEERS = (
     peer("shampoo", "Distributed Shampoo", lead=1),
     peer("kfac", "kfac-pytorch"),
     peer("kfac", "kfac-pytorch, factors every step", further={"factor_update_steps": 1}),
+    asdl("ASDL, K-FAC"),
+    # an average of factors: without one, it inverts whenever it measures
+    asdl("ASDL, K-FAC, factors every step", curvature_upd_interval=1, ema_decay=0.1),
     Entrant(
         FACTORS_ALONE,
         "peers",

@@ -25,6 +25,8 @@ import torch
 from contenders import FREQUENCY, OURS, WITH_OPTIONS, Contender, Entrant
 from floors import floors, rates
 from from_study import WithLoss, classifier
+from kfac_jax_rows import Elsewhere
+from kfac_jax_rows import rows as kfac_jax
 from peers import PEERS
 from tables import Report, Timing, as_json, markdown, save, summarise
 from workloads import WORKLOADS, Batch, Workload
@@ -99,6 +101,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="two rounds: to see that it works")
     parser.add_argument("--backend", default="inductor", choices=BACKENDS, help="for all that is compiled")
     parser.add_argument("--options", action="store_true", help="what every option of thor_fx.thor costs")
+    parser.add_argument(
+        "--kfac-jax-python", type=Path, help="the Python that has kfac-jax; without it, no rows of it"
+    )
     parser.add_argument("--json", type=Path, help="write the numbers there, and nothing under results/")
     parser.add_argument("--results", type=Path, default=HERE / "results", help="the folder of results")
     settings = parser.parse_args(arguments)
@@ -119,6 +124,9 @@ def report(name: str, settings: argparse.Namespace) -> Report:
     contenders = {label: entry for label, entry in entered.items() if not isinstance(entry, str)}
     left = beginning + settings.budget - time.monotonic()
     timings = measure(contenders, (x, y), settings.rounds, min(settings.seconds, left))
+    for contender in contenders.values():
+        if isinstance(contender, Elsewhere):
+            contender.close()
     rows = summarise(timings, {label: why for label, why in entered.items() if isinstance(why, str)})
     rows = {label: rows[label] for label in entered}
     return {
@@ -141,7 +149,8 @@ def chosen(settings: argparse.Namespace) -> list[Entrant]:
     if settings.options:
         return list(WITH_OPTIONS)
     groups = {"baseline", *(settings.group or GROUPS)}
-    return [entrant for entrant in (*OURS, *PEERS) if entrant.group in groups]
+    everybody = (*OURS, *PEERS, *kfac_jax(settings.kfac_jax_python, settings.device))
+    return [entrant for entrant in everybody if entrant.group in groups]
 
 
 def started(
@@ -202,12 +211,12 @@ def measure(
 
 
 def run_round(contender: Contender, batch: Batch) -> list[Timing]:
-    watches = [timed_step(contender, batch) for _ in range(FREQUENCY)]
-    return [
-        Timing(contender.second_order and i == FACTOR_STEP, watch.laps())
-        for i, watch in enumerate(watches)
-        if i > 0
-    ]
+    if isinstance(contender, Elsewhere):
+        laps = [(ms,) for ms in contender.steps(FREQUENCY)]
+    else:
+        watches = [timed_step(contender, batch) for _ in range(FREQUENCY)]
+        laps = [watch.laps() for watch in watches]
+    return [Timing(contender.second_order and i == FACTOR_STEP, each) for i, each in enumerate(laps) if i > 0]
 
 
 def timed_step(contender: Contender, batch: Batch) -> Watch:
