@@ -32,8 +32,11 @@ PEERS = {
     "Distributed Shampoo": "distributed_shampoo",
     "kfac-pytorch": "kfac",
     "kfac-pytorch, factors every step": "kfac",
+    "ASDL, K-FAC": "asdl",
+    "ASDL, K-FAC, factors every step": "asdl",
     "curvlinops, factors alone": "curvlinops",
 }
+IN_JAX = ("JAX, SGD-momentum", "kfac-jax", "kfac-jax, factors every step")
 FLOORS = {
     ("torch.compile + fused AdamW", "AdamW's update"),
     ("torch.compile + fused SGD-momentum", "SGD's update"),
@@ -79,7 +82,7 @@ def test_step_time_reports_every_contender(tmp_path: Path):
     shown, reports = step_time(tmp_path)
     report = reports["tiny"]
     assert report["machine"]["torch"] == torch.__version__
-    assert list(report["rows"]) == [*ROWS, *PEERS]
+    assert list(report["rows"]) == [*ROWS, *PEERS, *IN_JAX]
     for label, expected in ROWS.items():
         row = report["rows"][label]
         assert f"| {label} |" in shown
@@ -93,6 +96,8 @@ def test_step_time_reports_every_contender(tmp_path: Path):
         else:
             assert report["rows"][label] == {"absent": "not installed"}
             assert f"| {label} | not installed |" in shown
+    for label in IN_JAX:
+        assert report["rows"][label] == {"absent": "give --kfac-jax-python"}
     assert all(rate > 0 for rate in report["rates"].values())
     assert {(line["contender"], line["work"]) for line in report["floors"]} == FLOORS
     for line in report["floors"]:
@@ -108,6 +113,32 @@ class SOAP(torch.optim.SGD):
         assert precondition_frequency == 10
         super().__init__(params, lr=lr)
 """,
+    "asdl/precondition/__init__": "",
+    "asdl/precondition/natural_gradient": "nvtx = None",
+    "asdl/__init__": """
+FISHER_EMP = "of the gradients"
+def PreconditioningConfig(ignore_modules, curvature_upd_interval=None, ema_decay=None, **same):
+    assert same == {"preconditioner_upd_interval": 10, "data_size": 15, "damping": 0.03}
+    assert (curvature_upd_interval, ema_decay) in {(None, None), (1, 0.1)}
+    assert [cls.__name__ for cls in ignore_modules] == ["Embedding"]
+    return curvature_upd_interval or 10
+class KfacGradientMaker:
+    def __init__(self, net, interval, fisher_type):
+        assert fisher_type == FISHER_EMP
+        self.net, self.interval, self.count = net, interval, 0
+    def do_update_curvature(self):
+        return self.count % self.interval == 0
+    def setup_model_call(self, run, x):
+        assert (run is self.net) == self.do_update_curvature()
+        self.run, self.x = run, x
+        return "outputs"
+    def setup_loss_call(self, loss, outputs, y):
+        assert outputs == "outputs"
+        self.loss, self.y = loss, y
+    def forward_and_backward(self):
+        self.loss(self.run(self.x), self.y).backward()
+        self.count += 1
+""",
     "kfac/__init__": "",
     "kfac/preconditioner": """
 class KFACPreconditioner:
@@ -120,13 +151,16 @@ class KFACPreconditioner:
 def test_peers_that_are_installed_run_and_those_that_fail_are_a_row(tmp_path: Path):
     for name, source in PACKAGES.items():
         file = tmp_path / f"{name}.py"
-        file.parent.mkdir(exist_ok=True)
+        file.parent.mkdir(exist_ok=True, parents=True)
         file.write_text(source)
     path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
     shown, reports = step_time(tmp_path, "--group", "peers", PYTHONPATH=path)
     rows = reports["tiny"]["rows"]
     assert not [label for label in rows if label.startswith("thor_fx")]
     assert rows["SOAP"]["factor_step"]["count"] == 2  # one in a round
+    for label in ("ASDL, K-FAC", "ASDL, K-FAC, factors every step"):
+        assert rows[label]["factor_step"]["count"] == 2
+        assert rows[label]["update_plain"] is None  # one piece
     assert rows["kfac-pytorch"] == {"absent": "failed: RuntimeError"}
     assert "| kfac-pytorch | failed: RuntimeError |" in shown
 
@@ -340,6 +374,9 @@ def test_goals_beside_what_was_measured(on_path: None):
         "thor_fx, drop-in": times(10.3, 12.0, update_plain=1.9),
         "thor_fx, functional": times(10.1, 20.1),
         "kfac-pytorch": {"absent": "not installed"},
+        "ASDL, K-FAC": times(22.0, 22.0),
+        "JAX, SGD-momentum": times(40.0, 40.0),
+        "kfac-jax": times(20.0, 40.0),
     }
     floors = [{"contender": "thor_fx, functional", "work": "factors + refresh", "share": 0.85}]
     state = {"torch.compile + fused AdamW": {"state_bytes": 8}, "thor_fx, drop-in": {"state_bytes": 18}}
@@ -358,7 +395,17 @@ def test_goals_beside_what_was_measured(on_path: None):
     assert lines["update over fused AdamW's"]["measured"] == {"drop-in": pytest.approx(1.9)}
     assert lines["state beyond AdamW's over AdamW's"]["met"] == {"drop-in": False}
     shown = markdown(found)
-    assert shown.startswith("6 of 9 met.")
+    in_jax = lines["kfac-jax over ours, mean step, factors and inverses every 10"]
+    assert in_jax["measured"]["functional"] == pytest.approx(22.0 / 11.1)
+    assert in_jax["met"] == {"drop-in": True, "functional": True}
+    in_jax = lines[
+        "kfac-jax over ours, each over its framework's SGD, mean step, factors and inverses every 10"
+    ]
+    assert in_jax["measured"]["functional"] == pytest.approx((22.0 / 40.0) / (11.1 / 10.0))
+    assert in_jax["met"] == {"drop-in": False, "functional": False}
+    hooked = lines["ASDL, K-FAC over ours, mean step, factors and inverses every 10"]
+    assert hooked["met"] == {"drop-in": False, "functional": False}
+    assert shown.startswith("8 of 15 met.")
     assert "| plain step over AdamW's | gpt | at most 1.02 | 1.03 **not met** | 1.01 met |" in shown
     kfac = "| kfac-pytorch over ours, mean step, factors and inverses every 10 | gpt | at least 3 |"
     assert f"{kfac} not measured | not measured |" in shown
