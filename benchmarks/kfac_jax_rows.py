@@ -5,6 +5,7 @@ each took, by its own clock. So its rounds are among those of all others.
 """
 
 import json
+import os
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
@@ -44,8 +45,10 @@ class Elsewhere:
 
     def __init__(self, command: list[str], parameters: int, *, second_order: bool) -> None:
         self.second_order = second_order
+        pipe = subprocess.PIPE
+        surroundings = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
         self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
+            command, stdin=pipe, stdout=pipe, text=True, bufsize=1, env=surroundings
         )
         found = self._answer()["parameters"]
         if found != parameters:
