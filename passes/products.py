@@ -3,13 +3,16 @@
 ``x^T x`` is symmetric, so half of a general product of matrices is wasted on it. On a CPU, long sides are
 cut into panels: what lies above the diagonal is computed panel by panel, and mirrored. With p panels that is
 ``(p + 1) / 2p`` of the work, and two more passes over the result, which many rows make up for. A GPU is
-slower with a few small products than with a large one.
+slower with a few small products than with a large one: there, one kernel of our own leaves the half out
+where tensor cores multiply (:mod:`thor_fx.passes.symmetric` says where), and else it is one product.
 
 Legend: R rows, F features; any axes in front.
 """
 
 import torch
 from torch import Tensor
+
+from .symmetric import by_kernel, gram_by_kernel
 
 PANEL = 128  # features
 PANELS = 4  # fewer are not worth their calls
@@ -22,6 +25,9 @@ def gram(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         x: the rows.
         dtype: what the rows are rounded to for the product; None: as they are.
     """
+    rounded = x.dtype if dtype is None or x.dtype == torch.float64 else dtype
+    if by_kernel(x, rounded):
+        return gram_by_kernel(x.to(rounded)).to(x.dtype)
     rows, features = x.shape[-2:]
     long = features >= PANELS * PANEL and isinstance(rows, int) and rows >= features
     return _by_panels(x, dtype) if long and x.device.type == "cpu" else product(x.mT, x, dtype)
