@@ -16,7 +16,7 @@ from torch import Tensor
 try:
     from .symmetric_kernel import symmetric
 except ImportError:  # Triton comes with torch's builds for CUDA only
-    symmetric = None  # type: ignore[assignment]
+    symmetric = None
 
 FEATURES = 512  # four tiles to a side: five eighths of the work
 MULTIPLE = 16  # of features: rows that begin elsewhere cannot be copied in large words

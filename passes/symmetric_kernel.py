@@ -4,9 +4,9 @@ Every program computes one tile of the result whose row is no earlier than its c
 rows, and writes it twice, as it is and mirrored: with n tiles to a side, ``(n + 1) / 2n`` of the work of a
 product of matrices. Sums are float32. Inputs are bfloat16, float16, or float32 rounded to TF32.
 
-Where a result has too few tiles to occupy a GPU, the rows are cut into parts, and one more kernel adds the
-parts up. Sizes alone decide how, nothing is timed and nothing is added atomically: equal inputs give equal
-bits.
+Where a result has too few tiles to occupy a GPU, the rows are cut into parts, which are added up afterwards.
+Sizes alone decide how, nothing is timed and nothing is added atomically: equal inputs give equal bits, and
+results are symmetric to the last of them.
 
 NOTE: [One operator, seen through] To a tracer the operator is one node, with fake values of its own. Where
 AOTAutograd meets that node (the functional door), it is replaced by the launch of the kernel, which Inductor
@@ -129,9 +129,17 @@ def launch(kernel: Any, x: Tensor) -> Tensor:
         num_warps=WARPS,
         num_stages=STAGES,
     )
-    return out.sum(1) if parts > 1 else out.squeeze(1)
+    # NOTE: in pairs, and not by one sum, which need not add up both halves in the same order
+    while parts > 1:
+        parts //= 2
+        out = out[:, :parts] + out[:, parts:]
+    return out.squeeze(1)
 
 
 def parts_of(n: int) -> int:
-    """Into how many parts rows are cut where results have n tiles to a side; their number may be symbolic."""
-    return max(1, min(PARTS, PROGRAMS // (n * (n + 1) // 2)))
+    """Into how many parts rows are cut where a result has n tiles to a side: a power of two.
+
+    The number of rows has no say, for it may be symbolic.
+    """
+    wanted = max(1, min(PARTS, PROGRAMS // (n * (n + 1) // 2)))
+    return 1 << (wanted.bit_length() - 1)
