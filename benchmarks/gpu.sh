@@ -23,6 +23,9 @@ table() {
         --backend "${BACKEND:-inductor}" --budget "$budget" "${@:3}" || echo "no table of $script ${*:3}: exit status $?"
 }
 
+if [[ $device == cuda ]] && (($(left) >= 3 * least)); then
+    timeout 60 "${PYTHON:-python3}" benchmarks/symmetric.py --results "$results" --budget 40 || echo "no table of symmetric.py"
+fi
 parts=$((${#models[@]} + 1)) # the tables of times, and that of memory
 for model in "${models[@]}"; do
     if (($(left) < least)); then

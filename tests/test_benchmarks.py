@@ -409,3 +409,32 @@ def test_goals_beside_what_was_measured(on_path: None):
     assert "| plain step over AdamW's | gpt | at most 1.02 | 1.03 **not met** | 1.01 met |" in shown
     kfac = "| kfac-pytorch over ours, mean step, factors and inverses every 10 | gpt | at least 3 |"
     assert f"{kfac} not measured | not measured |" in shown
+
+
+def test_symmetric_products_are_timed_on_a_gpu_only(
+    on_path: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    import symmetric
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as ended:
+        symmetric.main(["--results", str(tmp_path)])
+    assert ended.value.code == 1
+    assert "needs a CUDA device" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_the_kernel_of_symmetric_products_does_in_a_second(on_path: None):
+    """Half of a product: R F (F + 1) operations."""
+    from symmetric import markdown
+
+    size = {"arithmetic": "tf32", "features": 1000, "rows": 1998}
+    row = size | {
+        "kernel ms": 0.02,
+        "matmul ms": 0.03,
+        "kernel error": 1e-6,
+        "matmul error": 2e-6,
+        "used": False,
+    }
+    shown = markdown({"title": "", "machine": {}, "settings": {"device": "cuda"}, "rows": [row]})
+    assert "| tf32 | 1000 | 1998 | 0.020 | 0.030 | 1.50 | 100 | 1.0e-06 | 2.0e-06 | no |" in shown
