@@ -130,8 +130,14 @@ ADAMW, SGD = "torch.compile + fused AdamW", "torch.compile + fused SGD-momentum"
 HOOKS, DROP_IN, FUNCTIONAL = "eager K-FAC by hooks", "thor_fx, drop-in", "thor_fx, functional"
 EVERY_STEP, EVA = "thor_fx, factors every step", 'thor_fx, inverse="eva"'
 RECOMMENDED = 'thor_fx, preset="recommended"'
+ROUNDED, ROUNDED_EVERY_STEP = "thor_fx, bfloat16 products", "thor_fx, bfloat16 products, factors every step"
 
 BASELINE = Entrant(ADAMW, "baseline", adamw)
+
+ALWAYS = {"frequency": 1, "factor_decay": 0.9, "refresh": thor_fx.Every(FREQUENCY)}
+"""Factors in every step, inverses in every tenth."""
+
+ROUNDING = {"factor_dtype": torch.bfloat16, "update_dtype": torch.bfloat16}
 
 OURS = (
     BASELINE,
@@ -139,9 +145,9 @@ OURS = (
     Entrant(HOOKS, "hooks", eager_hooks, not_by_hand),
     Entrant(DROP_IN, "ours", drop_in, settings={}),
     functional(FUNCTIONAL, "ours", {}),
-    functional(
-        EVERY_STEP, "variants", {"frequency": 1, "factor_decay": 0.9, "refresh": thor_fx.Every(FREQUENCY)}
-    ),
+    functional(EVERY_STEP, "variants", ALWAYS),
+    functional(ROUNDED, "variants", ROUNDING),
+    functional(ROUNDED_EVERY_STEP, "variants", ALWAYS | ROUNDING),
     functional(EVA, "variants", {"frequency": 1, "inverse": "eva"}),
     functional(RECOMMENDED, "variants", {"preset": "recommended"}),
 )
