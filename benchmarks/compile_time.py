@@ -4,12 +4,15 @@
 
 The passes run on the step graph of a transformer; every pass is timed alone, in seconds of this process.
 A cold compilation runs in a process of its own, with Inductor and an empty cache, up to the end of the last
-step that compiles: forward and backward of ``torch.compile(model)``, or a factor step and a plain step.
+step that compiles: forward and backward of ``torch.compile(model)``, or a factor step and a plain step. A
+second process with the same cache then does the same. CPU seconds are its own and its compilers'.
 """
 
 import argparse
+import gc
 import json
 import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -69,6 +72,7 @@ def passes(layers: int) -> dict[str, float]:
     params = {name: p.detach() for name, p in model.named_parameters()}
 
     def timed(name: str, function: Callable[..., Any], *args: Any) -> Any:
+        gc.collect()  # else it falls into some pass, and takes longer than that
         before = time.process_time()
         result = function(*args)
         seconds[name] = time.process_time() - before
@@ -115,32 +119,45 @@ WAYS: dict[str, tuple[str, Callable[[nn.Module, Tensor, Tensor], None]]] = {
 }
 
 
-def compilation(way: str, layers: int) -> float:
-    """Seconds until all is compiled; called in a process of its own."""
+def cpu_seconds() -> float:
+    """Of this process, and of the compilers that it has called."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(one.ru_utime + one.ru_stime for one in used)
+
+
+def compilation(way: str, layers: int) -> dict[str, float]:
+    """Seconds until all is compiled, and those of the CPU; called in a process of its own."""
     model, batch = transformer(layers), example()
-    before = time.perf_counter()
+    before, cpu_before = time.perf_counter(), cpu_seconds()
     WAYS[way][1](model, *batch)
-    return time.perf_counter() - before
+    return {"seconds": time.perf_counter() - before, "cpu": cpu_seconds() - cpu_before}
 
 
-def compilation_apart(way: str, layers: int) -> float:
+def compilations_apart(way: str, layers: int) -> dict[str, dict[str, float]]:
+    """Of a process that finds an empty cache, and of the next one, which finds what that one left."""
     command = [sys.executable, __file__, "--one", way, "--deep", str(layers)]
     with tempfile.TemporaryDirectory() as empty:
-        environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": empty}
-        done = subprocess.run(command, env=environment, capture_output=True, check=True, text=True)
-    return float(done.stdout)
+        environment = {
+            **os.environ, "TORCHINDUCTOR_CACHE_DIR": empty, "TORCHINDUCTOR_COMPILE_THREADS": "1"
+        }  # fmt: skip
+        runs = [
+            subprocess.run(command, env=environment, capture_output=True, check=True, text=True).stdout
+            for _ in range(2)
+        ]
+    return dict(zip(("cold", "warm"), map(json.loads, runs), strict=True))
 
 
 # --- the report ------------------------------------------------------------------------------------------
 
 
-def report(layers: Sequence[int], deep: int) -> dict[str, Any]:
+def report(layers: Sequence[int], deep: Sequence[int], ways: Sequence[str] = tuple(WAYS)) -> dict[str, Any]:
     passes(min(layers))  # what is imported on the way
     return {
         "torch": torch.__version__,
         "passes": [passes(count) for count in layers],
-        "deep": deep,
-        "cold": {way: compilation_apart(way, deep) for way in WAYS} if deep else {},
+        "compilations": [
+            {"layers": count, "way": way, **compilations_apart(way, count)} for count in deep for way in ways
+        ],
     }
 
 
@@ -151,27 +168,35 @@ def markdown(result: dict[str, Any]) -> str:
     for row in result["passes"]:
         values = [str(row[name]) if name in {"layers", "nodes"} else f"{row[name]:.2f}" for name in names]
         lines.append(f"| {' | '.join(values)} |")
-    if result["cold"]:
-        lines += ["", f"Cold compilation of {result['deep']} layer(s):", "", "| | seconds |", "| --- | --- |"]
-        lines += [f"| {WAYS[way][0]} | {seconds:.1f} |" for way, seconds in result["cold"].items()]
+    if result["compilations"]:
+        lines += ["", "Compilation, with an empty cache (cold) and in a second process (warm):", ""]
+        lines += ["| layers | | cold, s | cold, CPU s | warm, s |", "| --- | --- | --- | --- | --- |"]
+    for one in result["compilations"]:
+        cold, warm = one["cold"], one["warm"]
+        times = f"{cold['seconds']:.1f} | {cold['cpu']:.1f} | {warm['seconds']:.1f}"
+        lines.append(f"| {one['layers']} | {WAYS[one['way']][0]} | {times} |")
     return "\n".join(lines)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
     parser.add_argument("--layers", type=int, nargs="+", default=[4, 8, 16, 32], help="of the passes")
-    parser.add_argument("--deep", type=int, default=2, help="layers of the cold compilations; 0: none")
+    parser.add_argument("--deep", type=int, nargs="*", default=[2], help="layers of the compilations")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="of compiling")
     parser.add_argument("--print", action="store_true", help="print only; leave results and README.md")
+    parser.add_argument("--json", type=Path, help="write there, and leave results and README.md")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     if options.one:
-        print(compilation(options.one, options.deep))
+        print(json.dumps(compilation(options.one, *options.deep)))
         return
-    result = report(options.layers, options.deep)
+    result = report(options.layers, options.deep, options.ways)
     table = markdown(result)
     print(table)
-    if not options.print:
+    if options.json is not None:
+        options.json.write_text(json.dumps(result, indent=1) + "\n")
+    elif not options.print:
         results, readme = HERE / "results", HERE / "README.md"
         (results / "compile-time.json").write_text(json.dumps(result, indent=1) + "\n")
         (results / "compile-time.md").write_text(table + "\n")

@@ -230,7 +230,7 @@ def test_eager_hooks_take_the_same_steps_as_thor(on_path: None):
 def test_passes_are_timed_by_depth(on_path: None):
     from compile_time import PASSES, markdown, report
 
-    result = report([1, 2], deep=0)
+    result = report([1, 2], deep=[])
     shallow, deep = result["passes"]
     assert shallow["nodes"] < deep["nodes"] < 2 * shallow["nodes"]
     assert all(row[name] > 0 for row in result["passes"] for name in PASSES)

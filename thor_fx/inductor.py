@@ -43,6 +43,13 @@ def check_backend(backend: str) -> None:
         raise ValueError(f"backend must be one of {list(BACKENDS)}, got {backend!r}")
 
 
+# NOTE: [Few pairs] Inductor asks of every two readers of one buffer, if they are near enough in order,
+# whether to fuse them. All parameters read the same learning rate, and whether the step is skipped: with
+# hundreds of them most of the time would go to these questions. Neighbours suffice: what is fused is a
+# neighbour again.
+FEW_PAIRS = {"max_fusion_buffer_group_pairwise_attempts": 16}
+
+
 def compile_graph(
     gm: fx.GraphModule,
     fakes: Sequence[Any],
@@ -65,7 +72,7 @@ def compile_graph(
     """
     if backend != "inductor":
         return gm
-    patches = {**(list_mode_options(mode) if mode else {}), **(options or {})}
+    patches = {**FEW_PAIRS, **(list_mode_options(mode) if mode else {}), **(options or {})}
     if patches.get("triton.cudagraphs"):
         _tell_fixed(gm, fixed)
     fake_mode = next(fake.fake_mode for fake in fakes if isinstance(fake, FakeTensor))
@@ -73,7 +80,7 @@ def compile_graph(
         tracing(TracingContext(fake_mode)),
         torch.no_grad(),
         inductor_config.patch(patches),
-        V.set_choices_handler(_halves_apart(V.choices)),
+        V.set_choices_handler(_halves_apart(V.choices) if _has_halves(gm) else V.choices),
     ):
         return cast(Compiled, compile_fx(gm, list(fakes)))
 
@@ -92,6 +99,10 @@ def _tell_fixed(gm: fx.GraphModule, fixed: Collection[fx.Node]) -> None:
 # backward, or copied to another layout there, reads what forward read: it would be computed in forward's
 # kernel, and kept. So no kernel may span forward and backward where the graph says which is which. The update
 # says nothing, and is free.
+
+
+def _has_halves(gm: fx.GraphModule) -> bool:
+    return any(SIDE in node.meta for node in gm.graph.nodes)
 
 
 def _halves_apart(choices: InductorChoices) -> InductorChoices:
