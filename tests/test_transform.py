@@ -10,6 +10,7 @@ from thor_fx.transform import (
     Signals,
     Transform,
     add_decayed_weights,
+    all_finite,
     apply_updates,
     centralize_gradients,
     chain,
@@ -163,6 +164,20 @@ def test_centralized_gradients_of_convolutions_have_no_mean_per_filter():
 
 
 # --- skip_nonfinite --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+@pytest.mark.parametrize("bad", [None, torch.nan, torch.inf, -torch.inf])
+def test_all_finite_sees_every_number(bad: float | None, backend: str):
+    values = [torch.zeros(3, 37), torch.full((2,), 3e38), torch.full((5,), 1e300, dtype=torch.float64)]
+    values += [torch.full((4,), -6e4, dtype=torch.float16), torch.ones(0), torch.tensor(2.0)]
+    finite = torch.compile(all_finite, backend=backend)
+    assert finite(values).item()
+    for i, value in enumerate(values):
+        if value.numel():
+            spoilt = value.clone()
+            spoilt.view(-1)[-1] = 1.0 if bad is None else bad
+            assert finite([*values[:i], spoilt, *values[i + 1 :]]).item() == (bad is None)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
