@@ -28,7 +28,7 @@ ALL = ("mlp", "cnn", "transformer", "resnet", "gpt", "vit", "resnet50", "gpt2")
 SMALL = ("mlp", "cnn", "transformer")
 REAL = ("resnet", "gpt", "vit", "resnet50", "gpt2")
 LARGE = ("gpt", "vit", "resnet50", "gpt2")  # above 10M parameters
-IN_JAX = ("mlp", "cnn", "transformer", "resnet", "gpt")
+IN_JAX = ("mlp", "cnn", "transformer", "gpt")
 HOOKED = ("kfac-pytorch", "ASDL, K-FAC")
 """K-FAC of others, by hooks."""
 

@@ -94,37 +94,6 @@ def cnn(channels: Sequence[int], strides: Sequence[int], classes: int, *, side: 
     return Model(params, logits, vectors(random, (count, side, side, channels[0]), classes))
 
 
-def resnet(widths: Sequence[int], blocks: int, classes: int, *, side: int, count: int) -> Model:
-    random = np.random.default_rng(0)
-    stages = [(widths[0], widths[0]), *pairwise(widths)]
-    pairs = [(before if i == 0 else after, after) for before, after in stages for i in range(blocks)]
-    params = {
-        "stem": convolution(random, 3, widths[0], 3),
-        "blocks": [residual(random, *pair) for pair in pairs],
-        "head": dense(random, widths[-1], classes),
-    }
-
-    def logits(params: Params, x: jax.Array) -> jax.Array:
-        x = jax.nn.relu(apply_convolution(params["stem"], x))
-        for p in params["blocks"]:
-            x = apply_residual(p, x)
-        return apply_dense(params["head"], x.mean((1, 2)))
-
-    return Model(params, logits, vectors(random, (count, side, side, 3), classes))
-
-
-def residual(random: np.random.Generator, before: int, after: int) -> Params:
-    parts = {"first": convolution(random, before, after, 3), "second": convolution(random, after, after, 3)}
-    return parts if before == after else {**parts, "short": convolution(random, before, after, 1)}
-
-
-def apply_residual(p: Params, x: jax.Array) -> jax.Array:
-    """It halves the image where it changes the channels."""
-    stride = 2 if "short" in p else 1
-    y = apply_convolution(p["second"], jax.nn.relu(apply_convolution(p["first"], x, stride)))
-    return jax.nn.relu(y + (apply_convolution(p["short"], x, stride) if "short" in p else x))
-
-
 def gpt(symbols: int, length: int, *, width: int, layers: int, heads: int, count: int) -> Model:
     random = np.random.default_rng(0)
     small = np.float32(0.02)
@@ -175,9 +144,7 @@ MODELS: dict[str, Callable[[], Model]] = {
     "mlp": lambda: mlp(784, 256, 256, 10, count=128),
     "cnn": lambda: cnn((3, 16, 32, 32, 64, 64), (1, 2, 1, 2, 1), 10, side=32, count=64),
     "transformer": lambda: gpt(512, 64, width=128, layers=4, heads=4, count=16),
-    "resnet": lambda: resnet((16, 32, 64), 2, 10, side=32, count=64),
     "gpt": lambda: gpt(512, 128, width=384, layers=6, heads=6, count=4),
     "tiny": lambda: gpt(11, 5, width=8, layers=1, heads=2, count=3),
-    "tiny-vision": lambda: resnet((2,), 1, 3, side=8, count=4),
 }
 """By the names of ``workloads.WORKLOADS``, with the same numbers."""

@@ -17,7 +17,7 @@ from torch import Tensor, get_num_threads
 from workloads import WORKLOADS, Batch, Workload
 
 SCRIPT = Path(__file__).parent / "kfac_jax_steps.py"
-WRITTEN = ("mlp", "cnn", "transformer", "resnet", "gpt", "tiny", "tiny-vision")
+WRITTEN = ("mlp", "cnn", "transformer", "gpt", "tiny")
 """The models that ``kfac_jax_models.py`` has."""
 
 JAX_SGD, KFAC_JAX = "JAX, SGD-momentum", "kfac-jax"
