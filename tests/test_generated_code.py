@@ -66,3 +66,21 @@ def test_a_second_process_compiles_nothing(tmp_path):
         assert first[door]["autograd_miss"] == second[door]["autograd_hit"] > 0
         for result in ("fxgraph_miss", "fxgraph_bypass", "autograd_miss", "autograd_bypass"):
             assert second[door][result] == 0, f"{door}: {result}"
+
+
+def printed(seed: int) -> dict[str, list[str]]:
+    """The code of the graphs that are compiled in a new process, where sets have an order of their own."""
+    script = Path(__file__).with_name("printed_graphs.py")
+    environment = {**os.environ, "PYTHONHASHSEED": str(seed)}
+    done = subprocess.run(
+        [sys.executable, script], env=environment, capture_output=True, check=True, text=True
+    )
+    return json.loads(done.stdout)
+
+
+def test_every_process_makes_the_same_graphs():
+    """Or else no cache would find them."""
+    one, other = printed(1), printed(2)
+    for case, graphs in one.items():
+        assert len(graphs) >= 2, "at least a plain step and a factor step"
+        assert graphs == other[case], case

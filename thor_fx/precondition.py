@@ -148,7 +148,7 @@ class _Preconditioner:
         if _present(signals):
             state = self._measured(state, groups, signals)
         new = divided(updates, self.loss_scale)
-        for name in set(signals.coverage.norms) & set(updates):
+        for name in (norm for norm in signals.coverage.norms if norm in updates):
             new[name] = _elementwise(new[name], state.terms, root(self.damping_rule, lam))
         applied = {}
         for key, layers in groups.items():
