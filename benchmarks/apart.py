@@ -29,7 +29,7 @@ from from_study import classifier
 from layer_cost import peak_megabytes, resident
 from peers import FACTORS_ALONE, PEERS
 from step_time import BACKENDS, GROUPS, NO_TIME, machine, say
-from tables import Report, as_json, save, sentence, table
+from tables import Report, publish, sentence, table
 from torch import Tensor, nn
 from workloads import WORKLOADS, Batch
 
@@ -125,12 +125,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     names = settings.model or ["transformer"]
     reports: dict[str, Report] = {}
     for name in names:
-        reports[f"{name}-apart"] = found = report(name, settings)
-        print(markdown(found), flush=True)
-        if settings.json:
-            settings.json.write_text(as_json(reports))
-        else:
-            save(reports, settings.results, markdown)
+        reports[f"{name}-apart"] = report(name, settings)
+        publish(reports, settings.results, settings.json, markdown)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:

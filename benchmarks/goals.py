@@ -14,7 +14,7 @@ from typing import Any
 
 from contenders import ADAMW, DROP_IN, EVA, EVERY_STEP, FUNCTIONAL, ROUNDED, ROUNDED_EVERY_STEP, SGD
 from kfac_jax_rows import JAX_SGD, KFAC_JAX
-from tables import Report, as_json, save, table
+from tables import Report, publish, table
 
 HERE = Path(__file__).parent
 Reports = Mapping[str, Report]
@@ -263,11 +263,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", type=Path, help="write the numbers there, and nothing under results/")
     settings = parser.parse_args(arguments)
     report = compare(read(settings.results, settings.device), settings.device)
-    print(markdown(report))
-    if settings.json:
-        settings.json.write_text(as_json({"goals": report}))
-    else:
-        save({"goals": report}, settings.results, markdown)
+    publish({"goals": report}, settings.results, settings.json, markdown)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from from_study import WithLoss, classifier
 from kfac_jax_rows import Elsewhere
 from kfac_jax_rows import rows as kfac_jax
 from peers import PEERS
-from tables import Report, Timing, as_json, markdown, save, summarise
+from tables import Report, Timing, publish, summarise
 from workloads import WORKLOADS, Batch, Workload
 
 HERE = Path(__file__).parent
@@ -73,12 +73,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     ending = "-options" if settings.options else ""
     reports: dict[str, Report] = {}
     for name in names:
-        reports[f"{name}{ending}"] = found = report(name, settings)
-        print(markdown(found), flush=True)
-        if settings.json:
-            settings.json.write_text(as_json(reports))
-        else:
-            save(reports, settings.results)
+        reports[f"{name}{ending}"] = report(name, settings)
+        publish(reports, settings.results, settings.json)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:

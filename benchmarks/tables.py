@@ -164,6 +164,20 @@ def table(head: Sequence[str], body: Sequence[Sequence[str]], texts: int = 1) ->
 # --- files -----------------------------------------------------------------------------------------
 
 
+def publish(
+    reports: Mapping[str, Report],
+    folder: Path,
+    json_file: Path | None,
+    render: Callable[[Report], str] = markdown,
+) -> None:
+    """Print the newest report, and write all of them to ``json_file``, or else under ``folder``."""
+    print(render(next(reversed(reports.values()))), flush=True)
+    if json_file:
+        json_file.write_text(as_json(reports))
+    else:
+        save(reports, folder, render)
+
+
 def save(reports: Mapping[str, Report], folder: Path, render: Callable[[Report], str] = markdown) -> None:
     """Write every report under ``folder``, and its tables into their place in a README beside it."""
     folder.mkdir(exist_ok=True, parents=True)
