@@ -47,6 +47,15 @@ NEEDS_CLOSURE = (
     "step(closure), where closure computes the loss, calls backward and returns the loss"
 )
 
+NO_FACTORS = (
+    "a factor step found no factors (was the model in evaluation mode?): the last inverses are used until "
+    "there are some"
+)
+NO_LAYERS = (
+    "no weight has factors, so all of them take the first-order rule: thor_fx.explain says why, and "
+    "layer_filter may leave out fewer"
+)
+
 
 class Thor(torch.optim.Optimizer):
     """THOR for a model compiled by :func:`thor_fx.compile`.
@@ -371,14 +380,12 @@ class Thor(torch.optim.Optimizer):
 
     def _factors_due(self, step: int, moments: Mapping[str, Moments]) -> bool:
         due = self._overdue or self._scheduled(step)
-        self._overdue = due and not moments
-        if self._overdue and not self._warned:
+        missing, found = due and not moments, self._collector.coverage
+        none_at_all = found is not None and not found.layers
+        self._overdue = missing and not none_at_all
+        if missing and not self._warned:
             self._warned = True
-            warnings.warn(
-                "a factor step found no factors (was the model in evaluation mode?): the last inverses "
-                "are used until there are some",
-                stacklevel=3,
-            )
+            warnings.warn(NO_LAYERS if none_at_all else NO_FACTORS, stacklevel=3)
         return due
 
     def _between(
