@@ -23,6 +23,8 @@ ROWS = {
     "thor_fx, drop-in": {"plain_step", "factor_step", *PHASES},
     "thor_fx, functional": {"plain_step", "factor_step"},
     "thor_fx, factors every step": {"plain_step", "factor_step"},
+    "thor_fx, bfloat16 products": {"plain_step", "factor_step"},
+    "thor_fx, bfloat16 products, factors every step": {"plain_step", "factor_step"},
     'thor_fx, inverse="eva"': {"plain_step", "factor_step"},
     'thor_fx, preset="recommended"': {"plain_step", "factor_step"},
     "Muon (torch.optim) + AdamW": {"plain_step", *PHASES[::2]},
