@@ -61,6 +61,8 @@ def test_the_passes_are_found():
 def test_every_pass_of_the_package_is_exported():
     found = set()
     for info in pkgutil.iter_modules(thor_fx.passes.__path__):
+        if info.name == "symmetric_kernel":
+            continue  # a kernel for symmetric.py; it cannot be imported without Triton
         module = importlib.import_module(f"thor_fx.passes.{info.name}")
         own = (f for f in vars(module).values() if getattr(f, "__module__", None) == module.__name__)
         found |= {f.__name__ for f in own if is_pass(f)}
