@@ -20,6 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .method import all_positive, diagonals
 from .pair import pair_method
 
 SMALL = 32  # no larger matrix is left to the library of a CPU; a GPU gets all of them whole
@@ -94,8 +95,7 @@ def _whole(damped: Tensor) -> Inverted:
 # diagonal is the sum of the squares of a column of ``R``: finite if and only if the column is. An infinite
 # entry of M's diagonal makes that of the inverse zero.
 def _positive(inverse: Tensor) -> Tensor:
-    diagonal = inverse.flatten(1)[:, :: inverse.shape[-1] + 1]
-    return ((diagonal > 0) & diagonal.isfinite()).all(-1)
+    return all_positive(diagonals(inverse))
 
 
 CHOLESKY = pair_method(damped_inverse, flops=lambda b: b**3)  # b^3/3, and 2 b^3/3 for the inverse from it

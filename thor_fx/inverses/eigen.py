@@ -8,6 +8,7 @@ errors count as zero.
 import torch
 from torch import Tensor
 
+from .method import all_positive
 from .pair import pair_method
 
 FLOPS_PER_CUBE = 9
@@ -26,7 +27,7 @@ def damped_inverse(matrices: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
     """
     values, vectors, good = decompose(matrices)
     reciprocal = 1 / (values + damping.squeeze(-1))
-    good = good & (reciprocal.isfinite() & (reciprocal > 0)).all(-1)
+    good = good & all_positive(reciprocal)
     inverse = (vectors * reciprocal.unsqueeze(-2)) @ vectors.mT
     return inverse, good
 

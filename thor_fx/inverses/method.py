@@ -72,6 +72,16 @@ class Method(NamedTuple):
     marks: tuple[str, ...] = ("input", "output")
 
 
+def all_positive(numbers: Tensor) -> Tensor:
+    """Which rows of (N, d) hold nothing but finite numbers above zero, (N,)."""
+    return (numbers.isfinite() & (numbers > 0)).all(-1)
+
+
+def diagonals(matrices: Tensor) -> Tensor:
+    """Those of (N, b, b) matrices, (N, b)."""
+    return matrices.flatten(1)[:, :: matrices.shape[-1] + 1]
+
+
 def keep(good: Tensor, new: Tensor, old: Tensor) -> Tensor:
     """The new matrices (N, ...) where they are good (N,), and the old ones elsewhere."""
     return torch.where(good.reshape(-1, *(1,) * (new.dim() - 1)), new, old)

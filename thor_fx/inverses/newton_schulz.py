@@ -24,6 +24,7 @@ either side (:func:`thor_fx.blocks.precondition`).
 import torch
 from torch import Tensor
 
+from .method import diagonals
 from .pair import pair_method
 
 FLOOR = {torch.float32: 1e-6, torch.float64: 1e-9}
@@ -74,7 +75,7 @@ def damped_inverse(matrices: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
 
 def _bound(damped: Tensor) -> Tensor:
     """At least the largest eigenvalue, and no square that may overflow: (N, 1, 1)."""
-    trace = damped.flatten(1)[:, :: damped.shape[-1] + 1].sum(-1)
+    trace = diagonals(damped).sum(-1)
     return trace.minimum(damped.abs().sum(-1).amax(-1))[:, None, None]
 
 

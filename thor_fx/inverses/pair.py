@@ -18,7 +18,7 @@ from ..blocks import Blocks
 from ..layers import Layer
 from ..passes.sides import Side
 from .batches import Job, in_batches
-from .method import Damping, Method, Stack, Work, keep
+from .method import Damping, Method, Stack, Work, all_positive, keep
 
 Invert = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """``invert(matrices (N, b, b), damping (N, 1, 1)) -> (inverses, which are good (N,))``"""
@@ -47,7 +47,7 @@ def damped_reciprocal(diagonals: Tensor, damping: Tensor) -> tuple[Tensor, Tenso
         The inverses, shape (N, d), and which matrices have a finite one, a boolean tensor of shape (N,).
     """
     inverse = 1 / (diagonals + damping)
-    return inverse, (inverse.isfinite() & (inverse > 0)).all(-1)
+    return inverse, all_positive(inverse)
 
 
 def _init(count: int, sides: tuple[Side, Side], block_size: int | None, like: Tensor) -> InversePair:
