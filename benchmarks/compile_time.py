@@ -4,8 +4,9 @@
 
 The passes run on the step graph of a transformer; every pass is timed alone, in seconds of this process.
 A cold compilation runs in a process of its own, with Inductor and an empty cache, up to the end of the last
-step that compiles: forward and backward of ``torch.compile(model)``, or a factor step and a plain step. A
-second process with the same cache then does the same. CPU seconds are its own and its compilers'.
+step that compiles: forward and backward of ``torch.compile(model)``, with and without a compiled step of
+AdamW; or a factor step and a plain step of ours, with their updates. A second process with the same cache
+then does the same. CPU seconds are its own and its compilers'.
 """
 
 import argparse
@@ -95,8 +96,13 @@ def stock(model: nn.Module, x: Tensor, y: Tensor) -> None:
     F.cross_entropy(torch.compile(model)(x), y).backward()
 
 
-def drop_in(model: nn.Module, x: Tensor, y: Tensor) -> None:
-    model = thor_fx.compile(model)
+def stock_adamw(model: nn.Module, x: Tensor, y: Tensor) -> None:
+    stock(model, x, y)
+    torch.compile(torch.optim.AdamW(model.parameters(), lr=torch.tensor(1e-6), capturable=False).step)()
+
+
+def drop_in(model: nn.Module, x: Tensor, y: Tensor, factor_backend: str | None = None) -> None:
+    model = thor_fx.compile(model, factor_backend=factor_backend)
     optimizer = thor_fx.Thor(model, **THOR)
     for _ in range(2):
         F.cross_entropy(model(x), y).backward()
@@ -104,9 +110,9 @@ def drop_in(model: nn.Module, x: Tensor, y: Tensor) -> None:
         optimizer.zero_grad()
 
 
-def functional(model: nn.Module, x: Tensor, y: Tensor) -> None:
+def functional(model: nn.Module, x: Tensor, y: Tensor, factor_backend: str | None = None) -> None:
     params: Any = dict(model.named_parameters())
-    step = thor_fx.compile_step(loss_of(model), thor_fx.thor(**THOR))
+    step = thor_fx.compile_step(loss_of(model), thor_fx.thor(**THOR), factor_backend=factor_backend)
     state = step.init(params, x, y)
     for _ in range(2):
         params, state, _ = step(params, state, x, y)
@@ -114,8 +120,17 @@ def functional(model: nn.Module, x: Tensor, y: Tensor) -> None:
 
 WAYS: dict[str, tuple[str, Callable[[nn.Module, Tensor, Tensor], None]]] = {
     "stock": ("torch.compile, forward and backward", stock),
+    "stock_adamw": ("the same and AdamW's step", stock_adamw),
     "drop_in": ("thor_fx, drop-in: both kinds of step and of update", drop_in),
     "functional": ("thor_fx, functional: both kinds of step", functional),
+    "drop_in_interpreted": (
+        'drop-in, factor_backend="aot_eager"',
+        partial(drop_in, factor_backend="aot_eager"),
+    ),
+    "functional_interpreted": (
+        'functional, factor_backend="aot_eager"',
+        partial(functional, factor_backend="aot_eager"),
+    ),
 }
 
 

@@ -263,6 +263,16 @@ def test_settings_changed_by_hand_are_checked():
             "backend .*'fast'",
         ),
         (lambda: thor_fx.compile(build(mlp), backend="fast"), ValueError, "backend must be one of .*'fast'"),
+        (
+            lambda: thor_fx.compile(build(mlp), factor_backend="fast"),
+            ValueError,
+            "factor_backend must be one of .*'fast'",
+        ),
+        (
+            lambda: thor_fx.compile_step(len, thor_fx.thor(**SETTINGS), factor_backend="fast"),
+            ValueError,
+            "factor_backend must be one of .*'fast'",
+        ),
         (lambda: thor_fx.compile(torch.ones(2)), TypeError, r"model must be a torch\.nn\.Module, got Tensor"),
         (lambda: thor_fx.compile(nn.Linear), TypeError, r"model must be a torch\.nn\.Module, got type"),
         (

@@ -102,6 +102,7 @@ class Collector:
 
     Attributes:
         backend: what the model is compiled with.
+        factor_backend: what its factor steps are compiled with.
         wanted: whether the next forward pass in training mode is to collect factors.
         graphs: every graph compiled so far.
         coverage: the coverage of all graphs together; None before the first.
@@ -113,6 +114,7 @@ class Collector:
     """
 
     backend: str
+    factor_backend: str
     wanted: bool = True
     graphs: list[SlottedGraph] = field(default_factory=list)
     coverage: Coverage | None = None

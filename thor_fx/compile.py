@@ -47,6 +47,7 @@ def compile(
     model: Module,
     *,
     backend: str = "inductor",
+    factor_backend: str | None = None,
     mode: str | None = None,
     options: Mapping[str, Any] | None = None,
     strict: bool = False,
@@ -60,6 +61,8 @@ def compile(
     Args:
         model: any module with trainable parameters.
         backend: ``"inductor"``; or ``"aot_eager"`` or ``"eager"`` to interpret the graphs.
+        factor_backend: the same for factor steps and their updates; None: ``backend``. ``"aot_eager"`` saves
+            most of what they take to compile, and costs time in every one of them: ``docs/compiling.md``.
         mode: as in ``torch.compile``; the update of :class:`thor_fx.Thor` is compiled with it, too.
         options: Inductor settings, as in ``torch.compile``, likewise.
         strict: raise a :class:`~thor_fx.CoverageError` in the first factor step where a weight (a
@@ -71,7 +74,7 @@ def compile(
 
     Raises:
         TypeError: ``model`` is no module, or has a parameter that is not floating-point.
-        ValueError: ``model`` has no trainable parameter, or ``backend`` is unknown.
+        ValueError: ``model`` has no trainable parameter, or a backend is unknown.
 
     Example:
         >>> import torch, thor_fx
@@ -85,9 +88,11 @@ def compile(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}: {model!r}")
     check_backend(backend)
+    factors_by = backend if factor_backend is None else factor_backend
+    check_backend(factors_by, "factor_backend")
     check_params(dict(model.named_parameters()))
     check_type("strict", strict, bool, "True or False")
-    call = _Call(model, backend, mode, options, strict, kwargs)
+    call = _Call(model, Collector(backend, factors_by, mode=mode, options=options), strict, kwargs)
     model._compiled_call_impl = call  # NOTE: the slot nn.Module.compile() uses; dropped when pickled
     return model
 
@@ -113,13 +118,12 @@ class _Call:
     def __init__(
         self,
         model: nn.Module,
-        backend: str,
-        mode: str | None,
-        options: Mapping[str, Any] | None,
+        collector: Collector,
         strict: bool,
         kwargs: Mapping[str, Any],
     ) -> None:
-        self.collector = Collector(backend, mode=mode, options=options)
+        self.collector = collector
+        backend, mode, options = collector.backend, collector.mode, collector.options
         self._model = model
         self._tracing_settings = tracing_settings()
         self._captures_rnn = not any(isinstance(part, nn.RNNBase) for part in model.modules())
@@ -135,9 +139,7 @@ class _Call:
             params = dict(model.named_parameters())
             self._captures_rnn |= has_recurrent_operator(forward)
             held = {id(t) for part in model.modules() for t in _tensors_of(part)}
-            build = _FactorCompiler(
-                self.collector, self.collector.rules, backend, mode, options, strict, lambda t: id(t) in held
-            )
+            build = _FactorCompiler(collector, collector.rules, strict, lambda t: id(t) in held)
             return build(forward, inputs, params)
 
         self._plain = torch.compile(own_code(plain), backend=backend, **settings, **kwargs)
@@ -199,9 +201,6 @@ class _FactorCompiler:
 
     collector: Collector
     rules: Rules
-    backend: str
-    mode: str | None
-    options: Mapping[str, Any] | None
     strict: bool
     is_held: Held
 
@@ -228,7 +227,7 @@ class _FactorCompiler:
     def _compile(
         self, forward: fx.GraphModule, inputs: Sequence[Any], joint_pass: JointPass, key: str | None
     ) -> Runner:
-        backend, mode, options = self.backend, self.mode, self.options
+        backend, mode, options = self.collector.factor_backend, self.collector.mode, self.collector.options
         with trainable_rnns():
             return compile_differentiable(
                 forward, inputs, joint_pass, key=key, backend=backend, mode=mode, options=options

@@ -59,6 +59,7 @@ class CompiledUpdate:
         found: the coverage that its state is about.
         params: the parameters, by name.
         backend: compiles the update.
+        factor_backend: compiles that of factor steps.
         mode: as in ``torch.compile``.
         options: Inductor settings, as in ``torch.compile``.
         state: of the transform.
@@ -68,6 +69,7 @@ class CompiledUpdate:
     found: Coverage
     params: Mapping[str, Tensor]
     backend: str
+    factor_backend: str
     mode: str | None = None
     options: Mapping[str, Any] | None = None
     state: State = None
@@ -97,5 +99,6 @@ class CompiledUpdate:
         measured = gradients, moments, terms, scales
         gm = update_graph(self.tx, self.found, self.params, *measured, refreshes=refreshes, compares=compares)
         fakes = [node.meta["val"] for node in gm.graph.find_nodes(op="placeholder")]
-        settings: dict[str, Any] = {"backend": self.backend, "mode": self.mode, "options": self.options}
+        backend = self.factor_backend if moments else self.backend
+        settings: dict[str, Any] = {"backend": backend, "mode": self.mode, "options": self.options}
         return without_dynamo(compile_graph(gm, fakes, fixed=fixed_arguments(gm), **settings))

@@ -33,14 +33,14 @@ Compiled = Callable[..., Sequence[Any]]
 BACKENDS = ("inductor", "aot_eager", "eager")
 
 
-def check_backend(backend: str) -> None:
+def check_backend(backend: str, name: str = "backend") -> None:
     """Refuse a backend that step graphs cannot be given to.
 
     Raises:
         ValueError: naming the ones that exist.
     """
     if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {list(BACKENDS)}, got {backend!r}")
+        raise ValueError(f"{name} must be one of {list(BACKENDS)}, got {backend!r}")
 
 
 # NOTE: [Few pairs] Inductor asks of every two readers of one buffer, if they are near enough in order,

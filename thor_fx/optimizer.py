@@ -112,7 +112,8 @@ class Thor(torch.optim.Optimizer):
         rows: ``1 / k``: factors are measured on every k-th row: see :func:`thor_fx.thor`.
         factor_dtype: ``torch.bfloat16``: rows are rounded to it in the products of factors.
         update_dtype: ``torch.bfloat16``: gradients and inverses are, in those of preconditioning.
-        backend: compiles the update: ``"inductor"``, or ``"eager"`` to interpret it; None: as the model.
+        backend: compiles the update: ``"inductor"``, or ``"eager"`` to interpret it; None: as the model,
+            in factor steps as those of the model.
 
     Attributes:
         block_size_report: how ``block_size="auto"`` was decided; None before, and where nothing was measured.
@@ -205,8 +206,9 @@ class Thor(torch.optim.Optimizer):
             factor_dtype=factor_dtype,
             update_dtype=update_dtype,
         )
-        self._backend = self._collector.backend if backend is None else backend
-        check_backend(self._backend)
+        self._backends = backend or self._collector.backend, backend or self._collector.factor_backend
+        for each in self._backends:
+            check_backend(each)
         self.block_size_report: BlockSizeReport | None = None
         self._schedules: list[dict[str, Schedule]] = []
         self._adapts: list[bool] = []  # whether the damping of a group follows the loss
@@ -468,7 +470,7 @@ class Thor(torch.optim.Optimizer):
         if self._tx.resolve is not None:
             self._tx = self._tx.resolve(None if self.block_size == "auto" else self.block_size)
         mode, options = self._collector.mode, self._collector.options
-        self._update = CompiledUpdate(self._tx, self._found, self._params, self._backend, mode, options)
+        self._update = CompiledUpdate(self._tx, self._found, self._params, *self._backends, mode, options)
         self._start()
 
     def _groups(self) -> ParameterGroups:

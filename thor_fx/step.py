@@ -68,6 +68,7 @@ def compile_step(
     *,
     donate: bool = True,
     backend: str = "inductor",
+    factor_backend: str | None = None,
     mode: str | None = None,
     options: Mapping[str, Any] | None = None,
     dynamic: bool | None = None,
@@ -82,6 +83,8 @@ def compile_step(
         donate: write the new parameters and state into the tensors that came in, as
             ``torch.optim`` does. False leaves the arguments alone and costs a copy of both.
         backend: ``"inductor"``; or ``"aot_eager"`` or ``"eager"`` to interpret the rewritten graph.
+        factor_backend: the same for factor steps; None: ``backend``. ``"aot_eager"`` saves most of what they
+            take to compile, and costs time in every one of them: ``docs/compiling.md``.
         mode: as in ``torch.compile``.
         options: Inductor settings, as in ``torch.compile``.
         dynamic: as in ``torch.compile``: by default a second batch size recompiles once, for all sizes.
@@ -93,7 +96,7 @@ def compile_step(
 
     Raises:
         TypeError: ``loss_fn`` is not callable or ``tx`` is no transform.
-        ValueError: ``backend`` is unknown.
+        ValueError: a backend is unknown.
 
     Example:
         >>> import torch, thor_fx
@@ -114,8 +117,11 @@ def compile_step(
     if not isinstance(tx, Transform):
         raise TypeError(f"tx must be a Transform, e.g. thor_fx.thor(...), got {type(tx).__name__}: {tx!r}")
     check_backend(backend)
+    factors_by = backend if factor_backend is None else factor_backend
+    check_backend(factors_by, "factor_backend")
     check_type("strict", strict, bool, "True or False")
-    return CompiledStep(loss_fn, tx, donate, _Compiler(backend, mode, options), dynamic, strict)
+    compilers = _Compiler(backend, mode, options), _Compiler(factors_by, mode, options)
+    return CompiledStep(loss_fn, tx, donate, *compilers, dynamic, strict)
 
 
 @dataclass(frozen=True)
@@ -166,6 +172,7 @@ class CompiledStep:
         tx: Transform,
         donate: bool,
         compiler: _Compiler,
+        factor_compiler: _Compiler,
         dynamic: bool | None,
         strict: bool,
     ) -> None:
@@ -177,7 +184,7 @@ class CompiledStep:
         self._block_size: BlockSize = given if tx.resolve is None else "auto"
         self._donate = donate
         self._strict = strict
-        self._compiler = compiler
+        self._compiler, self._factor_compiler = compiler, factor_compiler
         self._hyper = HyperTensors()
         self._loss_fn, self._dynamic = loss_fn, dynamic
         self._capture = LossCapture(loss_fn, self._compile, dynamic)
@@ -351,15 +358,17 @@ class CompiledStep:
 
     def _compile_kind(self, graph: fx.GraphModule, captured: Captured, kind: Kind) -> Compiled:
         assert self.coverage is not None
-        measures = [partial(emit_factors, rules=self._tx.rules)] if kind.factors != "plain" else []
-        whole = pipeline.run(graph, [*measures, *self._compiler.recomputes])
+        plain = kind.factors == "plain"
+        compiler = self._compiler if plain else self._factor_compiler
+        measures = [] if plain else [partial(emit_factors, rules=self._tx.rules)]
+        whole = pipeline.run(graph, [*measures, *compiler.recomputes])
         refreshes: frozenset[str] | None = frozenset() if kind.factors == "measure" else None
         trained = list(_trained(self._params, self.coverage))
         append_update(whole, self._tx, self.coverage, trained, refreshes=refreshes, compares=kind.compares)
         accumulate(whole)
         return_forward(whole, _forward_outputs(captured))
         fakes = [node.meta["val"] for node in whole.graph.find_nodes(op="placeholder")]
-        return self._compiler(whole, fakes, fixed_arguments(whole) if self._donate else ())
+        return compiler(whole, fakes, fixed_arguments(whole) if self._donate else ())
 
     def _compile_loss(self, graph: fx.GraphModule) -> Compiled:
         """The forward pass alone: what it changes besides (running statistics) is not written."""
