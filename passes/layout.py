@@ -202,7 +202,7 @@ def _side(which: str, operands: tuple[Operand, ...], rules: Rules, notes: list[s
     if all(one_hot(operand) for operand in operands):
         return Side(dim, "diagonal", groups=groups)
     if rules.max_dim is None or dim <= rules.max_dim:
-        return _short(dim, groups, rules.block_size)
+        return short_side(dim, rules.block_size, groups)
     block = rules.block_size or rules.max_dim
     whole = [operand.geometry.taps for operand in operands if isinstance(operand, Patches)]
     block = max(1, block // max(whole)) * max(whole) if whole else block
@@ -213,8 +213,15 @@ def _side(which: str, operands: tuple[Operand, ...], rules: Rules, notes: list[s
     return side
 
 
-def _short(dim: int, groups: int, block: int | None) -> Side:
-    """What is measured of a factor of which only blocks are inverted: those, where that is less."""
+def short_side(dim: int, block: int | None, groups: int = 1) -> Side:
+    """What is measured of a factor of which only blocks are inverted: those, where that is less.
+
+    Example:
+        >>> print(short_side(512, 128))
+        512 in blocks of 128
+        >>> print(short_side(147, 128))
+        147x147
+    """
     if block is None or -(-dim // block) * block**2 >= dim**2:
         return Side(dim, "dense", groups=groups)
     return Side(dim, "blocks", block, groups)
