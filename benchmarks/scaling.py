@@ -50,6 +50,7 @@ from scaling_models import MODELS, Model, layers
 from tables import Report, replace_section, table
 
 from thor_fx.costs import cost
+from thor_fx.distributed.packing import packed_numel
 from thor_fx.inverses import METHODS
 from thor_fx.layers import Layer
 from thor_fx.passes.sides import Side
@@ -69,20 +70,9 @@ def sides_of(layers: Iterable[Layer]) -> list[Side]:
     return [side for layer in layers for sums in layer.sums for side in (sums.input, sums.output)]
 
 
-def numbers_sent(side: Side) -> int:
-    """Numbers of a factor that have to be sent: of a symmetric matrix one half and the diagonal.
-
-    >>> numbers_sent(Side(3)), numbers_sent(Side(5, "blocks", 2)), numbers_sent(Side(5, "diagonal"))
-    (6, 9, 5)
-    """
-    if side.kind not in {"dense", "blocks"}:
-        return side.numel
-    return side.numel * (side.shape[-1] + 1) // (2 * side.shape[-1])
-
-
 def bytes_of_factors(sides: Iterable[Side], itemsize: int = FLOAT32) -> int:
     """Bytes of all factors as they are sent, without the counts."""
-    return itemsize * sum(map(numbers_sent, sides))
+    return itemsize * sum(map(packed_numel, sides))
 
 
 def bytes_of_counts(layers: Iterable[Layer]) -> int:

@@ -96,6 +96,8 @@ WRONG = [
     ("rows", 0.3, ValueError),
     ("factor_dtype", torch.float16, ValueError),
     ("update_dtype", torch.float32, ValueError),
+    ("reduce_dtype", "bfloat16", TypeError),
+    ("process_group", "gloo", TypeError),
     ("split_indices", 3, TypeError),
     ("split_indices", "12", TypeError),
     ("split_indices", [1.0], TypeError),

@@ -45,6 +45,8 @@ WRONG_TYPES = {
     "rows": ["0.5", None, True, [0.5]],
     "factor_dtype": ["bfloat16", 16, float],
     "update_dtype": ["bfloat16", 16, float],
+    "reduce_dtype": ["bfloat16", 16, float],
+    "process_group": ["gloo", 2, True],
 }
 WRONG_VALUES = {
     **{name: [-0.1, NAN, INF, -INF] for name in NUMBERS},
@@ -73,6 +75,7 @@ WRONG_VALUES = {
     "rows": [0, -0.5, 2, 0.3, NAN, INF],
     "factor_dtype": [torch.float16, torch.float32, torch.int8],
     "update_dtype": [torch.float16, torch.float32, torch.int8],
+    "reduce_dtype": [torch.float16, torch.float32, torch.int8],
 }
 RIGHT = {
     **{name: [0.5, 1] for name in NUMBERS},
@@ -114,6 +117,8 @@ RIGHT = {
     "rows": [1, 1.0, 0.5, 1 / 3, 0.01],
     "factor_dtype": [None, torch.bfloat16],
     "update_dtype": [None, torch.bfloat16],
+    "reduce_dtype": [None, torch.bfloat16],
+    "process_group": [None],
 }
 
 
@@ -125,7 +130,7 @@ def test_every_argument_is_in_the_tables():
     arguments = set(inspect.signature(thor_fx.thor).parameters)
     assert arguments == set(RIGHT) == set(WRONG_TYPES)
     flags = {"use_nesterov", "enable_clip_grad", "decoupled_weight_decay", "refresh_async"}
-    assert arguments - set(WRONG_VALUES) == {*flags, "decay_filter", "layer_filter"}
+    assert arguments - set(WRONG_VALUES) == {*flags, "decay_filter", "layer_filter", "process_group"}
 
 
 @pytest.mark.parametrize(("name", "value"), cases(RIGHT))

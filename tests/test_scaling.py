@@ -12,6 +12,7 @@ from torch import nn
 from torch.func import functional_call
 
 import thor_fx
+from thor_fx.distributed.packing import packed_numel
 from thor_fx.passes.sides import Side
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -55,7 +56,7 @@ def test_examples_of_the_module():
     ],
 )
 def test_a_triangle_of_a_factor_is_sent(side: Side, numbers: int):
-    assert scaling.numbers_sent(side) == numbers
+    assert packed_numel(side) == numbers
     assert scaling.bytes_of_factors([side, side], itemsize=2) == 4 * numbers
 
 

@@ -28,6 +28,7 @@ from .capture import (
     without_dynamo,
 )
 from .collector import Collector, SlottedGraph
+from .distributed.wrappers import unwrapped
 from .inductor import JointPass, check_backend, compile_differentiable
 from .joint_graphs import describe_joint
 from .layers import Coverage, CoverageError, coverage
@@ -92,8 +93,9 @@ def compile(
     check_backend(factors_by, "factor_backend")
     check_params(dict(model.named_parameters()))
     check_type("strict", strict, bool, "True or False")
-    call = _Call(model, Collector(backend, factors_by, mode=mode, options=options), strict, kwargs)
-    model._compiled_call_impl = call  # NOTE: the slot nn.Module.compile() uses; dropped when pickled
+    inner = unwrapped(model)
+    call = _Call(inner, Collector(backend, factors_by, mode=mode, options=options), strict, kwargs)
+    inner._compiled_call_impl = call  # NOTE: the slot nn.Module.compile() uses; dropped when pickled
     return model
 
 
@@ -103,7 +105,7 @@ def collector_of(model: Any) -> Collector:
     Raises:
         TypeError: ``model`` is not compiled by us.
     """
-    call = getattr(model, "_compiled_call_impl", None)
+    call = getattr(unwrapped(model), "_compiled_call_impl", None)
     if not isinstance(call, _Call):
         raise TypeError(
             f"model must be compiled by thor_fx, got {type(model).__name__}: call "

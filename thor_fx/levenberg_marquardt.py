@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 
 from .arguments import check_integer, check_number
 from .collector import Collector
+from .distributed.collectives import World
 from .predicted import PredictedState
 
 
@@ -89,7 +90,9 @@ class LevenbergMarquardt:
             damping /= factor
         return min(max(damping, self.minimum), self.maximum)
 
-    def after(self, damping: float, state: Any, before: Tensor, later: Tensor) -> float:
+    def after(
+        self, damping: float, state: Any, before: Tensor, later: Tensor, world: World | None = None
+    ) -> float:
         """The damping after a step that predicted a change. Waits for the device.
 
         Args:
@@ -97,13 +100,15 @@ class LevenbergMarquardt:
             state: of the transform, after the step; its prediction is used up.
             before: the loss of the batch, 0-D.
             later: the loss of the same batch after the step, 0-D.
+            world: the ranks whose losses are averaged.
         """
         change = _predicted(state)
         predicted = float(change)
         change.zero_()
         if not predicted < 0:
             return damping
-        ratio = (float(later) - float(before)) / predicted
+        achieved = torch.as_tensor(later) - before
+        ratio = float(achieved if world is None else world.mean_number(achieved)) / predicted
         return self.adjusted(damping, ratio if math.isfinite(ratio) else -math.inf)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from .ahead import Ahead
 from .between import run_between
@@ -19,6 +20,9 @@ from .clips import Clip
 from .collector import Collector
 from .compile import collector_of
 from .compiled_update import CompiledUpdate, Given
+from .distributed.agreement import agreed, check_ranks
+from .distributed.distribute import distribute, for_one_rank
+from .distributed.wrappers import averages_gradients, unwrapped, world_of_model
 from .factors import Moments
 from .group_members import check_centralization, members, named, with_rest
 from .hyper import HyperTensors
@@ -77,7 +81,8 @@ class Thor(torch.optim.Optimizer):
         batch_size: terms that the loss averages over; None: as read off the graph.
         use_nesterov: Nesterov's form of momentum.
         decay_filter: ``name -> bool``.
-        split_indices: groups of factors that are reduced together when training is distributed.
+        split_indices: the last layers of the buckets in which factors of all ranks are averaged, in the
+            order of layers, ``[26, 53]``; None: buckets of 25 MiB.
         enable_clip_grad: clip every update to L2 norm ``clip_norm``.
         frequency: factors and inverses are renewed in step 0 and every ``frequency`` steps.
         params: groups with settings of their own, ``[{"params": [...], "lr": ...}, ...]``; members
@@ -112,6 +117,10 @@ class Thor(torch.optim.Optimizer):
         rows: ``1 / k``: factors are measured on every k-th row: see :func:`thor_fx.thor`.
         factor_dtype: ``torch.bfloat16``: rows are rounded to it in the products of factors.
         update_dtype: ``torch.bfloat16``: gradients and inverses are, in those of preconditioning.
+        process_group: the ranks that train together; None: those of the DistributedDataParallel that
+            ``model`` is wrapped in, or there are no others. Factors are averaged in every factor step,
+            gradients where no wrapper has done that: :mod:`thor_fx.distributed`.
+        reduce_dtype: ``torch.bfloat16``: factors are rounded to it while they travel.
         backend: compiles the update: ``"inductor"``, or ``"eager"`` to interpret it; None: as the model,
             in factor steps as those of the model.
 
@@ -167,10 +176,14 @@ class Thor(torch.optim.Optimizer):
         rows: float = 1.0,
         factor_dtype: torch.dtype | None = None,
         update_dtype: torch.dtype | None = None,
+        process_group: ProcessGroup | None = None,
+        reduce_dtype: torch.dtype | None = None,
         backend: str | None = None,
     ) -> None:
-        self._model = model
         self._collector: Collector = collector_of(model)
+        self._world = world_of_model(model, process_group)
+        self._averages_gradients = not averages_gradients(model)
+        self._model = model = unwrapped(model)
         self._scaler = loss_scale if isinstance(loss_scale, Scaler) else None
         constant = 1.0 if isinstance(loss_scale, Scaler) else loss_scale
         self._options = Options(
@@ -205,6 +218,7 @@ class Thor(torch.optim.Optimizer):
             rows=rows,
             factor_dtype=factor_dtype,
             update_dtype=update_dtype,
+            reduce_dtype=reduce_dtype,
         )
         self._backends = backend or self._collector.backend, backend or self._collector.factor_backend
         for each in self._backends:
@@ -214,6 +228,7 @@ class Thor(torch.optim.Optimizer):
         self._adapts: list[bool] = []  # whether the damping of a group follows the loss
         self._warned = False
         self._overdue = False
+        self._compared = False  # with the other ranks
         self._known = Readiness()
         self._forget()
         defaults: dict[str, Any] = {"lr": lr, "damping": damping, "momentum": momentum}
@@ -370,7 +385,7 @@ class Thor(torch.optim.Optimizer):
     def _choose_block_size(self, moments: Mapping[str, Moments], terms: Tensor | None) -> None:
         """Let the first factors decide; until then factors were whole, and so are the inverses."""
         assert self._collector.coverage is not None, "there are moments"
-        self.block_size_report = choose(moments, self._collector.coverage.layers, terms)
+        self.block_size_report = agreed(self._world, choose(moments, self._collector.coverage.layers, terms))
         if self.block_size_report is None:
             return
         if "block_size" in self.param_groups[0]:  # else the state is one that was saved with a given size
@@ -412,7 +427,7 @@ class Thor(torch.optim.Optimizer):
         """Change the damping by what the step did to the loss of its batch. Waits for the device."""
         later = loss_again(closure, self._params.values(), self._collector)
         damping = self._adapted_damping(adaptive)
-        damping = adaptive.after(damping, self._inner, before, later)
+        damping = adaptive.after(damping, self._inner, before, later, self._world)
         for group in itertools.compress(self.param_groups, self._adapts):
             group["damping"] = damping
 
@@ -466,12 +481,16 @@ class Thor(torch.optim.Optimizer):
         self._dtype = HyperTensors.dtype(self._params)
         self._found = _complete(self._collector.coverage, self._params)
         self._known.restart(self._found.layers, self._params.keys() - self._collector.coverage.trained)
-        self._tx = skip_nonfinite(unscale(thor_chain(self._options, self._groups())))
+        tx = skip_nonfinite(unscale(thor_chain(for_one_rank(self._options, self._world), self._groups())))
+        self._tx = distribute(tx, self._options, self._world, gradients=self._averages_gradients)
         if self._tx.resolve is not None:
             self._tx = self._tx.resolve(None if self.block_size == "auto" else self.block_size)
         mode, options = self._collector.mode, self._collector.options
         self._update = CompiledUpdate(self._tx, self._found, self._params, *self._backends, mode, options)
         self._start()
+        if not self._compared:
+            check_ranks(self._tx, self._params, self._found)
+            self._compared = True
 
     def _groups(self) -> ParameterGroups:
         schedules = {str(label): own for label, own in enumerate(self._schedules)}

@@ -49,6 +49,7 @@ class Options:
     use_nesterov: bool = False
     decay_filter: Callable[[str], bool] | None = None
     split_indices: Sequence[int] | None = None
+    reduce_dtype: torch.dtype | None = None
     enable_clip_grad: bool = False
     frequency: int = 100
     damping_rule: DampingRule = "factor"
@@ -109,7 +110,7 @@ class Options:
         check_likelihood("likelihood", self.likelihood)
         _check_split_indices(self.split_indices)
         _check_rows(self.rows)
-        for name in ("factor_dtype", "update_dtype"):
+        for name in ("factor_dtype", "update_dtype", "reduce_dtype"):
             _check_rounding(name, getattr(self, name))
         if self.inverse == "eva" and self.fisher != "empirical":
             raise ValueError(

@@ -19,6 +19,7 @@ from .block_size import choose_by_step
 from .block_size_rule import BlockSizeReport
 from .blocks import BlockSize
 from .capture import Captured, LossCapture, LossFn, Runner
+from .distributed.agreement import agreed, check_ranks
 from .hyper import HyperTensors
 from .inductor import Compiled, check_backend, compile_graph, inductor_decompositions
 from .kinds import Kind, kind_of, kinds
@@ -219,6 +220,7 @@ class CompiledStep:
         if self.coverage is None:
             raise ValueError("the loss does not depend on any of params: it is a constant")
         inner = self._first_state(params, self.coverage)
+        check_ranks(self._tx, _trained(params, self.coverage), self.coverage)
         damping = None if self._tx.adaptive is None else self._tx.adaptive.initial
         return StepState(0, inner, buffers, damping=damping, block_size=chosen)
 
@@ -270,7 +272,7 @@ class CompiledStep:
     def _damping(self, state: StepState, before: Tensor, later: Tensor | None) -> float | None:
         if self._tx.adaptive is None or state.damping is None or later is None:
             return state.damping
-        return self._tx.adaptive.after(state.damping, state.inner, before, later)
+        return self._tx.adaptive.after(state.damping, state.inner, before, later, self._tx.world)
 
     @property
     def block_size(self) -> BlockSize:
@@ -281,7 +283,8 @@ class CompiledStep:
         """What "auto" becomes; None where a block size was given, or nothing can be cut."""
         if self._auto is None:
             return None
-        self.block_size_report = choose_by_step(self._loss_fn, params, batch, self._tx.rules)
+        report = choose_by_step(self._loss_fn, params, batch, self._tx.rules)
+        self.block_size_report = agreed(self._tx.world, report)
         chosen = None if self.block_size_report is None else self.block_size_report.chosen
         self._resolve(chosen, params)
         return chosen

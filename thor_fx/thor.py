@@ -31,9 +31,12 @@ section for each option.
 from collections.abc import Callable, Sequence
 
 import torch
+from torch.distributed import ProcessGroup
 
 from .blocks import BlockSize
 from .clips import Clip
+from .distributed.collectives import world_of
+from .distributed.distribute import distribute, for_one_rank
 from .inverses import Inverse
 from .levenberg_marquardt import LevenbergMarquardt
 from .links import thor_chain
@@ -89,6 +92,8 @@ def thor(
     rows: float = 1.0,
     factor_dtype: torch.dtype | None = None,
     update_dtype: torch.dtype | None = None,
+    process_group: ProcessGroup | None = None,
+    reduce_dtype: torch.dtype | None = None,
 ) -> Transform:
     """THOR as a pure transform, for :func:`thor_fx.compile_step`.
 
@@ -104,7 +109,8 @@ def thor(
             loss, that is the batch for a classifier and batch x positions for a language model.
         use_nesterov: Nesterov's form of momentum.
         decay_filter: ``name -> bool``, which parameters decay; None: all.
-        split_indices: groups of factors that are reduced together when training is distributed.
+        split_indices: the last layers of the buckets in which factors of all ranks are averaged, in the
+            order of layers, ``[26, 53]``; None: buckets of 25 MiB.
         enable_clip_grad: clip every update to L2 norm ``clip_norm``, after weight decay.
         frequency: factors and inverses are renewed in step 0 and every ``frequency`` steps; with
             ``refresh``, factors.
@@ -151,6 +157,10 @@ def thor(
         factor_dtype: ``torch.bfloat16``: rows are rounded to it in the products of factors, which are several
             times faster for it, and summed in float32; None: nothing is rounded.
         update_dtype: ``torch.bfloat16``: gradients and inverses are rounded to it where they are multiplied.
+        process_group: the ranks that train together, each on its own part of the batch: gradients and factors
+            are averaged over them, by collectives in the compiled step: :mod:`thor_fx.distributed`.
+            None: there are no others.
+        reduce_dtype: ``torch.bfloat16``: factors are rounded to it while they travel.
 
     Returns:
         A transform whose updates are added to the parameters.
@@ -198,6 +208,7 @@ def thor(
         rows=rows,
         factor_dtype=factor_dtype,
         update_dtype=update_dtype,
+        reduce_dtype=reduce_dtype,
     )
     schedules = {
         "lr": Schedule("lr", lr),
@@ -207,7 +218,9 @@ def thor(
     }
     if fallback_lr is not None:
         schedules["fallback_lr"] = Schedule("fallback_lr", fallback_lr)
-    return skip_nonfinite(thor_chain(options, ParameterGroups({"": schedules})))
+    world = world_of(process_group)
+    tx = skip_nonfinite(thor_chain(for_one_rank(options, world), ParameterGroups({"": schedules})))
+    return distribute(tx, options, world, gradients=True)
 
 
 def decay_all_but_beta_gamma(name: str) -> bool:

@@ -21,7 +21,9 @@ from .passes.layout import Rules, layer_of
 from .schedule import Schedule
 
 if TYPE_CHECKING:
+    from .distributed.collectives import World
     from .levenberg_marquardt import LevenbergMarquardt
+    from .options import Options
 
 Params = Mapping[str, Tensor]
 Updates = Mapping[str, Tensor]
@@ -90,6 +92,8 @@ class Transform(NamedTuple):
         adaptive: changes the schedule ``damping``, by what steps do to the loss; None: nothing does.
         resolve: where ``block_size="auto"``: the transform for the block size that has been chosen,
             ``resolve(block_size)``; it has to be called first. None: there is nothing to choose.
+        world: the ranks whose gradients and factors it averages; None: those of this process are all.
+        options: where there is a world, the settings that must be the same on all of its ranks.
     """
 
     init: Callable[[Params, Coverage], State]
@@ -101,6 +105,8 @@ class Transform(NamedTuple):
     between: "Between | None" = None
     adaptive: "LevenbergMarquardt | None" = None
     resolve: "Callable[[int | None], Transform] | None" = None
+    world: "World | None" = None
+    options: "Options | None" = None
 
     def hyper(self, step: int) -> dict[str, float]:
         """The value of every schedule in step ``step``."""
@@ -207,7 +213,9 @@ def chain(*transforms: Transform, shared: bool = False) -> Transform:
     frequency = next(iter(frequencies), None)
     resolve = _resolving(partial(chain, shared=shared), transforms)
     asked = _rules(transforms), _inverse(transforms)
-    return Transform(init, update, schedules, frequency, *asked, hook, next(iter(adaptive), None), resolve)
+    tx = Transform(init, update, schedules, frequency, *asked, hook, next(iter(adaptive), None), resolve)
+    shared_by = next(((t.world, t.options) for t in transforms if t.world is not None), (None, None))
+    return tx._replace(world=shared_by[0], options=shared_by[1])
 
 
 def stateless(

@@ -1,0 +1,230 @@
+"""What every rank of a test of distributed training does: ``torchrun rank_runs.py FOLDER RUN...``.
+
+Each run is a function that all ranks call together; what it returns on a rank, or the error that it raises,
+is saved to ``FOLDER/RUN.RANK.pt``. :mod:`test_distributed` compares it with one process.
+"""
+
+import datetime
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+import thor_fx
+from training import (
+    CLASSES,
+    HIDDEN,
+    IN,
+    MODELS,
+    Batch,
+    Parameters,
+    batches,
+    build,
+    classifier_loss,
+    snapshot,
+)
+
+SETTINGS: dict[str, Any] = {"lr": 0.02, "damping": 0.1, "momentum": 0.9, "frequency": 2}
+STEPS, ROWS = 4, 12
+TIMEOUT = datetime.timedelta(seconds=60)
+
+
+def cnn() -> nn.Module:
+    return nn.Sequential(
+        nn.Unflatten(1, (1, IN)), nn.Conv1d(1, 4, 3), nn.Tanh(), nn.Flatten(), nn.Linear(12, CLASSES)
+    )
+
+
+class Encoder(nn.Module):
+    """A transformer's layer over a sequence of three positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inp, self.head = nn.Linear(IN, HIDDEN), nn.Linear(HIDDEN, CLASSES)
+        self.layer = nn.TransformerEncoderLayer(HIDDEN, 2, 8, dropout=0.0, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.inp(torch.stack([x, x.roll(1, -1), x.flip(-1)], dim=1))
+        return self.head(self.layer(h).mean(1))
+
+
+MODELS = {**MODELS, "cnn": cnn, "encoder": Encoder}
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "defaults": {},
+    "split": {"split_indices": [0, 1]},
+    "small_blocks": {"block_size": 2, "bias": "joint"},
+    "batch_size": {"batch_size": ROWS},
+    "averages": {"factor_decay": 0.5, "refresh": thor_fx.Every(4)},
+    "pi": {"damping_rule": "pi", "use_nesterov": True},
+    "eva": {"inverse": "eva"},
+    "adaptive": {"damping": thor_fx.LevenbergMarquardt(0.1, interval=1)},
+    "recommended": {"preset": "recommended", "damping": 0.5},
+}
+"""By name; ``batch_size`` is what one process is given, and every rank its share."""
+
+
+def world() -> tuple[int, int]:
+    return dist.get_rank(), dist.get_world_size()
+
+
+def shard(batch: Batch, sizes: list[int] | None = None) -> Batch:
+    """The rows of this rank: its equal share, or as many as ``sizes`` says."""
+    rank, size = world()
+    sizes = sizes or [len(batch[0]) // size] * size
+    return tuple(part.split(sizes)[rank] for part in batch)  # type: ignore[return-value]
+
+
+def settings(options: str) -> dict[str, Any]:
+    own = {**SETTINGS, **OPTIONS[options]}
+    if "batch_size" in own:
+        own["batch_size"] //= world()[1]
+    return own
+
+
+def wrapped(make: str, backend: str = "aot_eager", around: bool = False) -> nn.Module:
+    """A compiled model inside of DistributedDataParallel, or around it."""
+    model = build(MODELS[make])
+    if around:
+        return thor_fx.compile(DistributedDataParallel(model), backend=backend)
+    return DistributedDataParallel(thor_fx.compile(model, backend=backend))
+
+
+def by_ddp(make: str, options: str = "defaults", **how: Any) -> list[Parameters]:
+    model = wrapped(make, **how)
+    optimizer, trajectory = thor_fx.Thor(model, **settings(options)), []
+    for x, y in map(shard, batches(STEPS, ROWS)):
+
+        def closure(x: Tensor = x, y: Tensor = y) -> Tensor:
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(x), y)
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+        trajectory.append(snapshot(dict(model.module.named_parameters())))
+    return trajectory
+
+
+def by_functional(make: str, options: str = "defaults", backend: str = "eager") -> list[Parameters]:
+    tx = thor_fx.thor(**settings(options), process_group=dist.group.WORLD)
+    model, data = build(MODELS[make]), [shard(batch) for batch in batches(STEPS, ROWS)]
+    step = thor_fx.compile_step(classifier_loss(model), tx, backend=backend)
+    params: Any = snapshot(dict(model.named_parameters()))
+    state, trajectory = step.init(params, *data[0]), []
+    for batch in data:
+        params, state, _ = step(params, state, *batch)
+        trajectory.append(snapshot(params))
+    return trajectory
+
+
+def unequal(loss_of: Callable[[Tensor, Tensor], Tensor]) -> list[Parameters]:
+    """Seven rows, of which the first rank has the most."""
+    _, size = world()
+    sizes = [7 - (size - 1) * (6 // size), *[6 // size] * (size - 1)]
+    model = wrapped("mlp")
+    optimizer, trajectory = thor_fx.Thor(model, **SETTINGS), []
+    for batch in batches(STEPS, 7):
+        x, y = shard(batch, sizes)
+        loss_of(model(x), y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        trajectory.append(snapshot(dict(model.module.named_parameters())))
+    return trajectory
+
+
+def weighted(logits: Tensor, y: Tensor) -> Tensor:
+    """Every row weighs the same, whichever rank has it."""
+    return F.cross_entropy(logits, y, reduction="sum") * world()[1] / 7
+
+
+def accumulated() -> list[Parameters]:
+    """Two micro-batches a step; gradients and factors are averaged after the second."""
+    model = wrapped("mlp")
+    optimizer, trajectory = thor_fx.Thor(model, **SETTINGS), []
+    data = [shard(batch) for batch in batches(2 * STEPS, ROWS)]
+    for first, second in zip(data[::2], data[1::2], strict=True):
+        with model.no_sync():
+            (F.cross_entropy(model(first[0]), first[1]) / 2).backward()
+        (F.cross_entropy(model(second[0]), second[1]) / 2).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        trajectory.append(snapshot(dict(model.module.named_parameters())))
+    return trajectory
+
+
+def different_settings() -> None:
+    tx = thor_fx.thor(**{**SETTINGS, "frequency": 2 + world()[0]}, process_group=dist.group.WORLD)
+    model, (batch,) = build(MODELS["mlp"]), batches(1)
+    params = snapshot(dict(model.named_parameters()))
+    thor_fx.compile_step(classifier_loss(model), tx, backend="eager").init(params, *batch)
+
+
+def different_values() -> None:
+    tx = thor_fx.thor(**SETTINGS, process_group=dist.group.WORLD)
+    model, (batch,) = build(MODELS["mlp"]), batches(1)
+    params = {name: p + world()[0] for name, p in snapshot(dict(model.named_parameters())).items()}
+    thor_fx.compile_step(classifier_loss(model), tx, backend="eager").init(params, *batch)
+
+
+def different_models() -> None:
+    model = wrapped("mlp")
+    filters = [None, lambda name: name != "0.weight"]
+    optimizer = thor_fx.Thor(model, **SETTINGS, layer_filter=filters[min(1, world()[0])])
+    x, y = batches(1)[0]
+    F.cross_entropy(model(x), y).backward()
+    optimizer.step()
+
+
+def index_out_of_range() -> None:
+    model = wrapped("mlp")
+    optimizer = thor_fx.Thor(model, **SETTINGS, split_indices=[0, 2])
+    x, y = batches(1)[0]
+    F.cross_entropy(model(x), y).backward()
+    optimizer.step()
+
+
+RUNS: dict[str, Callable[[], Any]] = {
+    **{f"ddp {make}": lambda make=make: by_ddp(make) for make in ("mlp", "cnn", "encoder", "tied")},
+    **{f"functional {make}": lambda make=make: by_functional(make) for make in ("mlp", "cnn", "encoder")},
+    **{f"ddp with {name}": lambda name=name: by_ddp("normalised", name) for name in OPTIONS},
+    **{f"functional with {name}": lambda name=name: by_functional("normalised", name) for name in OPTIONS},
+    "around": lambda: by_ddp("mlp", around=True),
+    "inductor ddp": lambda: by_ddp("mlp", backend="inductor"),
+    "inductor functional": lambda: by_functional("mlp", backend="inductor"),
+    "weighted": lambda: unequal(weighted),
+    "unweighted": lambda: unequal(F.cross_entropy),
+    "accumulated": accumulated,
+    "different settings": different_settings,
+    "different values": different_values,
+    "different models": different_models,
+    "index out of range": index_out_of_range,
+}
+
+
+def main(folder: str, *names: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", timeout=TIMEOUT)
+    rank, _ = world()
+    for name in names:
+        torch._dynamo.reset()
+        try:
+            result: Any = RUNS[name]()
+        except Exception as error:
+            result = f"{type(error).__name__}: {error}\n{traceback.format_exc()}"
+        torch.save(result, Path(folder) / f"{name}.{rank}.pt")
+        dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    main(*sys.argv[1:])

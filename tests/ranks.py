@@ -1,0 +1,45 @@
+"""Runs of several ranks on this machine, and what each of them returned."""
+
+import fcntl
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+SCRIPT = Path(__file__).with_name("rank_runs.py")
+
+
+def launched(
+    script: Path, arguments: Sequence[str], size: int, *, timeout: float = 540, options: Sequence[str] = ()
+) -> subprocess.CompletedProcess[str]:
+    """``torchrun`` on the loopback device, bounded in time."""
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}",
+        *options, str(script), *arguments,
+    ]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    return subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=timeout, check=False
+    )
+
+
+def run_on_ranks(names: Sequence[str], size: int, folder: Path) -> dict[str, list[Any]]:
+    """What every rank returned of each run, or the text of the error that it raised.
+
+    Several processes may ask for the same folder: the first one runs, the others wait for it.
+    """
+    folder.mkdir(exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "done").exists():
+            done = launched(SCRIPT, [str(folder), *names], size)
+            assert done.returncode == 0, done.stderr[-4000:]
+            (folder / "done").touch()
+    return {
+        name: [torch.load(folder / f"{name}.{rank}.pt", weights_only=False) for rank in range(size)]
+        for name in names
+    }

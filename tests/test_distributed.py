@@ -1,0 +1,189 @@
+"""Training on several ranks is training in one process on the whole batch; all ranks stay equal, bit by bit.
+
+One launch for each number of ranks; :mod:`rank_runs` has the code that the ranks run.
+"""
+
+import functools
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import rank_runs
+import thor_fx
+from rank_runs import MODELS, OPTIONS, ROWS, RUNS, SETTINGS, STEPS
+from ranks import run_on_ranks
+from training import (
+    Parameters,
+    assert_moved,
+    assert_same,
+    batches,
+    build,
+    by_functional_door,
+    compiled,
+    identical,
+    snapshot,
+    train,
+)
+
+pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="no torch.distributed here")
+
+FOUR = [name for name in RUNS if name in {"unweighted", "accumulated"} or name.split()[-1] in MODELS]
+Results = dict[str, list[Any]]
+
+
+def shared(factory: pytest.TempPathFactory) -> Path:
+    """A folder of this session, the same for all of its workers."""
+    base = factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
+@pytest.fixture(scope="session")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    return run_on_ranks(list(RUNS), 2, shared(tmp_path_factory) / "two ranks")
+
+
+@pytest.fixture(scope="session")
+def four(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    return run_on_ranks(FOUR, 4, shared(tmp_path_factory) / "four ranks")
+
+
+@pytest.fixture(params=[2, 4])
+def ranks(request: pytest.FixtureRequest) -> Results:
+    return request.getfixturevalue("two" if request.param == 2 else "four")
+
+
+def all_equal(results: list[Any]) -> list[Parameters]:
+    """What all ranks returned, which is the same."""
+    for result in results:
+        assert not isinstance(result, str), result
+    first, *others = results
+    for other in others:
+        assert all(map(identical, first, other))
+    return first
+
+
+@functools.cache
+def in_one_process(make: str, options: str = "defaults") -> list[Parameters]:
+    model, data = compiled(MODELS[make]), batches(STEPS, ROWS)
+    optimizer, trajectory = thor_fx.Thor(model, **{**SETTINGS, **OPTIONS[options]}), []
+    for x, y in data:
+
+        def closure(x: Tensor = x, y: Tensor = y) -> Tensor:
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(x), y)
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+        trajectory.append(snapshot(dict(model.named_parameters())))
+    return trajectory
+
+
+@pytest.mark.parametrize("make", ["mlp", "cnn", "encoder", "tied"])
+def test_ranks_in_a_wrapper_are_one_process(ranks, make):
+    expected = in_one_process(make)
+    assert_moved(expected, snapshot(dict(build(MODELS[make]).named_parameters())))
+    assert_same(all_equal(ranks[f"ddp {make}"]), expected, rtol=1e-10)
+
+
+@pytest.mark.parametrize("make", ["mlp", "cnn", "encoder"])
+def test_ranks_of_the_functional_door_are_one_process(ranks, make):
+    assert_same(all_equal(ranks[f"functional {make}"]), in_one_process(make), rtol=1e-10)
+
+
+@pytest.mark.parametrize("door", ["ddp", "functional"])
+@pytest.mark.parametrize("options", OPTIONS)
+def test_every_option_is_that_of_one_process(two, door, options):
+    expected = in_one_process("normalised", options)
+    assert_same(all_equal(two[f"{door} with {options}"]), expected, rtol=1e-9)
+
+
+def test_a_compiled_wrapper_is_a_wrapped_compiled_model(two):
+    assert all(map(identical, all_equal(two["around"]), all_equal(two["ddp mlp"])))
+
+
+@pytest.mark.inductor
+@pytest.mark.parametrize("door", ["ddp", "functional"])
+def test_compiled_ranks_are_one_process(two, door):
+    assert_same(all_equal(two[f"inductor {door}"]), in_one_process("mlp"), rtol=1e-10)
+
+
+def test_unequal_shares_with_a_weighted_loss_are_one_process(two):
+    model = compiled(MODELS["mlp"])
+    expected = train(model, thor_fx.Thor(model, **SETTINGS), batches(STEPS, 7))
+    assert_same(all_equal(two["weighted"]), expected, rtol=1e-10)
+
+
+def mean_of_means(sizes: list[int]) -> Callable[..., Tensor]:
+    """The loss that ranks minimise whose losses are means over their own rows."""
+
+    model = build(MODELS["mlp"])
+
+    def loss_fn(params: Parameters, x: Tensor, y: Tensor) -> Tensor:
+        logits = torch.func.functional_call(model, params, (x,))
+        parts = zip(logits.split(sizes), y.split(sizes), strict=True)
+        return torch.stack([F.cross_entropy(*part) for part in parts]).mean()
+
+    return loss_fn
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_unequal_shares_minimise_the_mean_of_their_losses(request, size):
+    results = request.getfixturevalue("two" if size == 2 else "four")["unweighted"]
+    sizes = [7 - (size - 1) * (6 // size), *[6 // size] * (size - 1)]
+    params: Any = snapshot(dict(build(MODELS["mlp"]).named_parameters()))
+    step = thor_fx.compile_step(mean_of_means(sizes), thor_fx.thor(**SETTINGS, batch_size=7), backend="eager")
+    data, expected = batches(STEPS, 7), []
+    state = step.init(params, *data[0])
+    for batch in data:
+        params, state, _ = step(params, state, *batch)
+        expected.append(snapshot(params))
+    assert_same(all_equal(results), expected, rtol=1e-10)
+
+
+def test_micro_batches_without_sync_are_one_process(ranks):
+    model = compiled(MODELS["mlp"])
+    optimizer, expected = thor_fx.Thor(model, **SETTINGS), []
+    data = batches(2 * STEPS, ROWS)
+    for pair in zip(data[::2], data[1::2], strict=True):
+        for x, y in pair:
+            (F.cross_entropy(model(x), y) / 2).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        expected.append(snapshot(dict(model.named_parameters())))
+    assert_same(all_equal(ranks["accumulated"]), expected, rtol=1e-10)
+
+
+def test_buckets_and_doors_change_nothing(two):
+    whole = all_equal(two["ddp with defaults"])
+    assert all(map(identical, all_equal(two["ddp with split"]), whole)), "sums of two ranks have one order"
+    assert_same(
+        by_functional_door(build(MODELS["normalised"]), batches(STEPS, ROWS), **SETTINGS), whole, 1e-10
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("different settings", "frequency= is 2 on rank 0 and 3 on rank 1"),
+        ("different values", r"parameter '0.weight' is \(6, 5\) torch.float64"),
+        ("different models", "layer_filter= is None on rank 0 and .*lambda"),
+        ("index out of range", r"indices of layers, 0 to 1 for this model's 2 layers .*got \[0, 2\]"),
+    ],
+)
+def test_ranks_that_differ_are_refused_on_all_of_them(two, name, text):
+    for message in two[name]:
+        assert isinstance(message, str), "nothing was raised"
+        with pytest.raises((RuntimeError, ValueError), match=text):
+            raise (ValueError if message.startswith("ValueError") else RuntimeError)(message)
+
+
+def test_every_run_is_looked_at():
+    assert set(FOUR) < set(RUNS)
+    assert rank_runs.TIMEOUT.total_seconds() <= 60

@@ -1,0 +1,171 @@
+"""Gradients and factors of all ranks together, as if one process had seen the whole batch.
+
+Rank k of W has a loss ``L_k`` over ``n_k`` terms; what is minimised is their mean, ``L = (1/W) sum_k L_k``,
+as DistributedDataParallel has it. With rows ``a_r``, and ``g_r = dL_k/ds_r`` as rank k measures it, the
+definitions at the top of :mod:`thor_fx.factors` say for ``L``, with ``n = sum_k n_k`` and ``R = sum_k R_k``::
+
+    dL/dW = (1/W) sum_k dL_k/dW
+    A     = (1/R) sum_k sum_r a_r a_r^T
+    G     = (n/W^2) sum_k sum_r g_r g_r^T
+
+so ranks with more rows weigh more in ``A``, and all that is sent are sums. Vectors in place of factors (Eva)
+carry ``1/W`` where ``G`` carries ``1/W^2``. Cotangents that are drawn are those of single terms and carry
+neither. All ranks invert what they have averaged. The mean of the inverses of W factors, which MindSpore's
+``nn.thor`` takes, is another matrix: by Jensen's inequality it is larger than the inverse of the mean.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ..factors import Moments, flat_moments, moments_of
+from ..layers import Coverage
+from ..passes.layout import layer_of
+from ..passes.outputs import Factor
+from ..passes.sides import Side
+from ..transform import Params, Signals, State, Transform, Updates
+from .buckets import by_bytes, by_indices, restricted
+from .collectives import World, wait, wait_all
+from .packing import pack, packed_numel, unpack
+
+
+@dataclass(frozen=True)
+class Averaging:
+    """How tensors of all ranks become one.
+
+    Attributes:
+        world: the ranks.
+        split_indices: the last layers of the buckets of factors; None: buckets by bytes.
+        reduce_dtype: what factors are rounded to while they travel; None: nothing.
+        gradients: whether gradients are averaged here; else somebody else has done that.
+        rescales: whether cotangents are those of the loss of one rank; else they are those of single terms.
+    """
+
+    world: World
+    split_indices: Sequence[int] | None = None
+    reduce_dtype: torch.dtype | None = None
+    gradients: bool = True
+    rescales: bool = True
+
+    def buckets(self, coverage: Coverage, itemsize: int = 4) -> list[list[str]]:
+        """The layers whose factors travel together.
+
+        Raises:
+            ValueError: ``split_indices`` has an index of no layer.
+        """
+        layers = coverage.layers
+        if self.split_indices is not None:
+            return by_indices(list(layers), self.split_indices)
+        itemsize = itemsize if self.reduce_dtype is None else self.reduce_dtype.itemsize
+        return by_bytes(
+            {
+                name: itemsize * sum(packed_numel(side) for s in layer.sums for side in (s.input, s.output))
+                for name, layer in layers.items()
+            }
+        )
+
+    def signals(self, signals: Signals) -> Signals:
+        """The signals of a step with the factors of all ranks."""
+        if signals.moments is None:
+            return signals
+        assert signals.terms is not None, "a factor step knows its terms"
+        sides = _sides(signals.coverage)
+        flat = flat_moments(signals.moments)
+        factors = {d: value for d, value in flat.items() if isinstance(d, Factor)}
+        counts = [value for d, value in flat.items() if not isinstance(d, Factor)]
+        some = next(iter(factors.values()), signals.terms)
+        members = self._members(signals.coverage, factors, some.element_size())
+        started = [self._start([pack(factors[d], sides[d]) for d in bucket]) for bucket in members]
+        started_counts = self.world.sum(_joined([*counts, signals.terms], torch.float64))
+        for bucket, arrived in zip(members, wait_all(started), strict=True):
+            pieces = arrived.split([packed_numel(sides[d]) for d in bucket])
+            for descriptor, piece in zip(bucket, pieces, strict=True):
+                factors[descriptor] = unpack(piece.to(factors[descriptor].dtype), sides[descriptor])
+        *counts, terms = _parted(wait(started_counts), [*counts, signals.terms])
+        known = iter(counts)
+        moments = moments_of({d: factors[d] if d in factors else next(known) for d in flat})
+        if self.rescales:
+            moments = {name: self._rescaled(name, m, signals.coverage) for name, m in moments.items()}
+        return replace(signals, moments=moments, terms=terms)
+
+    def _members(
+        self, coverage: Coverage, factors: Mapping[Factor, Tensor], itemsize: int
+    ) -> list[list[Factor]]:
+        """The factors that travel together: of a bucket of layers first all ``A``, then all ``G``."""
+        names = {layer_of(d.layer) for d in factors}
+        return [
+            [d for side in ("A", "G") for d in factors if d.side == side and layer_of(d.layer) in bucket]
+            for bucket in restricted(self.buckets(coverage, itemsize), names)
+        ]
+
+    def _start(self, pieces: Sequence[Tensor]) -> Tensor:
+        return self.world.sum(_joined(pieces, self.reduce_dtype or pieces[0].dtype))
+
+    def _rescaled(self, name: str, moments: Moments, coverage: Coverage) -> Moments:
+        if moments.cotangents is None:
+            return moments
+        power = 1 if name in coverage.plain_sums else 2
+        return moments._replace(cotangents=moments.cotangents / self.world.size**power)
+
+    def means(self, gradients: Updates) -> dict[str, Tensor]:
+        """Gradients over all ranks, in buckets, those of the last parameters first."""
+        backwards = {name: gradients[name] for name in reversed(list(gradients))}
+        kinds: dict[torch.dtype, dict[str, int]] = {}
+        for name, gradient in backwards.items():
+            kinds.setdefault(gradient.dtype, {})[name] = gradient.numel() * gradient.element_size()
+        buckets = [bucket for sizes in kinds.values() for bucket in by_bytes(sizes)]
+        started = [self.world.sum(_joined([backwards[name] for name in bucket])) for bucket in buckets]
+        new: dict[str, Tensor] = {}
+        for bucket, arrived in zip(buckets, wait_all(started), strict=True):
+            new |= zip(
+                bucket,
+                _parted(arrived / self.world.size, [backwards[name] for name in bucket]),
+                strict=True,
+            )
+        return {name: new[name] for name in gradients}
+
+
+def average_over_ranks(inner: Transform, averaging: Averaging) -> Transform:
+    """Let a transform see the gradients and the factors of all ranks.
+
+    The collectives are operators of the graph that the update is traced into.
+    """
+    averaging = replace(averaging, rescales=inner.rules.fisher == "empirical")
+
+    def init(params: Params, coverage: Coverage) -> State:
+        averaging.buckets(coverage)  # or say what is wrong with split_indices
+        return inner.init(params, coverage)
+
+    def update(updates: Updates, state: State, params: Params, signals: Signals) -> tuple[Updates, State]:
+        means = averaging.means(updates) if averaging.gradients else updates
+        return inner.update(means, state, params, averaging.signals(signals))
+
+    resolve: Callable[[int | None], Transform] | None = None
+    if inner.resolve is not None:
+        known = inner.resolve
+
+        def resolve(block_size: int | None) -> Transform:
+            return average_over_ranks(known(block_size), averaging)
+
+    return inner._replace(init=init, update=update, resolve=resolve, world=averaging.world)
+
+
+def _sides(coverage: Coverage) -> dict[Factor, Side]:
+    """The side of every factor that is measured."""
+    every = [sums for layer in coverage.layers.values() for sums in layer.sums]
+    inputs = {Factor(sums.name, "A"): sums.input for sums in every}
+    return inputs | {Factor(sums.name, "G"): sums.output for sums in every}
+
+
+def _joined(pieces: Sequence[Tensor], dtype: torch.dtype | None = None) -> Tensor:
+    """One flat tensor."""
+    flat = [piece.flatten() if dtype is None else piece.flatten().to(dtype) for piece in pieces]
+    return torch.cat(flat)
+
+
+def _parted(joined: Tensor, pieces: Sequence[Tensor]) -> list[Tensor]:
+    """The inverse of :func:`_joined`, in the shapes and dtypes of ``pieces``."""
+    parts = joined.split([piece.numel() for piece in pieces])
+    return [part.reshape(p.shape).to(p.dtype) for part, p in zip(parts, pieces, strict=True)]

@@ -1,0 +1,88 @@
+"""Adapter to functional collectives: operators that a graph can hold, and what they are sent over.
+
+The only module that knows ``torch.ops._c10d_functional``. Written for torch 2.11, 2.13 and 2.15. An operator
+starts and returns at once; :func:`wait` waits for it. Started together, they run together.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..arguments import shown
+
+Value = TypeVar("Value")
+
+# Private, but what torch.distributed's functional collectives are: those wrap them for eager use.
+_OPERATORS = torch.ops._c10d_functional
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes that train one model together.
+
+    Attributes:
+        group: the name of their process group.
+        size: how many they are.
+        rank: which one this is, from 0.
+        process_group: the group itself.
+    """
+
+    group: str
+    size: int
+    rank: int
+    process_group: Any = field(compare=False, repr=False)
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Start the sum of a contiguous tensor over all ranks."""
+        result: Tensor = _OPERATORS.all_reduce(tensor, "sum", self.group)
+        return result
+
+    def broadcast(self, tensor: Tensor, source: int) -> Tensor:
+        """Start to send the tensor of rank ``source``; those of others tell its shape."""
+        result: Tensor = _OPERATORS.broadcast(tensor, source, self.group)
+        return result
+
+    def mean_number(self, number: Tensor) -> Tensor:
+        """The mean of a 0-D tensor, now."""
+        return wait(self.sum(number.detach().clone())) / self.size
+
+    def everybodys(self, value: Value) -> list[Value]:
+        """What every rank has here, in the order of ranks; any object that can be pickled."""
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, value, group=self.process_group)
+        return found
+
+
+def wait(started: Tensor) -> Tensor:
+    """The result of a collective."""
+    result: Tensor = _OPERATORS.wait_tensor(started)
+    return result
+
+
+def wait_all(started: Sequence[Tensor]) -> list[Tensor]:
+    """The results of several, that run together."""
+    return [wait(one) for one in started]
+
+
+def world_of(process_group: Any) -> World | None:
+    """The ranks of a process group; None where there is none, or one rank is all there is.
+
+    Raises:
+        TypeError: it is no process group.
+        ValueError: this process is not one of its ranks.
+    """
+    if process_group is None:
+        return None
+    if not (dist.is_available() and isinstance(process_group, dist.ProcessGroup)):
+        raise TypeError(
+            "process_group must be a process group of torch.distributed, e.g. torch.distributed.group.WORLD "
+            f"after init_process_group(), got {shown(process_group)}"
+        )
+    rank, size = dist.get_rank(process_group), dist.get_world_size(process_group)
+    if rank < 0:
+        raise ValueError("process_group must contain this process: it is not one of its ranks")
+    return None if size == 1 else World(process_group.group_name, size, rank, process_group)

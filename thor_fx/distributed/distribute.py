@@ -1,0 +1,30 @@
+"""The update of one process becomes that of all."""
+
+from dataclasses import replace
+
+from ..options import Options
+from ..transform import Transform
+from .averaging import Averaging, average_over_ranks
+from .collectives import World
+
+
+def for_one_rank(options: Options, world: World | None) -> Options:
+    """The options of the transform that sees the averages: ``n`` counts the terms of all ranks."""
+    if world is None or options.batch_size is None:
+        return options
+    return replace(options, batch_size=options.batch_size * world.size)
+
+
+def distribute(tx: Transform, options: Options, world: World | None, *, gradients: bool) -> Transform:
+    """Let a transform see what all ranks have measured.
+
+    Args:
+        tx: the update, made for :func:`for_one_rank`.
+        options: as the user gave them.
+        world: the ranks; None: there are no others, and nothing happens.
+        gradients: whether gradients have to be averaged, too.
+    """
+    if world is None:
+        return tx
+    averaging = Averaging(world, options.split_indices, options.reduce_dtype, gradients)
+    return average_over_ranks(tx, averaging)._replace(options=options)
