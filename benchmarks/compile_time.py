@@ -185,10 +185,12 @@ def markdown(result: dict[str, Any]) -> str:
         lines.append(f"| {' | '.join(values)} |")
     if result["compilations"]:
         lines += ["", "Compilation, with an empty cache (cold) and in a second process (warm):", ""]
-        lines += ["| layers | | cold, s | cold, CPU s | warm, s |", "| --- | --- | --- | --- | --- |"]
+        lines += [
+            "| layers | | cold, CPU s | cold, s | warm, CPU s | warm, s |",
+            f"| {' | '.join(6 * ['---'])} |",
+        ]
     for one in result["compilations"]:
-        cold, warm = one["cold"], one["warm"]
-        times = f"{cold['seconds']:.1f} | {cold['cpu']:.1f} | {warm['seconds']:.1f}"
+        times = " | ".join(f"{one[run][of]:.1f}" for run in ("cold", "warm") for of in ("cpu", "seconds"))
         lines.append(f"| {one['layers']} | {WAYS[one['way']][0]} | {times} |")
     return "\n".join(lines)
 
