@@ -67,6 +67,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "pi": {"damping_rule": "pi", "use_nesterov": True},
     "eva": {"inverse": "eva"},
     "adaptive": {"damping": thor_fx.LevenbergMarquardt(0.1, interval=1)},
+    "inverses": {"work_sharing": "inverse"},
+    "inverses_averaged": {"work_sharing": "inverse", "factor_decay": 0.5, "refresh": thor_fx.Every(4)},
+    "inverses_ekfac": {"work_sharing": "inverse", "inverse": "ekfac", "bias": "joint"},
+    "gradients": {"work_sharing": "gradient"},
+    "gradients_averaged": {"work_sharing": "gradient", "factor_decay": 0.5, "refresh": thor_fx.Every(4)},
+    "gradients_clipped": {"work_sharing": "gradient", "kl_clip": 1e-4, "bias": "joint", "weight_decay": 0.1},
+    "auto": {"work_sharing": "auto"},
     "recommended": {"preset": "recommended", "damping": 0.5},
 }
 """By name; ``batch_size`` is what one process is given, and every rank its share."""

@@ -47,6 +47,7 @@ WRONG_TYPES = {
     "update_dtype": ["bfloat16", 16, float],
     "reduce_dtype": ["bfloat16", 16, float],
     "process_group": ["gloo", 2, True],
+    "work_sharing": [None, True, 2],
 }
 WRONG_VALUES = {
     **{name: [-0.1, NAN, INF, -INF] for name in NUMBERS},
@@ -76,6 +77,7 @@ WRONG_VALUES = {
     "factor_dtype": [torch.float16, torch.float32, torch.int8],
     "update_dtype": [torch.float16, torch.float32, torch.int8],
     "reduce_dtype": [torch.float16, torch.float32, torch.int8],
+    "work_sharing": ["all", ""],
 }
 RIGHT = {
     **{name: [0.5, 1] for name in NUMBERS},
@@ -119,6 +121,7 @@ RIGHT = {
     "update_dtype": [None, torch.bfloat16],
     "reduce_dtype": [None, torch.bfloat16],
     "process_group": [None],
+    "work_sharing": ["none", "inverse", "gradient", "auto"],
 }
 
 

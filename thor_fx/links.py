@@ -5,6 +5,9 @@ from typing import Any
 
 from .adam import adam
 from .clips import clip_by_global_norm, clip_by_kl
+from .distributed.collectives import World
+from .distributed.distribute import shared_work
+from .distributed.exchange import Exchange
 from .options import Options
 from .orthogonal import orthogonalize
 from .parameter_groups import ParameterGroups, Schedules
@@ -25,11 +28,11 @@ from .transform import (
 )
 
 
-def thor_chain(options: Options, groups: ParameterGroups) -> Transform:
-    """All links, without the guard against non-finite gradients."""
+def thor_chain(options: Options, groups: ParameterGroups, world: World | None = None) -> Transform:
+    """All links, without the guard against non-finite gradients; ``world``: the ranks that share the work."""
     if options.block_size == "auto":
-        return _unresolved(options, groups)
-    tx = chain(*_links(options, groups), shared=True)
+        return _unresolved(options, groups, world)
+    tx = chain(*_links(options, groups, world), shared=True)
     if options.fallback == "adamw":
         tx = by_coverage(tx, _adamw(options, groups))
     if options.adaptive is None:
@@ -38,11 +41,11 @@ def thor_chain(options: Options, groups: ParameterGroups) -> Transform:
     return tx._replace(adaptive=options.adaptive)
 
 
-def _unresolved(options: Options, groups: ParameterGroups) -> Transform:
+def _unresolved(options: Options, groups: ParameterGroups, world: World | None) -> Transform:
     """The chain before its block size is known; what is measured of a layer does not depend on it."""
 
     def resolve(block_size: int | None) -> Transform:
-        chosen = thor_chain(replace(options, block_size=block_size), groups)
+        chosen = thor_chain(replace(options, block_size=block_size), groups, world)
         return chosen._replace(rules=options.rules)
 
     def refuse(*_: Any) -> Any:
@@ -54,10 +57,10 @@ def _unresolved(options: Options, groups: ParameterGroups) -> Transform:
     return resolve(None)._replace(init=refuse, update=refuse, resolve=resolve)
 
 
-def _links(options: Options, groups: ParameterGroups) -> list[Transform]:
+def _links(options: Options, groups: ParameterGroups, world: World | None) -> list[Transform]:
     decay = groups.each(lambda own: add_decayed_weights(own["weight_decay"], options.decays))
     links = _centralized(groups)
-    links.append(_direction(options, groups))
+    links.append(_direction(options, groups, world))
     if options.step_norm is not None and options.step_norm in LENGTHS:
         links.append(resize(LENGTHS[options.step_norm]))
     if options.step_norm == "orthogonal":
@@ -75,10 +78,10 @@ def _links(options: Options, groups: ParameterGroups) -> list[Transform]:
     return links
 
 
-def _direction(options: Options, groups: ParameterGroups) -> Transform:
+def _direction(options: Options, groups: ParameterGroups, world: World | None) -> Transform:
     """Preconditioning, and what has to see its gradients as well as its updates."""
     unscaled = divide_by(options.loss_scale)
-    tx = _preconditioner(options, groups)
+    tx = _preconditioner(options, groups, world)
     if options.kl_clip is not None:
         tx = clip_by_kl(tx, options.kl_clip, groups.named("lr"), groups.lr, options.loss_scale)
     if options.step_norm == "sgd":
@@ -91,11 +94,11 @@ def _direction(options: Options, groups: ParameterGroups) -> Transform:
     return tx
 
 
-def _preconditioner(options: Options, groups: ParameterGroups) -> Transform:
-    block_size = options.block_size
-    assert block_size != "auto", "thor_chain has seen to it"
-    return groups.each(
-        lambda own: precondition(
+def _preconditioner(options: Options, groups: ParameterGroups, world: World | None) -> Transform:
+    def make(own: Schedules, exchange: Exchange | None = None) -> Transform:
+        block_size = options.block_size
+        assert block_size != "auto", "thor_chain has seen to it"
+        return precondition(
             own["damping"],
             damping_rule=options.damping_rule,
             block_size=block_size,
@@ -107,8 +110,13 @@ def _preconditioner(options: Options, groups: ParameterGroups) -> Transform:
             factor_decay=options.factor_decay,
             refresh_rule=options.refresh_rule,
             update_dtype=options.update_dtype,
+            exchange=exchange,
         )
-    )
+
+    work = shared_work(options, world)
+    if work is None:
+        return groups.each(make)
+    return groups.each(lambda own: work.shared(make(own), make(own, work.exchange)))
 
 
 def _momentum(options: Options, groups: ParameterGroups) -> Transform:

@@ -21,7 +21,8 @@ from .collector import Collector
 from .compile import collector_of
 from .compiled_update import CompiledUpdate, Given
 from .distributed.agreement import agreed, check_ranks
-from .distributed.distribute import distribute, for_one_rank
+from .distributed.distribute import distribute, for_one_rank, shared_work
+from .distributed.work import SharedWork, WorkSharing, everything
 from .distributed.wrappers import averages_gradients, unwrapped, world_of_model
 from .factors import Moments
 from .group_members import check_centralization, members, named, with_rest
@@ -121,6 +122,7 @@ class Thor(torch.optim.Optimizer):
             ``model`` is wrapped in, or there are no others. Factors are averaged in every factor step,
             gradients where no wrapper has done that: :mod:`thor_fx.distributed`.
         reduce_dtype: ``torch.bfloat16``: factors are rounded to it while they travel.
+        work_sharing: ``"none"``, ``"inverse"``, ``"gradient"`` or ``"auto"``: see :func:`thor_fx.thor`.
         backend: compiles the update: ``"inductor"``, or ``"eager"`` to interpret it; None: as the model,
             in factor steps as those of the model.
 
@@ -178,6 +180,7 @@ class Thor(torch.optim.Optimizer):
         update_dtype: torch.dtype | None = None,
         process_group: ProcessGroup | None = None,
         reduce_dtype: torch.dtype | None = None,
+        work_sharing: WorkSharing = "none",
         backend: str | None = None,
     ) -> None:
         self._collector: Collector = collector_of(model)
@@ -219,6 +222,7 @@ class Thor(torch.optim.Optimizer):
             factor_dtype=factor_dtype,
             update_dtype=update_dtype,
             reduce_dtype=reduce_dtype,
+            work_sharing=work_sharing,
         )
         self._backends = backend or self._collector.backend, backend or self._collector.factor_backend
         for each in self._backends:
@@ -481,7 +485,8 @@ class Thor(torch.optim.Optimizer):
         self._dtype = HyperTensors.dtype(self._params)
         self._found = _complete(self._collector.coverage, self._params)
         self._known.restart(self._found.layers, self._params.keys() - self._collector.coverage.trained)
-        tx = skip_nonfinite(unscale(thor_chain(for_one_rank(self._options, self._world), self._groups())))
+        settings = for_one_rank(self._options, self._world)
+        tx = skip_nonfinite(unscale(thor_chain(settings, self._groups(), self._world)))
         self._tx = distribute(tx, self._options, self._world, gradients=self._averages_gradients)
         if self._tx.resolve is not None:
             self._tx = self._tx.resolve(None if self.block_size == "auto" else self.block_size)
@@ -491,6 +496,9 @@ class Thor(torch.optim.Optimizer):
         if not self._compared:
             check_ranks(self._tx, self._params, self._found)
             self._compared = True
+
+    def _work(self) -> SharedWork | None:
+        return shared_work(replace(self._options, block_size=self.block_size), self._world)
 
     def _groups(self) -> ParameterGroups:
         schedules = {str(label): own for label, own in enumerate(self._schedules)}
@@ -502,12 +510,16 @@ class Thor(torch.optim.Optimizer):
         self._ahead.forget()
         self._update.begin()
         self._inner, continues = self._update.state, any(self.state.values())
-        for name, entry in views(self._inner, self._found, self._params, self._labels).items():
+        work = self._work()
+        held = everything if work is None else work.held
+        for name, entry in views(self._inner, self._found, self._params, self._labels, held).items():
             parameter = self._params[name]
             restore(entry, self.state.get(parameter, {}), name)
             self.state[parameter] = entry
         marks = METHODS[self._options.inverse].marks
         self._known.ready = layers_with_inverses(self.state.values(), marks) if continues else set()
+        if work is not None and continues:
+            self._known.ready = set().union(*work.exchange.world.everybodys(self._known.ready))
         for label, counters in counters_of(self._inner).items():
             group = self.param_groups[int(label)]
             restore(counters, {name: group[name] for name in counters if name in group}, f"group {label}")

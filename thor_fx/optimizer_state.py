@@ -4,7 +4,7 @@ The update works on stacks: the inverses of all layers of one shape are one tens
 of single parameters. :func:`views` gives the stacks' slices by parameter: the same memory.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -22,7 +22,11 @@ Entry = dict[str, Any]
 
 
 def views(
-    state: SkipState, found: Coverage, params: Mapping[str, Tensor], labels: Mapping[str, str]
+    state: SkipState,
+    found: Coverage,
+    params: Mapping[str, Tensor],
+    labels: Mapping[str, str],
+    held: Callable[[Coverage, Mapping[str, Tensor]], Coverage],
 ) -> dict[str, Entry]:
     """The state of every parameter: its moments, and the inverses and factors of its layers.
 
@@ -31,12 +35,13 @@ def views(
         found: the coverage of all groups.
         params: by name.
         labels: the group of every parameter.
+        held: of the coverage of a group, what this rank has inverses of.
     """
     entries: dict[str, Entry] = {name: {} for name in params}
     for name, key, value in moments(state):
         entries[name][key] = value
     for label, preconditioning in preconditioners(state).items():
-        mine = found.restrict(frozenset(name for name in params if labels[name] == label))
+        mine = held(found.restrict(frozenset(name for name in params if labels[name] == label)), params)
         for key, layers in by_shape(mine, params).items():
             for layer, place in zip(layers, spans(layers), strict=True):
                 inverses = entries[layer.param].setdefault("inverses", {})

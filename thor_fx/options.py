@@ -17,12 +17,13 @@ from .arguments import (
 )
 from .blocks import BlockSize
 from .clips import Clip
+from .distributed.work import Mode, WorkSharing
 from .inverses import Inverse
 from .levenberg_marquardt import LevenbergMarquardt
 from .overlap import Overlap, check_overlap
 from .passes.layout import BiasRule, Fisher, Likelihood, LongSide, Rules, Sharing
 from .refresh import DampingRule
-from .refresh_rules import RefreshRule, check_refresh
+from .refresh_rules import ByTrace, RefreshRule, check_refresh
 from .schedule import Schedule
 from .step_norm import StepNorm
 
@@ -31,6 +32,11 @@ Fallback = Literal["sgd", "adamw"]
 
 INVERTS_SIDES: tuple[Inverse, ...] = ("cholesky", "eigen", "newton_schulz")
 """The methods whose state is the damped inverses of both sides."""
+
+CANNOT_SHARE = {
+    "inverse": "refresh_async=True, which inverts beside later steps",
+    "gradient": "damping=LevenbergMarquardt(...) or refresh=ByTrace(...), which look at all inverses",
+}
 
 MAX_DIM = 8192  # the longest side with a whole factor: 256 MB in float32
 
@@ -50,6 +56,7 @@ class Options:
     decay_filter: Callable[[str], bool] | None = None
     split_indices: Sequence[int] | None = None
     reduce_dtype: torch.dtype | None = None
+    work_sharing: WorkSharing = "none"
     enable_clip_grad: bool = False
     frequency: int = 100
     damping_rule: DampingRule = "factor"
@@ -110,6 +117,12 @@ class Options:
         check_likelihood("likelihood", self.likelihood)
         _check_split_indices(self.split_indices)
         _check_rows(self.rows)
+        check_choice("work_sharing", self.work_sharing, WorkSharing)
+        if self.work_sharing not in {"auto", *self.sharable}:
+            raise ValueError(
+                f"work_sharing={self.work_sharing!r} does not go with {CANNOT_SHARE[self.work_sharing]}: use "
+                f"one of {['auto', *self.sharable]}"
+            )
         for name in ("factor_dtype", "update_dtype", "reduce_dtype"):
             _check_rounding(name, getattr(self, name))
         if self.inverse == "eva" and self.fisher != "empirical":
@@ -157,6 +170,20 @@ class Options:
             return rules
         scale = float(self.loss_scale)
         return replace(rules, fisher=self.fisher, likelihood=self.likelihood, loss_scale=scale)
+
+    @property
+    def sharable(self) -> tuple[Mode, ...]:
+        """The ways in which ranks can share the work.
+
+        Inverses are sent in the step that computes them, and ``refresh_async`` computes them beside later
+        ones. What all ranks decide together has to be seen by all of them: the inverses of every layer.
+        """
+        modes: list[Mode] = ["none"]
+        if not self.refresh_async:
+            modes.append("inverse")
+        if self.adaptive is None and not isinstance(self.refresh, ByTrace):
+            modes.append("gradient")
+        return tuple(modes)
 
     def decays(self, name: str) -> bool:
         """Whether weight decay applies to the parameter called ``name``."""

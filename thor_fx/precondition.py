@@ -33,6 +33,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from .averages import average
+from .distributed.exchange import Exchange
 from .factors import cotangent_scale, factor_pair
 from .inverses import METHODS, Inverse, Method, Pair, State, replace, select
 from .layers import Coverage, Layer
@@ -77,6 +78,7 @@ def precondition(
     factor_decay: float | None = None,
     refresh_rule: RefreshRule | Overlap | None = None,
     update_dtype: torch.dtype | None = None,
+    exchange: Exchange | None = None,
 ) -> Transform:
     """Multiply the gradient of every layer by its damped inverse factors.
 
@@ -92,6 +94,7 @@ def precondition(
         factor_decay: of the running averages of factors; None: the inverses are those of one batch.
         refresh_rule: which inverses are recomputed after which step; None: all, in every factor step.
         update_dtype: what gradients and inverses are rounded to for their products; None: nothing.
+        exchange: how ranks send each other inverses; None: all are computed here.
     """
     rules = rules or Rules(block_size=block_size, means=inverse == "eva")
     # a rule without averages keeps the factors of the last batch
@@ -108,6 +111,7 @@ def precondition(
         loss_scale,
         batch_size,
         update_dtype,
+        exchange,
     )
     hook = None if refresh_rule is None else made.between
     return Transform(made.init, made.update, {"damping": damping}, frequency, rules, inverse, hook)
@@ -126,6 +130,7 @@ class _Preconditioner:
     loss_scale: float
     batch_size: int | None
     update_dtype: torch.dtype | None
+    exchange: "Exchange | None"
 
     def init(self, params: Params, coverage: Coverage) -> PreconditionState:
         inverses = {}
@@ -252,9 +257,15 @@ class _Preconditioner:
         lam: Tensor | float,
     ) -> tuple[dict[str, State], Tensor | int]:
         """All inverses, with new ones of some layers; and how many failed and are as they were."""
-        chosen = {key: [layer.name in wanted for layer in layers] for key, layers in groups.items()}
         damping = partial(per_side, self.damping_rule, lam)
-        return refresh(self.method, groups, chosen, factors, inverses, damping, self.block_size)
+
+        def renewed(names: Collection[str]) -> tuple[dict[str, State], Tensor | int]:
+            chosen = {key: [layer.name in names for layer in layers] for key, layers in groups.items()}
+            return refresh(self.method, groups, chosen, factors, inverses, damping, self.block_size)
+
+        if self.exchange is None:
+            return renewed(wanted)
+        return self.exchange.renewed(renewed, inverses, groups, wanted)
 
 
 # NOTE: [NaN is the last state] What is computed beside the steps must not read inverses that they may write

@@ -183,15 +183,20 @@ def portion_due(rule: Every | Staggered, step: int, frequency: int) -> int | Non
 
 
 def portions(rule: Every | Staggered, costs: Mapping[str, int]) -> list[list[str]]:
+    """The layers in portions of like cost, one for each part of the rule."""
+    return dealt(costs, _parts(rule))
+
+
+def dealt(costs: Mapping[str, int], hands: int) -> list[list[str]]:
     """The layers in portions of like cost: the dearest first, each to the cheapest portion so far.
 
     No two portions differ by more than the dearest layer; none is above 4/3 of the best (Graham 1969).
 
     Example:
-        >>> portions(Staggered(2), {"a": 3, "b": 5, "c": 2})
+        >>> dealt({"a": 3, "b": 5, "c": 2}, 2)
         [['b'], ['a', 'c']]
     """
-    found: list[list[str]] = [[] for _ in range(_parts(rule))]
+    found: list[list[str]] = [[] for _ in range(hands)]
     totals = [0] * len(found)
     for name in sorted(costs, key=lambda name: -costs[name]):
         cheapest = totals.index(min(totals))

@@ -37,6 +37,7 @@ from .blocks import BlockSize
 from .clips import Clip
 from .distributed.collectives import world_of
 from .distributed.distribute import distribute, for_one_rank
+from .distributed.work import WorkSharing
 from .inverses import Inverse
 from .levenberg_marquardt import LevenbergMarquardt
 from .links import thor_chain
@@ -94,6 +95,7 @@ def thor(
     update_dtype: torch.dtype | None = None,
     process_group: ProcessGroup | None = None,
     reduce_dtype: torch.dtype | None = None,
+    work_sharing: WorkSharing = "none",
 ) -> Transform:
     """THOR as a pure transform, for :func:`thor_fx.compile_step`.
 
@@ -161,6 +163,9 @@ def thor(
             are averaged over them, by collectives in the compiled step: :mod:`thor_fx.distributed`.
             None: there are no others.
         reduce_dtype: ``torch.bfloat16``: factors are rounded to it while they travel.
+        work_sharing: ``"none"``: every rank inverts all factors; each layer is inverted by one rank, which
+            sends the ``"inverse"``, or in every step the preconditioned ``"gradient"``; or what takes least
+            time (``"auto"``): :mod:`thor_fx.distributed.work`.
 
     Returns:
         A transform whose updates are added to the parameters.
@@ -209,6 +214,7 @@ def thor(
         factor_dtype=factor_dtype,
         update_dtype=update_dtype,
         reduce_dtype=reduce_dtype,
+        work_sharing=work_sharing,
     )
     schedules = {
         "lr": Schedule("lr", lr),
@@ -219,7 +225,7 @@ def thor(
     if fallback_lr is not None:
         schedules["fallback_lr"] = Schedule("fallback_lr", fallback_lr)
     world = world_of(process_group)
-    tx = skip_nonfinite(thor_chain(for_one_rank(options, world), ParameterGroups({"": schedules})))
+    tx = skip_nonfinite(thor_chain(for_one_rank(options, world), ParameterGroups({"": schedules}), world))
     return distribute(tx, options, world, gradients=True)
 
 

@@ -6,6 +6,8 @@ from ..options import Options
 from ..transform import Transform
 from .averaging import Averaging, average_over_ranks
 from .collectives import World
+from .exchange import Exchange
+from .work import SharedWork
 
 
 def for_one_rank(options: Options, world: World | None) -> Options:
@@ -13,6 +15,16 @@ def for_one_rank(options: Options, world: World | None) -> Options:
     if world is None or options.batch_size is None:
         return options
     return replace(options, batch_size=options.batch_size * world.size)
+
+
+def shared_work(options: Options, world: World | None) -> SharedWork | None:
+    """How the ranks share the work; None where each does all of it, or the block size is not known yet."""
+    if world is None or options.block_size == "auto" or options.work_sharing == "none":
+        return None
+    if options.inverse == "eva":  # has nothing to invert
+        return None
+    exchange = Exchange(world, options.inverse, options.block_size)
+    return SharedWork(exchange, options.work_sharing, options.frequency, options.sharable)
 
 
 def distribute(tx: Transform, options: Options, world: World | None, *, gradients: bool) -> Transform:

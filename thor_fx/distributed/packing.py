@@ -1,10 +1,11 @@
-"""What is sent of a factor: of a symmetric matrix one triangle.
+"""What is sent: of a symmetric factor one triangle, of several tensors one.
 
 A ``(d, d)`` factor is sent as its ``d (d + 1) / 2`` numbers on and above the diagonal, row by row; every one
 of ``F`` blocks likewise. Diagonals and means are sent as they are.
 """
 
 import math
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -40,3 +41,20 @@ def unpack(flat: Tensor, side: Side) -> Tensor:
     low, high = torch.minimum(first[:, None], first), torch.maximum(first[:, None], first)
     places = (low * (2 * d - low - 1)).div(2, rounding_mode="floor") + high
     return flat.reshape(*side.shape[:-2], d * (d + 1) // 2)[..., places]
+
+
+def joined(tensors: Sequence[Tensor]) -> dict[torch.dtype, Tensor]:
+    """The numbers of all tensors, one flat tensor for each dtype."""
+    kinds: dict[torch.dtype, list[Tensor]] = {}
+    for tensor in tensors:
+        kinds.setdefault(tensor.dtype, []).append(tensor.flatten())
+    return {dtype: torch.cat(flat) for dtype, flat in kinds.items()}
+
+
+def parted(flats: Mapping[torch.dtype, Tensor], like: Sequence[Tensor]) -> list[Tensor]:
+    """The inverse of :func:`joined`: tensors of the shapes of ``like``."""
+    sizes: dict[torch.dtype, list[int]] = {dtype: [] for dtype in flats}
+    for tensor in like:
+        sizes[tensor.dtype].append(tensor.numel())
+    parts = {dtype: iter(flat.split(sizes[dtype])) for dtype, flat in flats.items()}
+    return [next(parts[tensor.dtype]).reshape(tensor.shape) for tensor in like]

@@ -7,10 +7,10 @@ from .cholesky import CHOLESKY
 from .eigen import EIGEN
 from .ekfac import EKFAC
 from .eva import EVA
-from .method import Damping, Method, Pair, Stack, State, replace, select
+from .method import Damping, Method, Pair, Stack, State, Work, replace, select
 from .newton_schulz import NEWTON_SCHULZ
 
-__all__ = ["METHODS", "Damping", "Inverse", "Method", "Pair", "Stack", "State", "replace", "select"]
+__all__ = ["METHODS", "Damping", "Inverse", "Method", "Pair", "Stack", "State", "Work", "replace", "select"]
 
 Inverse = Literal["cholesky", "eigen", "ekfac", "newton_schulz", "eva"]
 

@@ -1,0 +1,112 @@
+"""Inverses that one rank computes and all get.
+
+Layers are dealt out by the operations of their refresh, the dearest first, each to the rank with the least so
+far (Graham 1969: at most 4/3 of the best).
+"""
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from ..inverses import METHODS, Inverse, State, Work, replace, select
+from ..layers import Layer
+from ..refresh import spans
+from ..refresh_rules import dealt
+from .collectives import World, wait
+from .packing import joined, parted
+
+Groups = Mapping[str, Sequence[Layer]]
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """Layers that are inverted by one rank each.
+
+    Attributes:
+        world: the ranks.
+        inverse: the method of inversion.
+        block_size: of the blocks that are inverted; None: whole.
+    """
+
+    world: World
+    inverse: Inverse
+    block_size: int | None
+
+    def operations(self, layers: Mapping[str, Layer]) -> dict[str, Work]:
+        """What every layer takes."""
+        method = METHODS[self.inverse]
+        return {name: method.work(layer, self.block_size) for name, layer in layers.items()}
+
+    def owners(self, layers: Mapping[str, Layer]) -> dict[str, int]:
+        """The rank that inverts every layer."""
+        costs = {name: work.refresh_flops for name, work in self.operations(layers).items()}
+        return {name: rank for rank, hand in enumerate(dealt(costs, self.world.size)) for name in hand}
+
+    def mine(self, layers: Mapping[str, Layer]) -> frozenset[str]:
+        """The layers of this rank."""
+        return frozenset(n for n, rank in self.owners(layers).items() if rank == self.world.rank)
+
+    def renewed(
+        self,
+        invert: Callable[[Collection[str]], tuple[dict[str, State], Tensor | int]],
+        states: Mapping[str, State],
+        groups: Groups,
+        wanted: Collection[str],
+    ) -> tuple[dict[str, State], Tensor | int]:
+        """The states after a refresh that ranks share, and how many inverses failed on all of them.
+
+        Args:
+            invert: refreshes some layers.
+            states: of all layers, by shape.
+            groups: the layers, by shape.
+            wanted: those to refresh.
+        """
+        mine = self.mine({layer.name: layer for layers in groups.values() for layer in layers})
+        own = mine.intersection(wanted)
+        renewed, failed = invert(own) if own else (dict(states), 0)
+        some = next(leaf for leaf in pytree.tree_leaves(states) if isinstance(leaf, Tensor))
+        failures = some.new_zeros((), dtype=torch.int64) + failed
+        return self.inverses(renewed, groups, wanted), wait(self.world.sum(failures))
+
+    def inverses(
+        self, states: Mapping[str, State], groups: Groups, wanted: Collection[str]
+    ) -> dict[str, State]:
+        """All states, where every rank has renewed those of its own layers.
+
+        Args:
+            states: of all layers, by shape.
+            groups: the layers, by shape.
+            wanted: those that have been inverted, by one rank or another.
+        """
+        owners = self.owners({layer.name: layer for layers in groups.values() for layer in layers})
+        hands: list[dict[str, list[bool]]] = []
+        for owner in range(self.world.size):
+            flags = {
+                key: [layer.name in wanted and owners[layer.name] == owner for layer in layers]
+                for key, layers in groups.items()
+            }
+            hands.append({key: present for key, present in flags.items() if any(present)})
+        places = {key: spans(list(layers)) for key, layers in groups.items()}
+        sent = [{key: select(states[key], places[key], here[key]) for key in here} for here in hands]
+        new = dict(states)
+        for here, arrived in zip(hands, self.broadcast(sent), strict=True):
+            for key, present in here.items():
+                new[key] = replace(new[key], places[key], present, arrived[key])
+        return new
+
+    def broadcast(self, sent: Sequence[Any]) -> list[Any]:
+        """What each rank has at its place of a list of nests of tensors; all of them travel together."""
+        started = []
+        for owner, nest in enumerate(sent):
+            flats = joined(pytree.tree_leaves(nest))
+            started.append({dtype: self.world.broadcast(flat, owner) for dtype, flat in flats.items()})
+        found = []
+        for nest, flats in zip(sent, started, strict=True):
+            leaves, structure = pytree.tree_flatten(nest)
+            arrived = {dtype: wait(flat) for dtype, flat in flats.items()}
+            found.append(pytree.tree_unflatten(parted(arrived, leaves), structure))
+        return found
