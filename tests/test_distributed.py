@@ -16,7 +16,7 @@ from torch import Tensor
 
 import rank_runs
 import thor_fx
-from rank_runs import MODELS, OPTIONS, ROWS, RUNS, SETTINGS, STEPS
+from rank_runs import EXACT, MODELS, OPTIONS, ROWS, RUNS, SETTINGS, STEPS
 from ranks import run_on_ranks
 from training import (
     Parameters,
@@ -98,10 +98,16 @@ def test_ranks_of_the_functional_door_are_one_process(ranks, make):
 
 
 @pytest.mark.parametrize("door", ["ddp", "functional"])
-@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("options", EXACT)
 def test_every_option_is_that_of_one_process(two, door, options):
     expected = in_one_process("normalised", options)
     assert_same(all_equal(two[f"{door} with {options}"]), expected, rtol=1e-9)
+
+
+def test_rounded_factors_are_nearly_those_of_one_process(two):
+    rounded, exact = all_equal(two["rounded"]), in_one_process("mlp")
+    assert_same(rounded, exact, rtol=1e-2)
+    assert not identical(rounded[-1], all_equal(two["functional mlp"])[-1]), "nothing was rounded"
 
 
 def test_a_compiled_wrapper_is_a_wrapped_compiled_model(two):
