@@ -98,6 +98,7 @@ WRONG = [
     ("update_dtype", torch.float32, ValueError),
     ("reduce_dtype", "bfloat16", TypeError),
     ("process_group", "gloo", TypeError),
+    ("work_sharing", "all", ValueError),
     ("split_indices", 3, TypeError),
     ("split_indices", "12", TypeError),
     ("split_indices", [1.0], TypeError),

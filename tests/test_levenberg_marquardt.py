@@ -24,12 +24,12 @@ SETTINGS = {"lr": 0.05, "momentum": 0.9, "frequency": 3, "bias": "joint"}
 class Recording(LevenbergMarquardt):
     """Remembers what it was told."""
 
-    def after(self, damping, state, before, later):
+    def after(self, damping, state, before, later, world=None):
         found = state
         while not isinstance(found, PredictedState):
             found = found.inner
         told = (float(found.change), float(before), float(later))
-        new = super().after(damping, state, before, later)
+        new = super().after(damping, state, before, later, world)
         seen.append((*told, new))
         return new
 
