@@ -8,7 +8,7 @@ import datetime
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -221,14 +221,15 @@ RUNS: dict[str, Callable[[], Any]] = {
 }
 
 
-def main(folder: str, *names: str) -> None:
+def main(runs: Mapping[str, Callable[[], Any]], folder: str, *names: str) -> None:
+    """Call runs by name, and save what they return, or the text of the error that they raise."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=TIMEOUT)
     rank, _ = world()
     for name in names:
         torch._dynamo.reset()
         try:
-            result: Any = RUNS[name]()
+            result: Any = runs[name]()
         except Exception as error:
             result = f"{type(error).__name__}: {error}\n{traceback.format_exc()}"
         torch.save(result, Path(folder) / f"{name}.{rank}.pt")
@@ -238,4 +239,4 @@ def main(folder: str, *names: str) -> None:
 
 if __name__ == "__main__":
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    main(*sys.argv[1:])
+    main(RUNS, *sys.argv[1:])

@@ -8,9 +8,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
+from training import Parameters, identical
+
 SCRIPT = Path(__file__).with_name("rank_runs.py")
+Results = dict[str, list[Any]]
+
+
+def shared(factory: pytest.TempPathFactory) -> Path:
+    """A folder of this session, the same for all of its workers."""
+    base = factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
 
 
 def launched(
@@ -27,8 +37,8 @@ def launched(
     )
 
 
-def run_on_ranks(names: Sequence[str], size: int, folder: Path) -> dict[str, list[Any]]:
-    """What every rank returned of each run, or the text of the error that it raised.
+def run_on_ranks(names: Sequence[str], size: int, folder: Path, script: Path = SCRIPT) -> Results:
+    """What every rank returned of each run of a script, or the text of the error that it raised.
 
     Several processes may ask for the same folder: the first one runs, the others wait for it.
     """
@@ -36,10 +46,20 @@ def run_on_ranks(names: Sequence[str], size: int, folder: Path) -> dict[str, lis
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (folder / "done").exists():
-            done = launched(SCRIPT, [str(folder), *names], size)
+            done = launched(script, [str(folder), *names], size)
             assert done.returncode == 0, done.stderr[-4000:]
             (folder / "done").touch()
     return {
         name: [torch.load(folder / f"{name}.{rank}.pt", weights_only=False) for rank in range(size)]
         for name in names
     }
+
+
+def all_equal(results: list[Any]) -> list[Parameters]:
+    """What all ranks returned, which is the same."""
+    for result in results:
+        assert not isinstance(result, str), result
+    first, *others = results
+    for other in others:
+        assert all(map(identical, first, other))
+    return first

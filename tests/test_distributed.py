@@ -4,9 +4,7 @@ One launch for each number of ranks; :mod:`rank_runs` has the code that the rank
 """
 
 import functools
-import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,7 +15,7 @@ from torch import Tensor
 import rank_runs
 import thor_fx
 from rank_runs import EXACT, MODELS, OPTIONS, ROWS, RUNS, SETTINGS, STEPS
-from ranks import run_on_ranks
+from ranks import Results, all_equal, run_on_ranks, shared
 from training import (
     Parameters,
     assert_moved,
@@ -34,13 +32,6 @@ from training import (
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="no torch.distributed here")
 
 FOUR = [name for name in RUNS if name in {"unweighted", "accumulated"} or name.split()[-1] in MODELS]
-Results = dict[str, list[Any]]
-
-
-def shared(factory: pytest.TempPathFactory) -> Path:
-    """A folder of this session, the same for all of its workers."""
-    base = factory.getbasetemp()
-    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
 
 
 @pytest.fixture(scope="session")
@@ -56,16 +47,6 @@ def four(tmp_path_factory: pytest.TempPathFactory) -> Results:
 @pytest.fixture(params=[2, 4])
 def ranks(request: pytest.FixtureRequest) -> Results:
     return request.getfixturevalue("two" if request.param == 2 else "four")
-
-
-def all_equal(results: list[Any]) -> list[Parameters]:
-    """What all ranks returned, which is the same."""
-    for result in results:
-        assert not isinstance(result, str), result
-    first, *others = results
-    for other in others:
-        assert all(map(identical, first, other))
-    return first
 
 
 @functools.cache

@@ -1,0 +1,207 @@
+"""Checkpoints through ``torch.distributed.checkpoint`` that any number of ranks can load.
+
+``torch.distributed.checkpoint`` (DCP) fills tensors that exist. An optimizer that has not stepped has none,
+and neither has a step whose ``init`` was not called; DCP also turns numbers that are keys into texts, and
+takes a tuple for one value. So the tensors are given to DCP one by one, named by their paths in the nest that
+holds them, and the nest without them as one value more. What is in a folder is DCP's format: its own tools
+read it, and ``dcp.load({"model": net.state_dict()}, checkpoint_id=folder)`` takes only the weights out.
+
+Every rank writes a share of the tensors and reads all of them, in folders that all ranks can see.
+"""
+
+import os
+import re
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.utils import _pytree as pytree
+
+Folder = str | os.PathLike[str]
+
+NEST = "__nest__"
+METADATA = ".metadata"  # DCP writes it last, under another name first
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a tensor was.
+
+    Attributes:
+        name: of the tensor.
+        parameter: whether it was an ``nn.Parameter``.
+        requires_grad: whether it was trained.
+    """
+
+    name: str
+    parameter: bool
+    requires_grad: bool
+
+    def filled(self, tensor: Tensor) -> Tensor:
+        """The tensor as what was there."""
+        if self.parameter:
+            return nn.Parameter(tensor, self.requires_grad)
+        return tensor.requires_grad_(self.requires_grad)
+
+
+@dataclass(frozen=True)
+class _Nest:
+    """A nest with a :class:`_Place` for every tensor; DCP does not look into it."""
+
+    value: Any
+
+
+def save(folder: Folder, state: Any, *, process_group: Any = None) -> None:
+    """Save a nest of dicts, lists, tuples and named tuples; all ranks call this with the same.
+
+    A checkpoint is there as a whole or not at all: :func:`load` and :func:`newest` do not see one that was
+    not written to its end, and the next ``save`` into its folder replaces it.
+
+    Args:
+        folder: of this checkpoint alone, e.g. ``"checkpoints/12"``; is made. All ranks must see it.
+        state: tensors, which must be equal on all ranks, and values that can be pickled, e.g.
+            ``{"model": net.state_dict(), "optimizer": opt.state_dict()}``, or the ``params`` and ``state`` of
+            a functional step.
+        process_group: the ranks; None: all of them, or this process where there are no others.
+
+    Raises:
+        FileExistsError: the folder holds a checkpoint.
+        TypeError: ``state`` has something in it that keeps its tensors to itself, e.g. a module.
+        ValueError: two tensors have one name: a key contains a dot.
+        CheckpointException: of ``torch.distributed.checkpoint.api``, on all ranks: one could not write.
+
+    Example:
+        >>> save("checkpoints/1", {"weight": torch.ones(2), "epoch": 1})
+        >>> load("checkpoints/1")
+        {'weight': tensor([1., 1.]), 'epoch': 1}
+    """
+    if _is_complete(folder):
+        raise FileExistsError(
+            f"{str(folder)!r} holds a checkpoint: give every checkpoint a folder of its own"
+        )
+    tensors, nest = _parted(state)
+    writer = dcp.FileSystemWriter(folder)
+    with _without_ranks():
+        dcp.save({**tensors, NEST: nest}, storage_writer=writer, process_group=process_group)
+
+
+def load(folder: Folder, *, device: torch.device | str = "cpu", process_group: Any = None) -> Any:
+    """Load what :func:`save` was given, on any number of ranks; all ranks call this.
+
+    Nothing has to exist before. As with ``torch.load(weights_only=False)``, load only what you trust.
+
+    Args:
+        folder: of the checkpoint.
+        device: where the tensors go. ``load_state_dict`` moves them to the parameters' device itself; the
+            functional door needs them where they were.
+        process_group: the ranks that load; None: all of them, or this process where there are no others.
+
+    Returns:
+        The nest, with new tensors; what was one tensor in two places is one again.
+
+    Raises:
+        FileNotFoundError: the folder holds no checkpoint that was written to its end.
+        ValueError: the checkpoint was not written by :func:`save`.
+        CheckpointException: of ``torch.distributed.checkpoint.api``, on all ranks: one could not read.
+    """
+    if not _is_complete(folder):
+        raise FileNotFoundError(
+            f"{str(folder)!r} holds no complete checkpoint: newest(...) finds one that is"
+        )
+    reader = dcp.FileSystemReader(folder)
+    saved = reader.read_metadata().state_dict_metadata
+    if NEST not in saved:
+        raise ValueError(
+            f"{str(folder)!r} was not written by thor_fx.distributed.checkpoint.save: read it with "
+            "torch.distributed.checkpoint.load"
+        )
+    found: dict[str, Any] = {
+        name: torch.empty(about.size, dtype=about.properties.dtype, device=device)
+        for name, about in saved.items()
+        if isinstance(about, TensorStorageMetadata)
+    }
+    found[NEST] = None
+    with _without_ranks():
+        dcp.load(found, storage_reader=reader, process_group=process_group)
+    return _joined(found.pop(NEST), found)
+
+
+def newest(parent: Folder, *, process_group: Any = None) -> Path | None:
+    """The checkpoint with the highest number at the end of its name, as rank 0 sees it.
+
+    Args:
+        parent: the folder of checkpoints such as ``12`` or ``step-12``.
+        process_group: the ranks; None: all of them, or this process where there are no others.
+
+    Returns:
+        Its folder; None where no checkpoint was written to its end.
+    """
+    folders = Path(parent).iterdir() if Path(parent).is_dir() else ()
+    numbered = [(int(n[0]), path) for path in folders if (n := re.search(r"\d+\Z", path.name))]
+    found = max(((n, path) for n, path in numbered if _is_complete(path)), default=(0, None))[1]
+    if not (dist.is_available() and dist.is_initialized()):
+        return found
+    shared = [found]
+    dist.broadcast_object_list(shared, group=process_group, group_src=0)
+    return shared[0]
+
+
+def _is_complete(folder: Folder) -> bool:
+    return (Path(folder) / METADATA).exists()
+
+
+def _parted(state: Any) -> tuple[dict[str, Tensor], _Nest]:
+    """The tensors by their names, and the nest around them."""
+    tensors: dict[str, Tensor] = {}
+    places: dict[int, _Place] = {}
+
+    def place(path: Any, leaf: Any) -> Any:
+        name = ".".join(map(_key, path))
+        if hasattr(leaf, "state_dict"):
+            raise TypeError(f"state: {name!r} is a {type(leaf).__name__}: save its state_dict()")
+        if not isinstance(leaf, Tensor):
+            return leaf
+        if id(leaf) not in places:
+            if name in tensors or name == NEST:
+                raise ValueError(f"state: two tensors are called {name!r}: use keys without dots")
+            tensors[name] = leaf.detach()
+            places[id(leaf)] = _Place(name, isinstance(leaf, nn.Parameter), leaf.requires_grad)
+        return places[id(leaf)]
+
+    return tensors, _Nest(pytree.tree_map_with_path(place, state))
+
+
+def _joined(nest: _Nest, tensors: Mapping[str, Tensor]) -> Any:
+    """The inverse of :func:`_parted`."""
+    filled: dict[str, Tensor] = {}
+
+    def fill(place: _Place) -> Tensor:
+        if place.name not in filled:
+            filled[place.name] = place.filled(tensors[place.name])
+        return filled[place.name]
+
+    return pytree.tree_map_only(_Place, fill, nest.value)
+
+
+def _key(entry: Any) -> str:
+    """An entry of a path, as it is written between dots."""
+    match entry:
+        case pytree.MappingKey(key) | pytree.SequenceKey(key) | pytree.GetAttrKey(key):
+            return str(key)
+    return str(entry)
+
+
+@contextmanager
+def _without_ranks() -> Iterator[None]:
+    """One process is no reason to warn."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
+        yield
