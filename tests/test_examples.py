@@ -7,8 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.py"))
+from ranks import launched
+
+FOLDER = Path(__file__).parents[1] / "examples"
+ON_RANKS = FOLDER / "ddp_digits.py"
+EXAMPLES = sorted({*FOLDER.glob("*.py")} - {ON_RANKS})
 
 
 def run(path: Path, backend: str, cwd: Path) -> str:
@@ -30,3 +35,19 @@ def test_example(path: Path, backend: str, tmp_path: Path):
     losses = [float(loss) for loss in re.findall(r"loss (\d+\.\d+)", run(path, backend, tmp_path))]
     assert len(losses) == 2
     assert losses[1] < losses[0] / 5
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="no torch.distributed here")
+def test_example_on_two_ranks_resumes(tmp_path: Path):
+    lines = []
+    for epochs in ("2", "8"):
+        arguments = ["aot_eager", "--checkpoints", str(tmp_path / "saved"), "--epochs", epochs]
+        done = launched(ON_RANKS, arguments, 2, timeout=240)
+        assert done.returncode == 0, done.stderr
+        lines += done.stdout.splitlines()
+    assert lines.pop(2) == f"resumed from {tmp_path / 'saved' / '2'}"
+    form = r"epoch (\d+): loss (\d+\.\d+), held-out accuracy (\d\.\d+)"
+    epochs, losses, accuracies = zip(*(re.fullmatch(form, line).groups() for line in lines), strict=True)
+    assert list(epochs) == [str(epoch) for epoch in range(1, 9)]
+    assert float(losses[-1]) < float(losses[0]) / 5
+    assert float(accuracies[-1]) > 0.85
