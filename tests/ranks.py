@@ -32,9 +32,15 @@ def launched(
         *options, str(script), *arguments,
     ]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    return subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=timeout, check=False
-    )
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, env=environment, **pipes) as process:
+        try:
+            texts = process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            process.terminate()  # it ends its ranks; killed, it would leave them
+            process.wait()
+            raise
+    return subprocess.CompletedProcess(command, process.returncode, *texts)
 
 
 def run_on_ranks(names: Sequence[str], size: int, folder: Path, script: Path = SCRIPT) -> Results:

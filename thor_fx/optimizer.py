@@ -22,6 +22,7 @@ from .compile import collector_of
 from .compiled_update import CompiledUpdate, Given
 from .distributed.agreement import agreed, check_ranks
 from .distributed.distribute import distribute, for_one_rank, shared_work
+from .distributed.faults import waiting_for_others
 from .distributed.work import SharedWork, WorkSharing, everything
 from .distributed.wrappers import averages_gradients, unwrapped, world_of_model
 from .factors import Moments
@@ -317,7 +318,9 @@ class Thor(torch.optim.Optimizer):
         compares = adaptive is not None and adaptive.compares(step)
         refreshes = frozenset(map(layer_of, moments)) & unready if self._tx.between else None
         rates, terms = self._rates(), terms if moments else None
-        self._update(Given(gradients, moments, terms, self._scales(), refreshes, compares), rates)
+        given = Given(gradients, moments, terms, self._scales(), refreshes, compares)
+        with waiting_for_others(self._world, f"in step {step}"):
+            self._update(given, rates)
         self._between(step, moments, unready, rates)
         if served and bool(skipped == self._inner.skipped):  # waits for the device, in the first step
             self._known.ready |= served

@@ -20,6 +20,7 @@ from .block_size_rule import BlockSizeReport
 from .blocks import BlockSize
 from .capture import Captured, LossCapture, LossFn, Runner
 from .distributed.agreement import agreed, check_ranks
+from .distributed.faults import waiting_for_others
 from .hyper import HyperTensors
 from .inductor import Compiled, check_backend, compile_graph, inductor_decompositions
 from .kinds import Kind, kind_of, kinds
@@ -248,7 +249,8 @@ class CompiledStep:
         if kind.factors != "plain":
             self._ahead.forget()
         call = _Call(kind, [*self._leaves(state.inner), *hyper])
-        loss, aux = self._run(params, call, batch, state.buffers)
+        with waiting_for_others(self._tx.world, f"in step {state.step}"):
+            loss, aux = self._run(params, call, batch, state.buffers)
         buffers, aux = (None, aux) if state.buffers is None else aux
         # waits for the device, once: in the first step
         ready = state.ready or metrics(state.inner)["skipped_steps"] <= state.step

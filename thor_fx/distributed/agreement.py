@@ -11,6 +11,7 @@ from ..layers import Coverage
 from ..options import Options
 from ..transform import Transform
 from .collectives import World
+from .faults import waiting_for_others
 
 Value = TypeVar("Value")
 
@@ -29,7 +30,8 @@ def check_agreement(world: World, mine: Mapping[str, str]) -> None:
     Raises:
         RanksDiffer: naming the first difference, the rank and both values.
     """
-    first, *others = world.everybodys(dict(mine))
+    with waiting_for_others(world, "before the first step"):
+        first, *others = world.everybodys(dict(mine))
     for rank, other in enumerate(others, start=1):
         for name in dict.fromkeys([*first, *other]):  # settings first: what follows from them differs, too
             if first.get(name) != other.get(name):
@@ -51,7 +53,10 @@ def check_ranks(tx: Transform, params: Mapping[str, Tensor], coverage: Coverage)
 
 def agreed(world: World | None, value: Value) -> Value:
     """What rank 0 has found, for what every rank measures and finds a little different."""
-    return value if world is None else world.everybodys(value)[0]
+    if world is None:
+        return value
+    with waiting_for_others(world, "to learn what rank 0 has found"):
+        return world.everybodys(value)[0]
 
 
 def described(
