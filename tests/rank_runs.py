@@ -9,6 +9,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 """By name; ``batch_size`` is what one process is given, and every rank its share."""
 
-EXACT = [name for name in OPTIONS if name != "rounded"]
+EXACT = {
+    "ddp": [name for name in OPTIONS if name != "rounded"],
+    "functional": ["defaults", "batch_size", "averages", "adaptive", "inverses", "gradients_averaged"],
+}
+"""By door; the update is the same in both."""
 
 
 def world() -> tuple[int, int]:
@@ -202,11 +207,16 @@ def index_out_of_range() -> None:
     optimizer.step()
 
 
+DOORS: dict[str, Callable[..., list[Parameters]]] = {"ddp": by_ddp, "functional": by_functional}
+
 RUNS: dict[str, Callable[[], Any]] = {
     **{f"ddp {make}": lambda make=make: by_ddp(make) for make in ("mlp", "cnn", "encoder", "tied")},
     **{f"functional {make}": lambda make=make: by_functional(make) for make in ("mlp", "cnn", "encoder")},
-    **{f"ddp with {name}": lambda name=name: by_ddp("normalised", name) for name in EXACT},
-    **{f"functional with {name}": lambda name=name: by_functional("normalised", name) for name in EXACT},
+    **{
+        f"{door} with {name}": partial(DOORS[door], "normalised", name)
+        for door, names in EXACT.items()
+        for name in names
+    },
     "around": lambda: by_ddp("mlp", around=True),
     "rounded": lambda: by_functional("mlp", "rounded"),
     "inductor ddp": lambda: by_ddp("mlp", backend="inductor"),

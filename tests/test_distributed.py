@@ -78,8 +78,9 @@ def test_ranks_of_the_functional_door_are_one_process(ranks, make):
     assert_same(all_equal(ranks[f"functional {make}"]), in_one_process(make), rtol=1e-10)
 
 
-@pytest.mark.parametrize("door", ["ddp", "functional"])
-@pytest.mark.parametrize("options", EXACT)
+@pytest.mark.parametrize(
+    ("door", "options"), [(door, name) for door, names in EXACT.items() for name in names]
+)
 def test_every_option_is_that_of_one_process(two, door, options):
     expected = in_one_process("normalised", options)
     assert_same(all_equal(two[f"{door} with {options}"]), expected, rtol=1e-9)
