@@ -283,6 +283,11 @@ def test_settings_changed_by_hand_are_checked():
             ValueError,
             "backend .*'fast'",
         ),
+        (
+            lambda: thor_fx.Thor(a_compiled_model(), **SETTINGS, backend=""),
+            ValueError,
+            "backend must be one of .*, got ''",
+        ),
         (lambda: thor_fx.chain(torch.optim.SGD), TypeError, "chain takes transforms, got type"),
         (lambda: thor_fx.chain(PLAIN, PLAIN), ValueError, "schedule called 'damping'"),
     ],

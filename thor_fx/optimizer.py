@@ -225,9 +225,10 @@ class Thor(torch.optim.Optimizer):
             reduce_dtype=reduce_dtype,
             work_sharing=work_sharing,
         )
-        self._backends = backend or self._collector.backend, backend or self._collector.factor_backend
-        for each in self._backends:
-            check_backend(each)
+        self._backends = self._collector.backend, self._collector.factor_backend
+        if backend is not None:
+            check_backend(backend)
+            self._backends = backend, backend
         self.block_size_report: BlockSizeReport | None = None
         self._schedules: list[dict[str, Schedule]] = []
         self._adapts: list[bool] = []  # whether the damping of a group follows the loss
