@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from tables import replace_section
+from tables import record
 from torch import Tensor, fx, nn
 from torch.func import functional_call
 from workloads import text
@@ -98,7 +98,7 @@ def stock(model: nn.Module, x: Tensor, y: Tensor) -> None:
 
 def stock_adamw(model: nn.Module, x: Tensor, y: Tensor) -> None:
     stock(model, x, y)
-    torch.compile(torch.optim.AdamW(model.parameters(), lr=torch.tensor(1e-6), capturable=False).step)()
+    torch.compile(torch.optim.AdamW(model.parameters(), lr=torch.tensor(1e-6)).step)()
 
 
 def drop_in(model: nn.Module, x: Tensor, y: Tensor, factor_backend: str | None = None) -> None:
@@ -214,10 +214,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.json is not None:
         options.json.write_text(json.dumps(result, indent=1) + "\n")
     elif not options.print:
-        results, readme = HERE / "results", HERE / "README.md"
-        (results / "compile-time.json").write_text(json.dumps(result, indent=1) + "\n")
-        (results / "compile-time.md").write_text(table + "\n")
-        readme.write_text(replace_section(readme.read_text(), "compile-time", f"{table}\n"))
+        record(HERE / "results", "compile-time", f"{table}\n", json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from contenders import DROP_IN, FREQUENCY, FUNCTIONAL, OURS
 from from_study import classifier
 from layer_cost import milliseconds, peak_megabytes
 from step_time import BACKENDS, machine
-from tables import replace_section
+from tables import record
 from workloads import WORKLOADS
 
 HERE = Path(__file__).parent
@@ -114,10 +114,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def save(report: Mapping[str, Any]) -> None:
-    (HERE / "results" / "doors-cpu.json").write_text(json.dumps(report, indent=2) + "\n")
-    (HERE / "results" / "doors-cpu.md").write_text(table(report))
-    readme = HERE / "README.md"
-    readme.write_text(replace_section(readme.read_text(), "doors-cpu", table(report)))
+    record(HERE / "results", "doors-cpu", table(report), json.dumps(report, indent=2) + "\n")
 
 
 if __name__ == "__main__":

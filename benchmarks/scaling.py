@@ -38,28 +38,28 @@ update to the parameters.
 """
 
 import argparse
-import heapq
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from math import ceil, prod
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 from scaling_models import MODELS, Model, layers
-from tables import Report, replace_section, table
+from tables import Report, record, table
 
 from thor_fx.costs import cost
+from thor_fx.distributed.buckets import BUCKET_BYTES
 from thor_fx.distributed.packing import packed_numel
+from thor_fx.distributed.work import Mode
 from thor_fx.inverses import METHODS
 from thor_fx.layers import Layer
 from thor_fx.passes.sides import Side
+from thor_fx.refresh_rules import dealt
 
 HERE = Path(__file__).parent
 FLOAT32, FLOAT64 = 4, 8  # bytes
-BUCKET = 25 * 2**20  # bytes; the default of DistributedDataParallel
-Sharing = Literal["none", "inverse", "gradient"]
-SHARINGS: tuple[Sharing, ...] = get_args(Sharing)
+SHARINGS: tuple[Mode, ...] = get_args(Mode)
 
 
 # --- traffic -----------------------------------------------------------------------------------------
@@ -155,13 +155,8 @@ def work_of(layer: Layer, block_size: int | None) -> Work:
 
 def deal(works: Sequence[Work], ranks: int) -> list[Work]:
     """What every rank owns: the layer that is longest to invert goes to the rank with least, and so on."""
-    owned = [Work()] * ranks
-    loads = [(0, rank) for rank in range(ranks)]
-    for work in sorted(works, key=lambda work: work.refresh, reverse=True):
-        load, rank = heapq.heappop(loads)
-        owned[rank] += work
-        heapq.heappush(loads, (load + work.refresh, rank))
-    return owned
+    hands = dealt({place: work.refresh for place, work in enumerate(works)}, ranks)
+    return [sum((works[place] for place in hand), start=Work()) for hand in hands]
 
 
 # --- time ----------------------------------------------------------------------------------------------
@@ -181,7 +176,7 @@ class Setting:
 
     frequency: int = 100
     itemsize: int = FLOAT32
-    bucket: int = BUCKET
+    bucket: int = BUCKET_BYTES
     flops: float = 40e12
     model_flops: float = 400e12
 
@@ -258,13 +253,13 @@ class Times:
         return self.step + (self.factor_step - self.step) / frequency
 
 
-def times(case: Case, sharing: Sharing, network: Network, setting: Setting) -> Times:
+def times(case: Case, sharing: Mode, network: Network, setting: Setting) -> Times:
     """What the steps of a case take."""
     total, ranks = case.total, case.ranks
     refreshed = total if sharing == "none" else case.busiest
     applied = case.busiest if sharing == "gradient" else total
 
-    def broadcast(size: int, wanted: Sharing) -> float:
+    def broadcast(size: int, wanted: Mode) -> float:
         return network.broadcast(size, ranks, setting.buckets(size)) if sharing == wanted else 0.0
 
     return Times(
@@ -284,7 +279,7 @@ def reduction(layers: Sequence[Layer], ranks: int, network: Network, setting: Se
     return network.all_reduce(factors + counts, ranks, setting.buckets(factors) + 1)
 
 
-def choose(ways: dict[Sharing, Times], frequency: int) -> Sharing:
+def choose(ways: dict[Mode, Times], frequency: int) -> Mode:
     """The work sharing with the shortest mean step; of equals the simplest."""
     return min(ways, key=lambda sharing: ways[sharing].amortised(frequency))
 
@@ -515,7 +510,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--block-size", type=_block_size, nargs="+", default=[128, None], help="or None: whole factors")
     add("--frequency", type=int, default=Setting.frequency, help="steps from one factor step to the next")
     add("--factor-dtype-bytes", type=int, choices=(4, 2), default=4, help="of a factor's number that is sent")
-    add("--bucket", type=float, default=BUCKET / 2**20, help="MiB")
+    add("--bucket", type=float, default=BUCKET_BYTES / 2**20, help="MiB")
     add("--flops", type=float, default=Setting.flops, help="float32, sustained, in a second")
     add("--model-flops", type=float, default=Setting.model_flops, help="of forward and backward")
     add("--results", type=Path, default=HERE / "results", help="a folder; README.md lies beside it")
@@ -529,11 +524,8 @@ def _block_size(text: str) -> int | None:
 
 def save(result: Report, folder: Path) -> None:
     """Write all of it under ``folder``, and its summary into a README beside that."""
-    (folder / "scaling.md").write_text(markdown(result))
-    (folder / "scaling.json").write_text(json.dumps(result, indent=1) + "\n")
-    readme = folder.parent / "README.md"
-    if readme.exists():
-        readme.write_text(replace_section(readme.read_text(), "scaling", summary(result)))
+    data = json.dumps(result, indent=1) + "\n"
+    record(folder, "scaling", markdown(result), data, section=summary(result))
 
 
 if __name__ == "__main__":

@@ -180,14 +180,19 @@ def publish(
 
 def save(reports: Mapping[str, Report], folder: Path, render: Callable[[Report], str] = markdown) -> None:
     """Write every report under ``folder``, and its tables into their place in a README beside it."""
+    for name, report in reports.items():
+        file = f"{name}-{report['settings']['device']}"
+        record(folder, file, render(report), as_json({name: report}))
+
+
+def record(folder: Path, name: str, text: str, data: str, section: str | None = None) -> None:
+    """Write ``name.md`` and ``name.json``, and the text, or ``section``, into its place in a README."""
     folder.mkdir(exist_ok=True, parents=True)
     readme = folder.parent / "README.md"
-    for name, report in reports.items():
-        text, file = render(report), f"{name}-{report['settings']['device']}"
-        (folder / f"{file}.md").write_text(text)
-        (folder / f"{file}.json").write_text(as_json({name: report}))
-        if readme.exists():
-            readme.write_text(replace_section(readme.read_text(), file, text))
+    (folder / f"{name}.md").write_text(text)
+    (folder / f"{name}.json").write_text(data)
+    if readme.exists():
+        readme.write_text(replace_section(readme.read_text(), name, text if section is None else section))
 
 
 def as_json(reports: Mapping[str, Report]) -> str:

@@ -23,8 +23,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from from_study import classifier
-from scaling import bytes_of_counts, bytes_of_factors, sides_of
-from tables import replace_section
+from scaling import SHARINGS, bytes_of_counts, bytes_of_factors, sides_of
+from tables import record
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from workloads import WORKLOADS
@@ -34,7 +34,7 @@ from thor_fx.inverses import METHODS
 from thor_fx.layers import Coverage
 
 HERE = Path(__file__).parent
-MODELS, RANKS, SHARINGS = ("mlp", "cnn", "transformer"), (2, 4), ("none", "inverse", "gradient")
+MODELS, RANKS = ("mlp", "cnn", "transformer"), (2, 4)
 FLOAT32, FAILURES = 4, 8  # bytes of a number, and of the count of failed inverses
 BLOCK_SIZE = 128
 THOR: dict[str, Any] = {"lr": 1e-6, "damping": 0.03, "momentum": 0.9, "frequency": 2}
@@ -155,10 +155,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     table = markdown(rows)
     print(table)
     if not options.print:
-        results, readme = HERE / "results", HERE / "README.md"
-        (results / "traffic.json").write_text(json.dumps(rows, indent=1) + "\n")
-        (results / "traffic.md").write_text(table + "\n")
-        readme.write_text(replace_section(readme.read_text(), "traffic", f"{table}\n"))
+        record(HERE / "results", "traffic", f"{table}\n", json.dumps(rows, indent=1) + "\n")
 
 
 if __name__ == "__main__":

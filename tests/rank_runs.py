@@ -29,8 +29,10 @@ from training import (
     Parameters,
     batches,
     build,
+    by_functional_door,
     classifier_loss,
     snapshot,
+    train_by_closures,
 )
 
 SETTINGS: dict[str, Any] = {"lr": 0.02, "damping": 0.1, "momentum": 0.9, "frequency": 2}
@@ -115,30 +117,14 @@ def wrapped(make: str, backend: str = "aot_eager", around: bool = False) -> nn.M
 
 def by_ddp(make: str, options: str = "defaults", **how: Any) -> list[Parameters]:
     model = wrapped(make, **how)
-    optimizer, trajectory = thor_fx.Thor(model, **settings(options)), []
-    for x, y in map(shard, batches(STEPS, ROWS)):
-
-        def closure(x: Tensor = x, y: Tensor = y) -> Tensor:
-            optimizer.zero_grad()
-            loss = F.cross_entropy(model(x), y)
-            loss.backward()
-            return loss
-
-        optimizer.step(closure)
-        trajectory.append(snapshot(dict(model.module.named_parameters())))
-    return trajectory
+    data = [shard(batch) for batch in batches(STEPS, ROWS)]
+    return train_by_closures(model, thor_fx.Thor(model, **settings(options)), data)
 
 
 def by_functional(make: str, options: str = "defaults", backend: str = "eager") -> list[Parameters]:
-    tx = thor_fx.thor(**settings(options), process_group=dist.group.WORLD)
-    model, data = build(MODELS[make]), [shard(batch) for batch in batches(STEPS, ROWS)]
-    step = thor_fx.compile_step(classifier_loss(model), tx, backend=backend)
-    params: Any = snapshot(dict(model.named_parameters()))
-    state, trajectory = step.init(params, *data[0]), []
-    for batch in data:
-        params, state, _ = step(params, state, *batch)
-        trajectory.append(snapshot(params))
-    return trajectory
+    data = [shard(batch) for batch in batches(STEPS, ROWS)]
+    ranks = {"process_group": dist.group.WORLD}
+    return by_functional_door(build(MODELS[make]), data, backend, **settings(options), **ranks)
 
 
 def unequal(loss_of: Callable[[Tensor, Tensor], Tensor]) -> list[Parameters]:

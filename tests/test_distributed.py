@@ -27,6 +27,7 @@ from training import (
     identical,
     snapshot,
     train,
+    train_by_closures,
 )
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="no torch.distributed here")
@@ -51,19 +52,9 @@ def ranks(request: pytest.FixtureRequest) -> Results:
 
 @functools.cache
 def in_one_process(make: str, options: str = "defaults") -> list[Parameters]:
-    model, data = compiled(MODELS[make]), batches(STEPS, ROWS)
-    optimizer, trajectory = thor_fx.Thor(model, **{**SETTINGS, **OPTIONS[options]}), []
-    for x, y in data:
-
-        def closure(x: Tensor = x, y: Tensor = y) -> Tensor:
-            optimizer.zero_grad()
-            loss = F.cross_entropy(model(x), y)
-            loss.backward()
-            return loss
-
-        optimizer.step(closure)
-        trajectory.append(snapshot(dict(model.named_parameters())))
-    return trajectory
+    model = compiled(MODELS[make])
+    optimizer = thor_fx.Thor(model, **{**SETTINGS, **OPTIONS[options]})
+    return train_by_closures(model, optimizer, batches(STEPS, ROWS))
 
 
 @pytest.mark.parametrize("make", ["mlp", "cnn", "encoder", "tied"])

@@ -4,13 +4,10 @@ import sys
 from typing import Any
 
 import pytest
-import torch
-from torch.func import functional_call
-from torch.nn import functional as F
 
 import thor_fx
 from thor_fx import compiled_update, inductor
-from training import MODELS, assert_moved, assert_same, batches, build, snapshot, train
+from training import MODELS, assert_moved, assert_same, batches, build, by_functional_door, snapshot, train
 
 SETTINGS: dict[str, Any] = {"lr": 0.02, "damping": 0.1, "momentum": 0.9, "frequency": 2}
 STEPS = 4
@@ -43,34 +40,20 @@ def test_the_backend_of_the_optimizer_goes_for_all_updates(monkeypatch):
     assert asked.backends == ["aot_eager", "aot_eager"]
 
 
-def functional(make: Any, **settings: Any) -> list[dict[str, torch.Tensor]]:
-    model = build(make)
-    params: Any = dict(model.named_parameters())
-
-    def loss_fn(params: Any, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        return F.cross_entropy(functional_call(model, params, (x,)), y)
-
-    step = thor_fx.compile_step(loss_fn, thor_fx.thor(**SETTINGS), **settings)
-    data, found = batches(STEPS), []
-    state = step.init(params, *data[0])
-    for batch in data:
-        params, state, _ = step(params, state, *batch)
-        found.append(snapshot(params))
-    return found
-
-
 def test_the_functional_door_interprets_factor_steps_alone(monkeypatch):
     asked = Asked(monkeypatch, sys.modules["thor_fx.step"])
-    functional(MODELS["mlp"], backend="aot_eager", factor_backend="eager")
+    mixed = {"backend": "aot_eager", "factor_backend": "eager"}
+    by_functional_door(build(MODELS["mlp"]), batches(STEPS), **mixed, **SETTINGS)
     assert sorted(asked.backends) == ["aot_eager", "eager"]
 
 
 @pytest.mark.inductor
 def test_compiled_plain_steps_and_interpreted_factor_steps_train_the_same():
     make = MODELS["normalised"]
-    expected = functional(make, backend="eager")
+    expected = by_functional_door(build(make), batches(STEPS), **SETTINGS)
     assert_moved(expected, snapshot(dict(build(make).named_parameters())))
     mixed = {"backend": "inductor", "factor_backend": "aot_eager"}
-    assert_same(functional(make, **mixed), expected, rtol=1e-10)
+    functional = by_functional_door(build(make), batches(STEPS), **mixed, **SETTINGS)
+    assert_same(functional, expected, rtol=1e-10)
     model = thor_fx.compile(build(make), **mixed)
     assert_same(train(model, thor_fx.Thor(model, **SETTINGS), batches(STEPS)), expected, rtol=1e-10)

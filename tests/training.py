@@ -11,6 +11,7 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 import thor_fx
+from thor_fx.distributed.wrappers import unwrapped
 
 Batch = tuple[Tensor, Tensor]
 Parameters = dict[str, Tensor]
@@ -128,11 +129,13 @@ def by_functional_door(
     data: Sequence[Batch],
     backend: str = "eager",
     dynamic: bool | None = None,
+    factor_backend: str | None = None,
     **settings: Any,
 ) -> list[Parameters]:
     """The parameters after every step."""
     loss_fn = classifier_loss(model, settings.get("loss_scale", 1.0))
-    step = thor_fx.compile_step(loss_fn, thor_fx.thor(**settings), backend=backend, dynamic=dynamic)
+    how: dict[str, Any] = {"backend": backend, "factor_backend": factor_backend, "dynamic": dynamic}
+    step = thor_fx.compile_step(loss_fn, thor_fx.thor(**settings), **how)
     params: Mapping[str, Tensor] = snapshot(dict(model.named_parameters()))
     state = step.init(params, *data[0])
     trajectory = []
@@ -161,6 +164,24 @@ def train(
         optimizer.step()
         optimizer.zero_grad()
         trajectory.append(snapshot(dict(model.named_parameters())))
+    return trajectory
+
+
+def train_by_closures(
+    model: nn.Module, optimizer: torch.optim.Optimizer, data: Sequence[Batch]
+) -> list[Parameters]:
+    """The same with ``step(closure)``; in a wrapper, the parameters of the model inside."""
+    trajectory = []
+    for x, y in data:
+
+        def closure(x: Tensor = x, y: Tensor = y) -> Tensor:
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(x), y)
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+        trajectory.append(snapshot(dict(unwrapped(model).named_parameters())))
     return trajectory
 
 

@@ -130,7 +130,7 @@ class _Preconditioner:
     loss_scale: float
     batch_size: int | None
     update_dtype: torch.dtype | None
-    exchange: "Exchange | None"
+    exchange: Exchange | None
 
     def init(self, params: Params, coverage: Coverage) -> PreconditionState:
         inverses = {}

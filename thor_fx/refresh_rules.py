@@ -8,12 +8,14 @@ layers are inverted *after* which step; the new inverses act from the next step 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 from . import blocks
 from .arguments import check_integer, check_number
 from .layers import Layer
 from .passes.sides import Side
+
+Name = TypeVar("Name")
 
 Verdict = Literal["refresh", "keep", "freeze"]
 
@@ -187,7 +189,7 @@ def portions(rule: Every | Staggered, costs: Mapping[str, int]) -> list[list[str
     return dealt(costs, _parts(rule))
 
 
-def dealt(costs: Mapping[str, int], hands: int) -> list[list[str]]:
+def dealt(costs: Mapping[Name, int], hands: int) -> list[list[Name]]:
     """The layers in portions of like cost: the dearest first, each to the cheapest portion so far.
 
     No two portions differ by more than the dearest layer; none is above 4/3 of the best (Graham 1969).
@@ -196,7 +198,7 @@ def dealt(costs: Mapping[str, int], hands: int) -> list[list[str]]:
         >>> dealt({"a": 3, "b": 5, "c": 2}, 2)
         [['b'], ['a', 'c']]
     """
-    found: list[list[str]] = [[] for _ in range(hands)]
+    found: list[list[Name]] = [[] for _ in range(hands)]
     totals = [0] * len(found)
     for name in sorted(costs, key=lambda name: -costs[name]):
         cheapest = totals.index(min(totals))

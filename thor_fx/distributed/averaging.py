@@ -28,7 +28,7 @@ from ..passes.sides import Side
 from ..transform import Params, Signals, State, Transform, Updates
 from .buckets import by_bytes, by_indices, restricted
 from .collectives import World, wait, wait_all
-from .packing import pack, packed_numel, unpack
+from .packing import joined, pack, packed_numel, parted, unpack
 
 
 @dataclass(frozen=True)
@@ -78,12 +78,12 @@ class Averaging:
         some = next(iter(factors.values()), signals.terms)
         members = self._members(signals.coverage, factors, some.element_size())
         started = [self._start([pack(factors[d], sides[d]) for d in bucket]) for bucket in members]
-        started_counts = self.world.sum(_joined([*counts, signals.terms], torch.float64))
+        started_counts = self.world.sum(joined([*counts, signals.terms], torch.float64))
         for bucket, arrived in zip(members, wait_all(started), strict=True):
             pieces = arrived.split([packed_numel(sides[d]) for d in bucket])
             for descriptor, piece in zip(bucket, pieces, strict=True):
                 factors[descriptor] = unpack(piece.to(factors[descriptor].dtype), sides[descriptor])
-        *counts, terms = _parted(wait(started_counts), [*counts, signals.terms])
+        *counts, terms = parted(wait(started_counts), [*counts, signals.terms])
         known = iter(counts)
         moments = moments_of({d: factors[d] if d in factors else next(known) for d in flat})
         if self.rescales:
@@ -101,7 +101,7 @@ class Averaging:
         ]
 
     def _start(self, pieces: Sequence[Tensor]) -> Tensor:
-        return self.world.sum(_joined(pieces, self.reduce_dtype or pieces[0].dtype))
+        return self.world.sum(joined(pieces, self.reduce_dtype or pieces[0].dtype))
 
     def _rescaled(self, name: str, moments: Moments, coverage: Coverage) -> Moments:
         if moments.cotangents is None:
@@ -116,12 +116,12 @@ class Averaging:
         for name, gradient in backwards.items():
             kinds.setdefault(gradient.dtype, {})[name] = gradient.numel() * gradient.element_size()
         buckets = [bucket for sizes in kinds.values() for bucket in by_bytes(sizes)]
-        started = [self.world.sum(_joined([backwards[name] for name in bucket])) for bucket in buckets]
+        started = [self.world.sum(joined([backwards[name] for name in bucket])) for bucket in buckets]
         new: dict[str, Tensor] = {}
         for bucket, arrived in zip(buckets, wait_all(started), strict=True):
             new |= zip(
                 bucket,
-                _parted(arrived / self.world.size, [backwards[name] for name in bucket]),
+                parted(arrived / self.world.size, [backwards[name] for name in bucket]),
                 strict=True,
             )
         return {name: new[name] for name in gradients}
@@ -157,15 +157,3 @@ def _sides(coverage: Coverage) -> dict[Factor, Side]:
     every = [sums for layer in coverage.layers.values() for sums in layer.sums]
     inputs = {Factor(sums.name, "A"): sums.input for sums in every}
     return inputs | {Factor(sums.name, "G"): sums.output for sums in every}
-
-
-def _joined(pieces: Sequence[Tensor], dtype: torch.dtype | None = None) -> Tensor:
-    """One flat tensor."""
-    flat = [piece.flatten() if dtype is None else piece.flatten().to(dtype) for piece in pieces]
-    return torch.cat(flat)
-
-
-def _parted(joined: Tensor, pieces: Sequence[Tensor]) -> list[Tensor]:
-    """The inverse of :func:`_joined`, in the shapes and dtypes of ``pieces``."""
-    parts = joined.split([piece.numel() for piece in pieces])
-    return [part.reshape(p.shape).to(p.dtype) for part, p in zip(parts, pieces, strict=True)]

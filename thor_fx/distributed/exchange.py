@@ -4,8 +4,9 @@ Layers are dealt out by the operations of their refresh, the dearest first, each
 far (Graham 1969: at most 4/3 of the best).
 """
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from ..layers import Layer
 from ..refresh import spans
 from ..refresh_rules import dealt
 from .collectives import World, wait
-from .packing import joined, parted
+from .packing import by_dtype, joined, parted
 
 Groups = Mapping[str, Sequence[Layer]]
 
@@ -100,13 +101,17 @@ class Exchange:
 
     def broadcast(self, sent: Sequence[Any]) -> list[Any]:
         """What each rank has at its place of a list of nests of tensors; all of them travel together."""
-        started = []
-        for owner, nest in enumerate(sent):
-            flats = joined(pytree.tree_leaves(nest))
-            started.append({dtype: self.world.broadcast(flat, owner) for dtype, flat in flats.items()})
+        kinds = [by_dtype(pytree.tree_leaves(nest)) for nest in sent]
+        started = [
+            {dtype: self.world.broadcast(joined(tensors), owner) for dtype, tensors in kind.items()}
+            for owner, kind in enumerate(kinds)
+        ]
         found = []
-        for nest, flats in zip(sent, started, strict=True):
-            leaves, structure = pytree.tree_flatten(nest)
-            arrived = {dtype: wait(flat) for dtype, flat in flats.items()}
-            found.append(pytree.tree_unflatten(parted(arrived, leaves), structure))
+        for nest, kind, flats in zip(sent, kinds, started, strict=True):
+            arrived = {dtype: iter(parted(wait(flat), kind[dtype])) for dtype, flat in flats.items()}
+            found.append(pytree.tree_map(partial(_next_of, arrived), nest))
         return found
+
+
+def _next_of(arrived: Mapping[torch.dtype, Iterator[Tensor]], like: Tensor) -> Tensor:
+    return next(arrived[like.dtype])

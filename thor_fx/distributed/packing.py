@@ -5,7 +5,7 @@ of ``F`` blocks likewise. Diagonals and means are sent as they are.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -43,18 +43,20 @@ def unpack(flat: Tensor, side: Side) -> Tensor:
     return flat.reshape(*side.shape[:-2], d * (d + 1) // 2)[..., places]
 
 
-def joined(tensors: Sequence[Tensor]) -> dict[torch.dtype, Tensor]:
-    """The numbers of all tensors, one flat tensor for each dtype."""
+def joined(tensors: Sequence[Tensor], dtype: torch.dtype | None = None) -> Tensor:
+    """The numbers of all tensors as one flat tensor, rounded to ``dtype`` where one is given."""
+    return torch.cat([tensor.flatten().to(dtype or tensor.dtype) for tensor in tensors])
+
+
+def parted(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """The inverse of :func:`joined`: tensors of the shapes and dtypes of ``like``."""
+    parts = flat.split([tensor.numel() for tensor in like])
+    return [part.reshape(t.shape).to(t.dtype) for part, t in zip(parts, like, strict=True)]
+
+
+def by_dtype(tensors: Sequence[Tensor]) -> dict[torch.dtype, list[Tensor]]:
+    """The tensors that can be joined without rounding, in their order."""
     kinds: dict[torch.dtype, list[Tensor]] = {}
     for tensor in tensors:
-        kinds.setdefault(tensor.dtype, []).append(tensor.flatten())
-    return {dtype: torch.cat(flat) for dtype, flat in kinds.items()}
-
-
-def parted(flats: Mapping[torch.dtype, Tensor], like: Sequence[Tensor]) -> list[Tensor]:
-    """The inverse of :func:`joined`: tensors of the shapes of ``like``."""
-    sizes: dict[torch.dtype, list[int]] = {dtype: [] for dtype in flats}
-    for tensor in like:
-        sizes[tensor.dtype].append(tensor.numel())
-    parts = {dtype: iter(flat.split(sizes[dtype])) for dtype, flat in flats.items()}
-    return [next(parts[tensor.dtype]).reshape(tensor.shape) for tensor in like]
+        kinds.setdefault(tensor.dtype, []).append(tensor)
+    return kinds

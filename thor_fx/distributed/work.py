@@ -9,9 +9,9 @@
 ``"auto"``      the one of these that a step takes least time with, by the model below
 ==============  ===========================================================================================
 
-Let ``r`` and ``s`` be the operations of refresh and of
-preconditioning of all layers, ``r'`` and ``s'`` those of the rank that has most, ``F`` its rate, and let
-``send(b) = W latency + b / bandwidth``. Per ``N = frequency`` steps the three take::
+Let ``r`` and ``s`` be the operations of refresh and of preconditioning of all layers, ``r'`` and ``s'`` those
+of the rank that has most, ``F`` its rate, and let ``send(b) = W latency + b / bandwidth``. Per
+``N = frequency`` steps the three take::
 
     none       r / F                        +  N  s / F
     inverse    r' / F + send(inverses)      +  N  s / F

@@ -36,7 +36,7 @@ def world_of_model(model: nn.Module, process_group: Any) -> World | None:
         TypeError: ``process_group`` is none.
         ValueError: ``process_group`` does not contain this process.
     """
-    if process_group is None and isinstance(model, DistributedDataParallel):
+    if process_group is None and averages_gradients(model):
         process_group = model.process_group
     if process_group is None and _has_others():
         warnings.warn(NOT_AVERAGED, stacklevel=4)
