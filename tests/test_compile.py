@@ -311,6 +311,64 @@ def test_a_model_in_several_graphs_trains_as_one():
     assert_same(trajectory, by_drop_in_door(build(Whole), data, **SETTINGS))
 
 
+class Rise(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(HIDDEN, 6), nn.Linear(6, HIDDEN)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(self.up(x).tanh())
+
+
+class Loop(nn.Module):
+    """Dynamo gives up on a loop with a break inside, and compiles the method that is called there."""
+
+    breaks = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inp, self.head = nn.Linear(IN, HIDDEN), nn.Linear(HIDDEN, CLASSES)
+        self.blocks = nn.ModuleList(Rise() for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.inp(x)
+        for block in self.blocks:
+            if self.breaks:
+                torch._dynamo.graph_break()
+            x = block(x)
+        return self.head(x)
+
+
+class WholeLoop(Loop):
+    breaks = False
+
+
+IN_BLOCKS = [f"blocks.{i}.{name}.weight" for i in range(3) for name in ("up", "down")]
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+@pytest.mark.parametrize("left_out", [(), ("blocks.1.up.weight",)])
+def test_modules_of_one_class_have_factors_of_their_own(left_out, monkeypatch):
+    compilations: list[str | None] = []
+    compile_module = sys.modules["thor_fx.compile"]  # the function has its name
+    compile_differentiable = compile_module.compile_differentiable
+
+    def counted(*args: Any, key: str | None, **kwargs: Any) -> Any:
+        compilations.append(key)
+        return compile_differentiable(*args, key=key, **kwargs)
+
+    monkeypatch.setattr(compile_module, "compile_differentiable", counted)
+    wanted = [name for name in IN_BLOCKS if name not in left_out]
+    data = batches(5)
+    model = compiled(Loop)
+    optimizer = thor(model, layer_filter=wanted.__contains__)
+    trajectory = train(model, optimizer, data)
+    assert sorted(optimizer.coverage.layers) == sorted(wanted)
+    assert len(compilations) == 1 + bool(left_out)  # what is alike is compiled once
+    whole = by_drop_in_door(build(WholeLoop), data, **SETTINGS, layer_filter=wanted.__contains__)
+    assert_same(trajectory, whole)
+
+
 class TwoHeads(nn.Module):
     def __init__(self) -> None:
         super().__init__()

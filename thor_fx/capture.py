@@ -192,7 +192,7 @@ def _loss_and_detached_aux(loss_fn: LossFn) -> LossFn:
 
 
 def _capture(forward: fx.GraphModule, params: Mapping[str, Tensor], is_held: Held) -> Captured:
-    inputs = describe_forward_inputs(forward, params, is_held)
+    inputs = describe_forward_inputs(forward, examples_of(forward), params, is_held)
     _refuse_sparse_gradients(forward, inputs)
     _refuse_subclasses(forward)
     return Captured(step_graph(_joint_of_loss(forward, inputs)), forward, inputs)
@@ -256,22 +256,35 @@ def _detach(forward: fx.GraphModule, positions: Iterable[int]) -> fx.GraphModule
     return result
 
 
+def examples_of(forward: fx.GraphModule) -> list[Any]:
+    """The arguments that Dynamo saw; it forgets them when it is done."""
+    placeholders = forward.graph.find_nodes(op="placeholder")
+    arguments = [node.meta.get("grapharg") for node in placeholders]
+    return [None if argument is None else argument.example for argument in arguments]
+
+
 def describe_forward_inputs(
-    forward: fx.GraphModule, params: Mapping[str, Tensor], is_held: Held
+    forward: fx.GraphModule, examples: Sequence[Any], params: Mapping[str, Tensor], is_held: Held
 ) -> tuple[InputDescriptor, ...]:
-    """What every argument of Dynamo's forward graph is, by identity of the tensors it saw.
+    """What every argument of Dynamo's forward graph is, by identity.
+
+    Args:
+        forward: the graph.
+        examples: its arguments in one call.
+        params: the parameters, by name.
+        is_held: see :data:`Held`.
 
     Matrices that are held count as frozen weights: a low-rank adapter may be no parameter. Where
     everything is held (a loss function that closes over its data), they count as data.
     """
+    seen = set(map(id, examples))
     names: dict[int, InputDescriptor] = {
-        id(tensor): Param(name) if trainable(tensor) else Frozen(name) for name, tensor in params.items()
+        id(tensor): Param(name) if trainable(tensor) else Frozen(name)
+        for name, tensor in params.items()
+        if id(tensor) in seen
     }
-    arguments = [
-        (node, None if (argument := node.meta.get("grapharg")) is None else argument.example)
-        for node in forward.graph.find_nodes(op="placeholder")
-    ]
-    others = [e for _, e in arguments if isinstance(e, Tensor) and id(e) not in names]
+    placeholders = forward.graph.find_nodes(op="placeholder")
+    others = [e for e in examples if isinstance(e, Tensor) and id(e) not in names]
     has_data = not all(map(is_held, others))
 
     def describe(index: int, node: fx.Node, example: Any) -> InputDescriptor:
@@ -282,7 +295,8 @@ def describe_forward_inputs(
         )
         return Frozen(node.name) if frozen else Input(index)
 
-    return tuple(describe(index, node, example) for index, (node, example) in enumerate(arguments))
+    arguments = zip(placeholders, examples, strict=True)
+    return tuple(describe(index, *argument) for index, argument in enumerate(arguments))
 
 
 def _is_matrix(value: Any) -> bool:

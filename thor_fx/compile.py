@@ -5,8 +5,9 @@ The model stays the module it was; only what its ``__call__`` runs changes. A pl
 mode runs a second compiled form of the model, whose joint graph has been rewritten.
 """
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import torch
@@ -16,10 +17,10 @@ from .arguments import check_type
 from .capture import (
     CompilationFailed,
     GraphBreak,
-    Held,
     Runner,
     add_slots,
     describe_forward_inputs,
+    examples_of,
     export_joint,
     make_slot,
     own_code,
@@ -138,11 +139,9 @@ class _Call:
             return model._call_impl(*args, **kw)
 
         def factor_backend(forward: fx.GraphModule, inputs: Sequence[Any]) -> Runner:
-            params = dict(model.named_parameters())
             self._captures_rnn |= has_recurrent_operator(forward)
-            held = {id(t) for part in model.modules() for t in _tensors_of(part)}
-            build = _FactorCompiler(collector, collector.rules, strict, lambda t: id(t) in held)
-            return build(forward, inputs, params)
+            build = _FactorCompiler(model, collector, collector.rules, strict, copy.deepcopy(forward), inputs)
+            return without_dynamo(_Instances(build, examples_of(forward)))
 
         self._plain = torch.compile(own_code(plain), backend=backend, **settings, **kwargs)
 
@@ -197,34 +196,75 @@ ONE_GRAPH = (
 )
 
 
+# NOTE: [Modules of one class] Where Dynamo compiles a frame of its own (behind a graph break in a loop, or
+# under FSDP), all modules of one class run what it has compiled for the first of them: their parameters are
+# arguments, and no guard tells them apart. Which ones they are has to be looked up in every call.
+
+
+class _Instances:
+    """One of Dynamo's graphs, with slots of its own for every set of parameters that it is run with."""
+
+    def __init__(self, build: "_FactorCompiler", examples: Sequence[Any]) -> None:
+        self._build = build
+        self._known: dict[tuple[int, ...], tuple[Runner, list[Tensor]]] = {}
+        places, first = build(examples)
+        self._places = places
+        self._remember(examples, first)
+
+    def __call__(self, *args: Any) -> Any:
+        key = tuple(id(args[place]) for place in self._places)
+        if key not in self._known:
+            self._remember(args, self._build(args)[1])
+        return self._known[key][0](*args)
+
+    def _remember(self, args: Sequence[Any], runner: Runner) -> None:
+        params = [args[place] for place in self._places]  # while they live, nothing else has their addresses
+        self._known[tuple(map(id, params))] = runner, params
+
+
 @dataclass(frozen=True)
 class _FactorCompiler:
-    """Compiles one of Dynamo's graphs with slots for its factors."""
+    """Compiles one of Dynamo's graphs with slots for its factors; what is alike is compiled once."""
 
+    model: nn.Module
     collector: Collector
     rules: Rules
     strict: bool
-    is_held: Held
+    forward: fx.GraphModule
+    inputs: Sequence[Any]
+    compiled: dict[Any, Runner] = field(default_factory=dict)
 
-    def __call__(
-        self, forward: fx.GraphModule, inputs: Sequence[Any], params: Mapping[str, Tensor]
-    ) -> Runner:
-        described = describe_forward_inputs(forward, params, self.is_held)
-        if not any(isinstance(descriptor, Param) for descriptor in described):
-            return self._compile(forward, inputs, lambda _gm, **_: None, key="")
-        found = coverage(survey(export_joint(forward, described), self.rules), self.rules)
+    def __call__(self, examples: Sequence[Any]) -> tuple[list[int], Runner]:
+        """Where the parameters are among the arguments, and what runs with those of ``examples``."""
+        params = dict(self.model.named_parameters())
+        held = {id(t) for part in self.model.modules() for t in _tensors_of(part)}
+        described = describe_forward_inputs(self.forward, examples, params, lambda t: id(t) in held)
+        used = {d.name: params[d.name] for d in described if isinstance(d, Param)}
+        places = [place for place, descriptor in enumerate(described) if isinstance(descriptor, Param)]
+        if not places:
+            return [], self._compile(self.forward, self.inputs, lambda _gm, **_: None, key="")
+        found = coverage(survey(export_joint(self.forward, described), self.rules), self.rules)
         if self.strict:
             found.check({name: p.dim() for name, p in params.items()})
-        used = {d.name: params[d.name] for d in described if isinstance(d, Param)}
         slots = {descriptor: make_slot(shape, used[param]) for descriptor, shape, param in _slots(found)}
-        slotted, fakes = add_slots(forward, list(slots.values()))
-        described += tuple(Input(len(described) + i) for i in range(len(slots)))
-        fill = _FillSlots(described, tuple(slots), self.rules)
-        compiled = self._compile(slotted, [*inputs, *fakes], fill, key=_key(fill, found))
+        form = _form(described, found)
+        if form not in self.compiled:
+            self.compiled[form] = self._compile_slotted(described, found, slots)
         owners = {name: used[name] for layer in found.layers.values() for name in layer.params}
         graph = SlottedGraph(found, slots, owners)
         self.collector.add(graph)
-        return without_dynamo(_runner(compiled, graph, self.collector))
+        return places, _runner(self.compiled[form], graph, self.collector)
+
+    def _compile_slotted(
+        self,
+        described: tuple[InputDescriptor, ...],
+        found: Coverage,
+        slots: Mapping[outputs.OutputDescriptor, Tensor],
+    ) -> Runner:
+        slotted, fakes = add_slots(self.forward, list(slots.values()))
+        described += tuple(Input(len(described) + i) for i in range(len(slots)))
+        fill = _FillSlots(described, tuple(slots), self.rules)
+        return self._compile(slotted, [*self.inputs, *fakes], fill, key=_key(fill, found))
 
     def _compile(
         self, forward: fx.GraphModule, inputs: Sequence[Any], joint_pass: JointPass, key: str | None
@@ -234,6 +274,18 @@ class _FactorCompiler:
             return compile_differentiable(
                 forward, inputs, joint_pass, key=key, backend=backend, mode=mode, options=options
             )
+
+
+def _form(described: Sequence[InputDescriptor], found: Coverage) -> tuple[Any, ...]:
+    """What tells apart the compiled graphs of modules of one class, whose parameters have other names."""
+    places = {d.name: place for place, d in enumerate(described) if isinstance(d, Param)}
+    kinds = tuple(type(descriptor) for descriptor in described)
+    sums = [[(s.input, s.output, s.flipped) for s in layer.sums] for layer in found.layers.values()]
+    layers = [
+        (places[layer.param], layer.path, layer.sharing, places.get(layer.bias or ""), layer.bias_path, *own)
+        for layer, own in zip(found.layers.values(), sums, strict=True)
+    ]
+    return kinds, *layers
 
 
 def _key(fill: "_FillSlots", found: Coverage) -> str | None:
