@@ -14,7 +14,7 @@ The descriptor of a placeholder, and the tuple of descriptors of the output node
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from torch import fx
@@ -25,10 +25,28 @@ Side = Literal["A", "G"]
 
 
 @dataclass(frozen=True)
+class Split:
+    """How a parameter is dealt out along an axis over ranks, each of which has one chunk of it.
+
+    Attributes:
+        axis: of the parameter.
+        length: of the whole parameter there.
+        size: how many ranks.
+        group: the name of their process group, in the order of chunks.
+    """
+
+    axis: int
+    length: int
+    size: int
+    group: str
+
+
+@dataclass(frozen=True)
 class Param:
-    """An input: the trainable tensor called ``name``."""
+    """An input: the trainable tensor called ``name``, or the part of it that this rank has."""
 
     name: str
+    split: Split | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)

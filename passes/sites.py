@@ -16,6 +16,7 @@ from torch import fx
 
 from .biases import Bias, find_biases
 from .contractions import SWAP_GROUPED, WEIGHTS
+from .gathered import whole
 from .heads import Head
 from .nodes import CASTS, PERMUTES, RESHAPES, arguments, downstream, shape, target, upstream, use_of
 from .norms import is_norm
@@ -75,7 +76,8 @@ def find_sites(gm: fx.GraphModule) -> SiteReport:
     reasons: dict[str, str] = {}
     vectors: dict[str, fx.Node] = {}
     lines: dict[str, str] = {}
-    for name, node in {d.name: n for d, n in input_nodes(gm).items() if isinstance(d, Param)}.items():
+    for descriptor, node in [(d, n) for d, n in input_nodes(gm).items() if isinstance(d, Param)]:
+        name = descriptor.name
         gradient = outputs.get(Grad(name))
         if gradient is None:
             reasons[name] = UNUSED
@@ -85,7 +87,7 @@ def find_sites(gm: fx.GraphModule) -> SiteReport:
             norms.append(name)
         else:
             try:
-                sites += _sites_of(node, gradient, replace(walk, param=name))
+                sites += whole(_sites_of(node, gradient, replace(walk, param=name)), descriptor.split)
             except NoSite as reason:
                 reasons[name] = f"a vector: {reason}" if len(shape(gradient)) < 2 else str(reason)
                 if len(shape(gradient)) < 2:

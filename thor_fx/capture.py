@@ -34,6 +34,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from .distributed.dtensors import split_of
 from .joint_graphs import describe_joint, step_graph
 from .parameters import trainable
 from .passes import outputs
@@ -279,7 +280,7 @@ def describe_forward_inputs(
     """
     seen = set(map(id, examples))
     names: dict[int, InputDescriptor] = {
-        id(tensor): Param(name) if trainable(tensor) else Frozen(name)
+        id(tensor): Param(name, split_of(name, tensor)) if trainable(tensor) else Frozen(name)
         for name, tensor in params.items()
         if id(tensor) in seen
     }

@@ -24,12 +24,18 @@ Clip = Literal["tensor", "global"]
 def clip_by_global_norm(largest: float) -> Transform:
     """Scale all updates together down to an L2 norm of at most ``largest``."""
 
-    def clip(updates: Updates, _params: Params, _signals: Signals) -> Updates:
-        norms = torch.stack([torch.linalg.vector_norm(u, dtype=wide(u)) for u in updates.values()])
-        norm = torch.linalg.vector_norm(norms)
+    def clip(updates: Updates, _params: Params, signals: Signals) -> Updates:
+        norms = [torch.linalg.vector_norm(u, dtype=wide(u)) for u in updates.values()]
+        norm = _together(norms, signals)
         return {name: u * (largest / norm.clamp_min(largest)).to(u.dtype) for name, u in updates.items()}
 
     return stateless(clip)
+
+
+def _together(norms: list[Tensor], signals: Signals) -> Tensor:
+    if signals.world is None:
+        return torch.linalg.vector_norm(torch.stack(norms))
+    return signals.total([norm.square() for norm in norms]).sqrt()
 
 
 def clip_by_kl(
@@ -59,9 +65,9 @@ def clip_by_kl(
             for name, u in new.items()
             if name in signals.coverage.preconditioned
         ]
-        if not terms:
+        if not terms and signals.world is None:
             return new, state
-        square = torch.stack(terms).sum() / loss_scale
+        square = signals.total(terms) / loss_scale
         within = square <= kappa  # also where rounding makes it negative
         scale = torch.where(within, torch.ones_like(square), (kappa / square).sqrt())
         return {name: u * scale.to(u.dtype) for name, u in new.items()}, state

@@ -111,6 +111,7 @@ class Collector:
         generation: how often those have changed.
         mode: what the model is compiled with, as in ``torch.compile``; the update is, too.
         options: Inductor settings, likewise.
+        copies: how many ranks see the same rows, because they have parts of the same parameters.
     """
 
     backend: str
@@ -123,6 +124,7 @@ class Collector:
     generation: int = 0
     mode: str | None = None
     options: Mapping[str, Any] | None = None
+    copies: int = 1
 
     _terms: LossTerms = field(default_factory=LossTerms)
     _filled: bool = False

@@ -92,7 +92,7 @@ def compile(
     check_backend(backend)
     factors_by = backend if factor_backend is None else factor_backend
     check_backend(factors_by, "factor_backend")
-    check_params(dict(model.named_parameters()))
+    check_params(dict(model.named_parameters()), parts=True)
     check_type("strict", strict, bool, "True or False")
     inner = unwrapped(model)
     call = _Call(inner, Collector(backend, factors_by, mode=mode, options=options), strict, kwargs)
@@ -244,6 +244,7 @@ class _FactorCompiler:
         if not places:
             return [], self._compile(self.forward, self.inputs, lambda _gm, **_: None, key="")
         found = coverage(survey(export_joint(self.forward, described), self.rules), self.rules)
+        self.collector.copies = max([self.collector.copies, *_split_sizes(described)])
         if self.strict:
             found.check({name: p.dim() for name, p in params.items()})
         slots = {descriptor: make_slot(shape, used[param]) for descriptor, shape, param in _slots(found)}
@@ -274,6 +275,11 @@ class _FactorCompiler:
             return compile_differentiable(
                 forward, inputs, joint_pass, key=key, backend=backend, mode=mode, options=options
             )
+
+
+def _split_sizes(described: Sequence[InputDescriptor]) -> list[int]:
+    splits = [descriptor.split for descriptor in described if isinstance(descriptor, Param)]
+    return [split.size for split in splits if split is not None]
 
 
 def _form(described: Sequence[InputDescriptor], found: Coverage) -> tuple[Any, ...]:

@@ -66,8 +66,21 @@ def _leave_out_of_sums(zero: fx.Node) -> None:
                 total.graph.erase_node(total)
 
 
+# NOTE: [Tensors inside of tensors] Of a DTensor the graph takes and returns the part of this rank.
+
+
+def _inside(desc: Any) -> Any:
+    """What an input or output is the inner tensor of, or is itself."""
+    match desc:
+        case aot.SubclassGetAttrAOTInput(base, "_local_tensor"):
+            return base
+        case aot.SubclassGetAttrAOTOutput(base, "_local_tensor"):
+            return base
+    return desc
+
+
 def _describe_joint_input(position: int, node: fx.Node, inputs: Sequence[InputDescriptor]) -> InputDescriptor:
-    match node.meta["desc"]:
+    match _inside(node.meta["desc"]):
         case aot.PlainAOTInput(idx=index):
             return inputs[index]
         case aot.TangentAOTInput(output=aot.PlainAOTOutput(idx=index)):
@@ -76,7 +89,7 @@ def _describe_joint_input(position: int, node: fx.Node, inputs: Sequence[InputDe
 
 
 def _describe_output(position: int, desc: Any, inputs: Sequence[InputDescriptor]) -> OutputDescriptor:
-    match desc:
+    match _inside(desc):
         case aot.PlainAOTOutput(idx=index):
             return Output(index)
         case aot.InputMutationAOTOutput(mutated_input=aot.PlainAOTInput(idx=index)):

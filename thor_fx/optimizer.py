@@ -22,9 +22,12 @@ from .compile import collector_of
 from .compiled_update import CompiledUpdate, Given
 from .distributed.agreement import agreed, check_ranks
 from .distributed.distribute import distribute, for_one_rank, shared_work
+from .distributed.dtensors import here, here_as, is_part
 from .distributed.faults import waiting_for_others
-from .distributed.work import SharedWork, WorkSharing, everything
-from .distributed.wrappers import averages_gradients, unwrapped, world_of_model
+from .distributed.owned import by_owners, check_owned, deal_out, moved, step_flops
+from .distributed.parts import Parts
+from .distributed.work import WorkSharing, everything
+from .distributed.wrappers import averages_gradients, is_dealt_out, unwrapped, world_of_model
 from .factors import Moments
 from .group_members import check_centralization, members, named, with_rest
 from .hyper import HyperTensors
@@ -45,7 +48,7 @@ from .refresh_rules import RefreshRule
 from .scaling import Scaler, scales_of
 from .schedule import Schedule, Value
 from .step_norm import StepNorm
-from .transform import Taken, skip_nonfinite, unscale
+from .transform import Taken, Transform, skip_nonfinite, unscale
 
 NO_GRAPH = "no compiled graph uses it"
 NEEDS_CLOSURE = (
@@ -225,6 +228,8 @@ class Thor(torch.optim.Optimizer):
             reduce_dtype=reduce_dtype,
             work_sharing=work_sharing,
         )
+        if is_dealt_out(model):
+            check_owned(self._options)
         self._backends = self._collector.backend, self._collector.factor_backend
         if backend is not None:
             check_backend(backend)
@@ -308,7 +313,7 @@ class Thor(torch.optim.Optimizer):
             self._choose_block_size(moments, terms)
         self._build()
         step: int = self.param_groups[0]["step"]
-        gradients = {name: p.grad for name, p in self._params.items() if p.grad is not None}
+        gradients = {n: here_as(p.grad, p) for n, p in self._params.items() if p.grad is not None}
         unready = self._known.standing(self._found.layers, gradients)
         if not self._factors_due(step, moments):
             moments = {name: m for name, m in moments.items() if layer_of(name) in unready}
@@ -421,7 +426,7 @@ class Thor(torch.optim.Optimizer):
             return
         measured = frozenset(map(layer_of, moments)) - unready
         taken = Taken(step, measured, frozenset(self._known.ready), self._ahead)
-        due = run_between(self._tx, self._inner, self._params, self._found, rates, taken)
+        due = run_between(self._tx, self._inner, self._update.params, self._found, rates, taken)
         if due is not None:
             self._set_due(due)
 
@@ -464,6 +469,7 @@ class Thor(torch.optim.Optimizer):
         self._params: dict[str, Tensor] = {}
         self._labels: dict[str, str] = {}  # the group of every parameter
         self._inner: Any = None
+        self._parts: Parts | None = None
         self._ahead = Ahead()
 
     def _build(self) -> None:
@@ -489,20 +495,40 @@ class Thor(torch.optim.Optimizer):
         self._dtype = HyperTensors.dtype(self._params)
         self._found = _complete(self._collector.coverage, self._params)
         self._known.restart(self._found.layers, self._params.keys() - self._collector.coverage.trained)
-        settings = for_one_rank(self._options, self._world)
-        tx = skip_nonfinite(unscale(thor_chain(settings, self._groups(), self._world)))
-        self._tx = distribute(tx, self._options, self._world, gradients=self._averages_gradients)
-        if self._tx.resolve is not None:
-            self._tx = self._tx.resolve(None if self.block_size == "auto" else self.block_size)
+        self._tx = self._transform()
         mode, options = self._collector.mode, self._collector.options
-        self._update = CompiledUpdate(self._tx, self._found, self._params, *self._backends, mode, options)
+        params = {name: here(p) for name, p in self._params.items()}
+        self._update = CompiledUpdate(self._tx, self._found, params, *self._backends, mode, options)
         self._start()
         if not self._compared:
             check_ranks(self._tx, self._params, self._found)
             self._compared = True
 
-    def _work(self) -> SharedWork | None:
-        return shared_work(replace(self._options, block_size=self.block_size), self._world)
+    def _transform(self) -> Transform:
+        copies, groups = self._collector.copies, self._groups()
+        settings = for_one_rank(self._options, self._world, copies)
+        self._parts = self._dealt()
+        if self._parts is None:
+            tx = skip_nonfinite(unscale(thor_chain(settings, groups, self._world)))
+        else:
+            tx = skip_nonfinite(by_owners(unscale(thor_chain(settings, groups)), self._parts), self._world)
+        gradients = self._averages_gradients
+        tx = distribute(tx, self._options, self._world, gradients=gradients, copies=copies)
+        return tx if tx.resolve is None else tx.resolve(_known(self.block_size))
+
+    def _dealt(self) -> Parts | None:
+        """Who owns what, where parameters are dealt out over ranks."""
+        if self._world is None or not any(map(is_part, self._params.values())):
+            return None
+        options = replace(self._options, block_size=_known(self.block_size))
+        return deal_out(self._world, self._params, self._found, step_flops(options, self._found))
+
+    def _held(self) -> Callable[[Coverage, Mapping[str, Tensor]], Coverage]:
+        """Of a coverage, what this rank has inverses of."""
+        if self._parts is not None:
+            return self._parts.held
+        work = shared_work(replace(self._options, block_size=self.block_size), self._world)
+        return everything if work is None else work.held
 
     def _groups(self) -> ParameterGroups:
         schedules = {str(label): own for label, own in enumerate(self._schedules)}
@@ -514,16 +540,16 @@ class Thor(torch.optim.Optimizer):
         self._ahead.forget()
         self._update.begin()
         self._inner, continues = self._update.state, any(self.state.values())
-        work = self._work()
-        held = everything if work is None else work.held
-        for name, entry in views(self._inner, self._found, self._params, self._labels, held).items():
-            parameter = self._params[name]
-            restore(entry, self.state.get(parameter, {}), name)
-            self.state[parameter] = entry
+        saved = {name: self.state.get(parameter, {}) for name, parameter in self._params.items()}
+        if self._parts is not None:
+            saved |= moved(self._parts, saved)
+        for name, entry in views(self._inner, self._found, self._params, self._labels, self._held()).items():
+            restore(entry, saved[name], name)
+            self.state[self._params[name]] = entry
         marks = METHODS[self._options.inverse].marks
         self._known.ready = layers_with_inverses(self.state.values(), marks) if continues else set()
-        if work is not None and continues:
-            self._known.ready = set().union(*work.exchange.world.everybodys(self._known.ready))
+        if self._world is not None:
+            self._known.ready = set().union(*self._world.everybodys(self._known.ready))
         for label, counters in counters_of(self._inner).items():
             group = self.param_groups[int(label)]
             restore(counters, {name: group[name] for name in counters if name in group}, f"group {label}")
@@ -538,6 +564,11 @@ SCHEDULES: dict[str, Callable[[Any], Schedule]] = {
     "fallback_lr": partial(Schedule, "fallback_lr"),
 }
 """What a group of parameters may have a value of its own for."""
+
+
+def _known(block_size: BlockSize) -> int | None:
+    """The block size; whole factors as long as none has been chosen."""
+    return None if block_size == "auto" else block_size
 
 
 def _complete(found: Coverage, params: Mapping[str, Tensor]) -> Coverage:

@@ -5,9 +5,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .distributed.dtensors import is_part
 
-def check_params(params: Any) -> None:
+
+def check_params(params: Any, *, parts: bool = False) -> None:
     """Refuse what cannot be trained.
+
+    Args:
+        params: tensors by name.
+        parts: whether ranks may have parts of them (DTensor).
 
     Raises:
         TypeError: ``params`` is no mapping from names to floating-point tensors.
@@ -19,14 +25,14 @@ def check_params(params: Any) -> None:
             "use dict(model.named_parameters())"
         )
     for name, value in params.items():
-        check_param(name, value)
+        check_param(name, value, parts)
     if not any(trainable(value) for value in params.values()):
         raise ValueError(
             "params has no trainable tensor: unfreeze a parameter with requires_grad_(), or pass one"
         )
 
 
-def check_param(name: Any, value: Any) -> None:
+def check_param(name: Any, value: Any, parts: bool = False) -> None:
     """Refuse a parameter that has no real gradient, or keeps its values in other tensors.
 
     Raises:
@@ -38,7 +44,8 @@ def check_param(name: Any, value: Any) -> None:
         raise TypeError(f"params[{name!r}] must be a tensor, got {type(value).__name__}")
     if not trainable(value):
         return
-    if hasattr(value, "__tensor_flatten__"):  # the protocol of wrapper subclasses: quantised, sharded, ...
+    wraps = hasattr(value, "__tensor_flatten__")  # the protocol of wrapper subclasses: quantised, sharded
+    if wraps and not (parts and is_part(value)):
         raise TypeError(
             f"params[{name!r}] must be a plain tensor, got {type(value).__name__}: freeze it with "
             "requires_grad_(False), or train the tensor that it was made from"

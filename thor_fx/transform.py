@@ -45,6 +45,7 @@ class Signals:
         found_inf: not 0 where the scaler has seen a NaN or infinity, 0-D; None: it has not looked.
         refreshes: of the layers that were measured, those to invert in this step; None: all.
         compares: whether the change of the loss that the step should make is wanted.
+        world: the ranks that see other parameters each; None: all parameters are seen here.
     """
 
     coverage: Coverage
@@ -56,6 +57,14 @@ class Signals:
     found_inf: Tensor | None = None
     refreshes: frozenset[str] | None = None
     compares: bool = False
+    world: "World | None" = None
+
+    def total(self, terms: Sequence[Tensor]) -> Tensor:
+        """The sum of 0-D tensors of the parameters that are seen here, and of those of other ranks."""
+        if self.world is None:
+            return torch.stack(list(terms)).sum()
+        zero = torch.zeros_like(next(iter(self.hyper.values())))  # in one dtype on all ranks
+        return self.world.total(zero + sum(term.to(zero.dtype) for term in terms))
 
 
 @dataclass(frozen=True)
@@ -150,7 +159,7 @@ def _inverse(transforms: Iterable[Transform]) -> Inverse:
     return next((t.inverse for t in transforms if t.frequency is not None), "cholesky")
 
 
-def _resolving(
+def resolving(
     combine: Callable[..., Transform], parts: Sequence[Transform]
 ) -> Callable[[int | None], Transform] | None:
     """How a combination is resolved: part by part; None where no part has to be."""
@@ -211,7 +220,7 @@ def chain(*transforms: Transform, shared: bool = False) -> Transform:
 
     hook = between if any(transform.between for transform in transforms) else None
     frequency = next(iter(frequencies), None)
-    resolve = _resolving(partial(chain, shared=shared), transforms)
+    resolve = resolving(partial(chain, shared=shared), transforms)
     asked = _rules(transforms), _inverse(transforms)
     tx = Transform(init, update, schedules, frequency, *asked, hook, next(iter(adaptive), None), resolve)
     shared_by = next(((t.world, t.options) for t in transforms if t.world is not None), (None, None))
@@ -323,7 +332,7 @@ def unscale(inner: Transform) -> Transform:
             signals = replace(signals, moments=moments)
         return inner.update(updates, state, params, signals)
 
-    return inner._replace(update=update, resolve=_resolving(unscale, [inner]))
+    return inner._replace(update=update, resolve=resolving(unscale, [inner]))
 
 
 def all_finite(tensors: Iterable[Tensor]) -> Tensor:
@@ -346,12 +355,16 @@ class SkipState(NamedTuple):
     skipped: Tensor
 
 
-def skip_nonfinite(inner: Transform) -> Transform:
+def skip_nonfinite(inner: Transform, world: "World | None" = None) -> Transform:
     """Let a step whose updates are not all finite change nothing, and count it.
 
     A NaN or infinite gradient makes its update NaN or infinite, whatever the transform; what a
     gradient scaler has found counts too. The decision is taken on the device (``torch.where``),
     without a synchronisation.
+
+    Args:
+        inner: what is guarded.
+        world: the ranks that see a part of the updates each, and decide together; None: all are seen here.
     """
 
     def init(params: Params, coverage: Coverage) -> SkipState:
@@ -365,6 +378,8 @@ def skip_nonfinite(inner: Transform) -> Transform:
         finite = all_finite(new.values())
         if signals.found_inf is not None:
             finite = finite & (signals.found_inf == 0)
+        if world is not None:
+            finite = world.total((~finite).to(torch.int64)) == 0
         new = {name: torch.where(finite, u, torch.zeros_like(u)) for name, u in new.items()}
 
         def kept(new: Tensor, old: Tensor) -> Tensor:
@@ -379,7 +394,8 @@ def skip_nonfinite(inner: Transform) -> Transform:
         new, due = inner.between(state.inner, params, signals, taken)
         return state._replace(inner=new), due
 
-    hook, resolve = between if inner.between else None, _resolving(skip_nonfinite, [inner])
+    resolve = resolving(partial(skip_nonfinite, world=world), [inner])
+    hook = between if inner.between else None
     return inner._replace(init=init, update=update, between=hook, resolve=resolve)
 
 
@@ -447,7 +463,7 @@ def partition(transforms: Mapping[str, Transform], groups: Mapping[str, str]) ->
         return partition(dict(zip(transforms, resolved, strict=True)), groups)
 
     asked = _rules(every), _inverse(every)
-    return Transform(init, update, schedules, frequency, *asked, hook, resolve=_resolving(again, list(every)))
+    return Transform(init, update, schedules, frequency, *asked, hook, resolve=resolving(again, list(every)))
 
 
 def apply_updates(params: Params, updates: Updates) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ from ..layers import Coverage
 from ..options import Options
 from ..transform import Transform
 from .collectives import World
+from .dtensors import is_part
 from .faults import waiting_for_others
 
 Value = TypeVar("Value")
@@ -66,7 +67,8 @@ def described(
     found = {f"{f.name}=": _shown(getattr(options, f.name)) for f in fields(options)}
     found |= {f"{name} in the first step": repr(value) for name, value in hyper.items()}
     for name, p in params.items():
-        found[f"parameter {name!r}"] = f"{tuple(p.shape)} {p.dtype} (sum {_checksum(p)})"
+        values = "dealt out" if is_part(p) else f"sum {_checksum(p)}"
+        found[f"parameter {name!r}"] = f"{tuple(p.shape)} {p.dtype} ({values})"
     found["the order of parameters"] = ", ".join(params)
     found["the layers with factors"] = ", ".join(coverage.layers)
     sides = {name: f"A {layer.input}, G {layer.output}" for name, layer in coverage.layers.items()}

@@ -41,6 +41,7 @@ class Averaging:
         reduce_dtype: what factors are rounded to while they travel; None: nothing.
         gradients: whether gradients are averaged here; else somebody else has done that.
         rescales: whether cotangents are those of the loss of one rank; else they are those of single terms.
+        copies: how many ranks see the same rows (tensor parallel): all of them send the same, and count once.
     """
 
     world: World
@@ -48,6 +49,7 @@ class Averaging:
     reduce_dtype: torch.dtype | None = None
     gradients: bool = True
     rescales: bool = True
+    copies: int = 1
 
     def buckets(self, coverage: Coverage, itemsize: int = 4) -> list[list[str]]:
         """The layers whose factors travel together.
@@ -86,6 +88,8 @@ class Averaging:
         *counts, terms = parted(wait(started_counts), [*counts, signals.terms])
         known = iter(counts)
         moments = moments_of({d: factors[d] if d in factors else next(known) for d in flat})
+        if self.copies > 1:
+            moments, terms = {n: self._once(m) for n, m in moments.items()}, terms / self.copies
         if self.rescales:
             moments = {name: self._rescaled(name, m, signals.coverage) for name, m in moments.items()}
         return replace(signals, moments=moments, terms=terms)
@@ -103,11 +107,16 @@ class Averaging:
     def _start(self, pieces: Sequence[Tensor]) -> Tensor:
         return self.world.sum(joined(pieces, self.reduce_dtype or pieces[0].dtype))
 
+    def _once(self, moments: Moments) -> Moments:
+        a, g, rows = (None if sums is None else sums / self.copies for sums in moments)
+        assert rows is not None
+        return Moments(a, g, rows)
+
     def _rescaled(self, name: str, moments: Moments, coverage: Coverage) -> Moments:
         if moments.cotangents is None:
             return moments
         power = 1 if name in coverage.plain_sums else 2
-        return moments._replace(cotangents=moments.cotangents / self.world.size**power)
+        return moments._replace(cotangents=moments.cotangents / (self.world.size // self.copies) ** power)
 
     def means(self, gradients: Updates) -> dict[str, Tensor]:
         """Gradients over all ranks, in buckets, those of the last parameters first."""

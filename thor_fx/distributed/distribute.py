@@ -10,11 +10,14 @@ from .exchange import Exchange
 from .work import SharedWork
 
 
-def for_one_rank(options: Options, world: World | None) -> Options:
-    """The options of the transform that sees the averages: ``n`` counts the terms of all ranks."""
+def for_one_rank(options: Options, world: World | None, copies: int = 1) -> Options:
+    """The options of the transform that sees the averages: ``n`` counts the terms of all ranks.
+
+    ``copies``: how many ranks see the same rows.
+    """
     if world is None or options.batch_size is None:
         return options
-    return replace(options, batch_size=options.batch_size * world.size)
+    return replace(options, batch_size=options.batch_size * world.size // copies)
 
 
 def shared_work(options: Options, world: World | None) -> SharedWork | None:
@@ -27,7 +30,9 @@ def shared_work(options: Options, world: World | None) -> SharedWork | None:
     return SharedWork(exchange, options.work_sharing, options.frequency, options.sharable)
 
 
-def distribute(tx: Transform, options: Options, world: World | None, *, gradients: bool) -> Transform:
+def distribute(
+    tx: Transform, options: Options, world: World | None, *, gradients: bool, copies: int = 1
+) -> Transform:
     """Let a transform see what all ranks have measured.
 
     Args:
@@ -35,8 +40,9 @@ def distribute(tx: Transform, options: Options, world: World | None, *, gradient
         options: as the user gave them.
         world: the ranks; None: there are no others, and nothing happens.
         gradients: whether gradients have to be averaged, too.
+        copies: how many ranks see the same rows.
     """
     if world is None:
         return tx
-    averaging = Averaging(world, options.split_indices, options.reduce_dtype, gradients)
+    averaging = Averaging(world, options.split_indices, options.reduce_dtype, gradients, copies=copies)
     return average_over_ranks(tx, averaging)._replace(options=options)

@@ -1,4 +1,4 @@
-"""Models inside of DistributedDataParallel."""
+"""Models inside of DistributedDataParallel, and models whose parameters are dealt out over ranks."""
 
 import warnings
 from typing import Any
@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .collectives import World, world_of
+from .dtensors import is_part
 
 NOT_AVERAGED = (
     "torch.distributed is initialised, and Thor averages nothing over its ranks: pass the model as it is "
@@ -20,9 +21,14 @@ def unwrapped(model: Any) -> Any:
     return model.module if isinstance(model, DistributedDataParallel) else model
 
 
+def is_dealt_out(model: nn.Module) -> bool:
+    """Whether ranks have parts of parameters."""
+    return any(map(is_part, model.parameters()))
+
+
 def averages_gradients(model: Any) -> bool:
     """Whether gradients are averaged before an optimizer sees them."""
-    return isinstance(model, DistributedDataParallel)
+    return isinstance(model, DistributedDataParallel) or is_dealt_out(model)
 
 
 def world_of_model(model: nn.Module, process_group: Any) -> World | None:
@@ -30,14 +36,17 @@ def world_of_model(model: nn.Module, process_group: Any) -> World | None:
 
     Args:
         model: as it is called, in its wrapper.
-        process_group: as the user says; None: that of the wrapper.
+        process_group: as the user says; None: that of the wrapper, or all ranks where parameters are dealt
+            out over some.
 
     Raises:
         TypeError: ``process_group`` is none.
         ValueError: ``process_group`` does not contain this process.
     """
-    if process_group is None and averages_gradients(model):
+    if process_group is None and isinstance(model, DistributedDataParallel):
         process_group = model.process_group
+    if process_group is None and is_dealt_out(model):
+        process_group = dist.group.WORLD
     if process_group is None and _has_others():
         warnings.warn(NOT_AVERAGED, stacklevel=4)
     return world_of(process_group)
