@@ -20,6 +20,15 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import thor_fx
+from thor_fx.distributed.collectives import world_of
+from thor_fx.distributed.distribute import distribute
+from thor_fx.distributed.work import WorkSharing
+from thor_fx.factors import flat_moments, measure
+from thor_fx.layers import Coverage
+from thor_fx.options import Options
+from thor_fx.parameter_groups import ParameterGroups
+from thor_fx.passes.layout import Rules
+from thor_fx.transform import Signals, Transform
 from training import (
     CLASSES,
     HIDDEN,
@@ -37,6 +46,7 @@ from training import (
 
 SETTINGS: dict[str, Any] = {"lr": 0.02, "damping": 0.1, "momentum": 0.9, "frequency": 2}
 STEPS, ROWS = 4, 12
+ONE_GROUP = ParameterGroups({"": {}})
 TIMEOUT = datetime.timedelta(seconds=60)
 
 
@@ -162,6 +172,24 @@ def accumulated() -> list[Parameters]:
     return trajectory
 
 
+def factors_read(sharing: WorkSharing) -> Parameters:
+    """The sums of all ranks that this rank gets, by what they are."""
+    model, batch = build(MODELS["encoder"]), shard(batches(1, ROWS)[0])
+    params = snapshot(dict(model.named_parameters()))
+    layers, moments, terms = measure(classifier_loss(model), params, *batch, rules=Rules())
+    read: Parameters = {}
+
+    def update(updates: Any, state: Any, _: Any, signals: Signals) -> Any:
+        read.update({str(what): value for what, value in flat_moments(signals.moments or {}).items()})
+        return updates, state
+
+    options = Options(work_sharing=sharing, split_indices=[0, 3])
+    ranks = world_of(dist.group.WORLD)
+    tx = distribute(Transform(lambda *_: (), update), options, ONE_GROUP, ranks, gradients=False)
+    tx.update({}, (), params, Signals(Coverage(layers, (), {}), moments=moments, terms=terms))
+    return read
+
+
 def different_settings() -> None:
     tx = thor_fx.thor(**{**SETTINGS, "frequency": 2 + world()[0]}, process_group=dist.group.WORLD)
     model, (batch,) = build(MODELS["mlp"]), batches(1)
@@ -205,11 +233,13 @@ RUNS: dict[str, Callable[[], Any]] = {
     },
     "around": lambda: by_ddp("mlp", around=True),
     "rounded": lambda: by_functional("mlp", "rounded"),
-    "inductor ddp": lambda: by_ddp("mlp", backend="inductor"),
+    "inductor ddp": lambda: by_ddp("mlp", "gradients", backend="inductor"),
     "inductor functional": lambda: by_functional("mlp", backend="inductor"),
     "weighted": lambda: unequal(weighted),
     "unweighted": lambda: unequal(F.cross_entropy),
     "accumulated": accumulated,
+    "factors of all": lambda: factors_read("none"),
+    "factors of owners": lambda: factors_read("gradient"),
     "different settings": different_settings,
     "different values": different_values,
     "different models": different_models,

@@ -32,7 +32,8 @@ from training import (
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="no torch.distributed here")
 
-FOUR = [name for name in RUNS if name in {"unweighted", "accumulated"} or name.split()[-1] in MODELS]
+ALSO_FOUR = {"unweighted", "accumulated", "factors of all", "factors of owners"}
+FOUR = [name for name in RUNS if name in ALSO_FOUR or name.split()[-1] in MODELS]
 
 
 @pytest.fixture(scope="session")
@@ -145,6 +146,14 @@ def test_buckets_and_doors_change_nothing(two):
     assert_same(
         by_functional_door(build(MODELS["normalised"]), batches(STEPS, ROWS), **SETTINGS), whole, 1e-10
     )
+
+
+def test_factors_go_to_their_owners_only(ranks):
+    owned, everybodys = ranks["factors of owners"], all_equal([[sums] for sums in ranks["factors of all"]])[0]
+    assert sorted(what for own in owned for what in own) == sorted(everybodys), "each is read by one rank"
+    assert all(own for own in owned)
+    for own in owned:
+        assert_same([own], [{what: everybodys[what] for what in own}], rtol=1e-14)
 
 
 @pytest.mark.parametrize(

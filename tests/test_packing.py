@@ -7,7 +7,7 @@ from torch import nn
 import thor_fx
 from thor_fx.compile import collector_of
 from thor_fx.distributed.averaging import Averaging
-from thor_fx.distributed.buckets import by_bytes, by_indices, restricted
+from thor_fx.distributed.buckets import by_bytes, by_indices, by_readers, restricted
 from thor_fx.distributed.collectives import World
 from thor_fx.distributed.packing import pack, packed_numel, unpack
 from thor_fx.passes.sides import Side
@@ -51,6 +51,14 @@ def test_indices_are_the_last_layers_of_buckets():
     assert by_indices(layers, [53]) == [layers]
     with pytest.raises(ValueError, match=r"0 to 53 for this model's 54 layers .* got \[26, 54\]"):
         by_indices(layers, [26, 54])
+
+
+def test_every_reader_gets_its_part_of_every_bucket():
+    sizes, readers = dict.fromkeys(range(8), 10), {i: i % 2 for i in range(8)}
+    assert by_readers(sizes, readers, 2, limit=40) == [[0, 2, 1, 3], [4, 6, 5, 7]]
+    alone = by_readers(sizes, dict.fromkeys(range(8), 1), 2, limit=40)
+    assert alone == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    assert by_readers({}, {}, 2) == []
 
 
 def test_buckets_by_bytes_hold_every_tensor_once_and_in_order():

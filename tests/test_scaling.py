@@ -94,7 +94,10 @@ def test_a_tiny_step_by_hand():
     reduce = 2 * 1.0 + 120 / 100
     assert none == scaling.Times(first_order, 24.0, 120.0, pytest.approx(reduce), refresh=8.0, broadcast=0.0)
     assert inverse == replace(none, refresh=4.0, broadcast=2 * 0.5 + 128 / 100)  # two buckets
-    assert gradient == replace(none, refresh=4.0, precondition=12.0 + (0.5 + 96 / 100))
+    to_owners = (0.5 + 48 / 100) + (1.0 + 24 / 100)  # each rank adds up the 48 bytes of its own layer
+    assert gradient == replace(
+        none, refresh=4.0, precondition=12.0 + (0.5 + 96 / 100), reduce=pytest.approx(to_owners)
+    )
     assert none.step == first_order + 24
     assert none.factor_step == pytest.approx(none.step + 120 + reduce + 8)
     assert none.amortised(10) == pytest.approx(none.step + (120 + reduce + 8) / 10)

@@ -489,9 +489,9 @@ class Thor(torch.optim.Optimizer):
         self._dtype = HyperTensors.dtype(self._params)
         self._found = _complete(self._collector.coverage, self._params)
         self._known.restart(self._found.layers, self._params.keys() - self._collector.coverage.trained)
-        settings = for_one_rank(self._options, self._world)
-        tx = skip_nonfinite(unscale(thor_chain(settings, self._groups(), self._world)))
-        self._tx = distribute(tx, self._options, self._world, gradients=self._averages_gradients)
+        settings, groups = for_one_rank(self._options, self._world), self._groups()
+        tx = skip_nonfinite(unscale(thor_chain(settings, groups, self._world)))
+        self._tx = distribute(tx, self._options, groups, self._world, gradients=self._averages_gradients)
         if self._tx.resolve is not None:
             self._tx = self._tx.resolve(None if self.block_size == "auto" else self.block_size)
         mode, options = self._collector.mode, self._collector.options

@@ -3,10 +3,12 @@
 from dataclasses import replace
 
 from ..options import Options
+from ..parameter_groups import ParameterGroups
 from ..transform import Transform
 from .averaging import Averaging, average_over_ranks
 from .collectives import World
 from .exchange import Exchange
+from .readers import Owners, Readers, everybody
 from .work import SharedWork
 
 
@@ -27,16 +29,29 @@ def shared_work(options: Options, world: World | None) -> SharedWork | None:
     return SharedWork(exchange, options.work_sharing, options.frequency, options.sharable)
 
 
-def distribute(tx: Transform, options: Options, world: World | None, *, gradients: bool) -> Transform:
+def distribute(
+    tx: Transform, options: Options, groups: ParameterGroups, world: World | None, *, gradients: bool
+) -> Transform:
     """Let a transform see what all ranks have measured.
 
     Args:
         tx: the update, made for :func:`for_one_rank`.
         options: as the user gave them.
+        groups: of the parameters.
         world: the ranks; None: there are no others, and nothing happens.
         gradients: whether gradients have to be averaged, too.
     """
     if world is None:
         return tx
-    averaging = Averaging(world, options.split_indices, options.reduce_dtype, gradients)
-    return average_over_ranks(tx, averaging)._replace(options=options)
+    work = shared_work(options, world)
+    readers: Readers = everybody if work is None else Owners(work, groups)
+    averaging = Averaging(world, options.split_indices, options.reduce_dtype, gradients, readers=readers)
+    known, all_ranks = tx.resolve, average_over_ranks(tx, averaging)._replace(options=options)
+    if known is None:
+        return all_ranks
+
+    def resolve(block_size: int | None) -> Transform:
+        chosen = replace(options, block_size=block_size)
+        return distribute(known(block_size), chosen, groups, world, gradients=gradients)
+
+    return all_ranks._replace(resolve=resolve)

@@ -5,7 +5,8 @@
 ``"inverse"``   each layer belongs to one rank, which inverts its factors and sends the result to all. All
                 ranks hold all inverses, and precondition all gradients. KAISA's COMM-OPT
 ``"gradient"``  each layer belongs to one rank, which alone holds its inverses and averages, preconditions its
-                gradient, and sends that: in every step, but a rank holds ``1/W`` of the state. MEM-OPT
+                gradient, and sends that: in every step, but a rank holds ``1/W`` of the state, and factors
+                go to their owner alone. MEM-OPT
 ``"auto"``      the one of these that a step takes least time with, by the model below
 ==============  ===========================================================================================
 
@@ -13,9 +14,11 @@ Let ``r`` and ``s`` be the operations of refresh and of preconditioning of all l
 of the rank that has most, ``F`` its rate, and let ``send(b) = W latency + b / bandwidth``. Per
 ``N = frequency`` steps the three take::
 
-    none       r / F                        +  N  s / F
-    inverse    r' / F + send(inverses)      +  N  s / F
-    gradient   r' / F                       +  N (s' / F + send(gradients))
+    none       r / F  + send(factors)                     +  N  s / F
+    inverse    r' / F + send(factors) + send(inverses)    +  N  s / F
+    gradient   r' / F                                     +  N (s' / F + send(gradients))
+
+``send(factors)`` is the half of their sum over all ranks that tells all of them (:mod:`.delivery`).
 
 :data:`RATES` are round numbers of the kind of device, so that all ranks come to the same choice in every run.
 What is as fast as another is not worth its messages: the first of the three wins.
@@ -33,6 +36,7 @@ from ..passes.layout import layer_of
 from ..precision import wide
 from ..transform import Params, Signals, State, Taken, Transform, Updates, after
 from .exchange import Exchange
+from .packing import packed_numel
 
 WorkSharing = Literal["none", "inverse", "gradient", "auto"]
 Mode = Literal["none", "inverse", "gradient"]
@@ -92,6 +96,7 @@ class SharedWork:
             refresh_most[owners[name]] += work.refresh_flops
             apply_most[owners[name]] += work.step_flops
         inverses = itemsize * sum(work.numbers for work in operations.values())
+        factors = itemsize * sum(packed_numel(side) for layer in layers.values() for side in layer.measured)
         gradients = itemsize * sum(n.input.groups * n.input.dim * n.output.dim for n in layers.values())
 
         def send(size: int) -> float:
@@ -99,8 +104,8 @@ class SharedWork:
 
         dearest = max(refresh_most) / rates.flops
         return {
-            "none": refresh / rates.flops + every * apply / rates.flops,
-            "inverse": dearest + send(inverses) + every * apply / rates.flops,
+            "none": refresh / rates.flops + send(factors) + every * apply / rates.flops,
+            "inverse": dearest + send(factors) + send(inverses) + every * apply / rates.flops,
             "gradient": dearest + every * (max(apply_most) / rates.flops + send(gradients)),
         }
 
