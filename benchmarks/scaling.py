@@ -25,7 +25,8 @@ Work sharing; KAISA (Pauloski et al. 2021) calls the last two COMM-OPT and MEM-O
 
 ===============  =========================================================================================
 ``"none"``       every rank inverts everything
-``"inverse"``    the inverses of a layer are computed by one rank and broadcast after every refresh. Layers
+``"inverse"``    the inverses of a layer are computed by one rank and broadcast, as triangles, after every
+                 refresh. Layers
                  are dealt out by the operations of their inversion, the longest first, each to the rank with
                  the least so far (Graham 1969); a refresh takes as long as the busiest rank
 ``"gradient"``   a rank keeps the inverses of its own layers only, and applies them: on every step the
@@ -54,6 +55,7 @@ from tables import Report, record, table
 from thor_fx.costs import cost
 from thor_fx.distributed.buckets import BUCKET_BYTES, by_bytes, by_readers
 from thor_fx.distributed.delivery import Shares
+from thor_fx.distributed.inverse_packing import packed_numbers
 from thor_fx.distributed.packing import packed_numel
 from thor_fx.distributed.work import Mode
 from thor_fx.inverses import METHODS
@@ -135,6 +137,7 @@ class Work:
     Attributes:
         gradient: bytes.
         inverses: bytes, kept between steps.
+        sent: bytes of them that tell another rank all: triangles.
         measure: operations of the products ``A`` and ``G``.
         refresh: operations of the inversion.
         precondition: operations on every step.
@@ -142,6 +145,7 @@ class Work:
 
     gradient: int = 0
     inverses: int = 0
+    sent: int = 0
     measure: int = 0
     refresh: int = 0
     precondition: int = 0
@@ -160,6 +164,7 @@ def work_of(layer: Layer, block_size: int | None) -> Work:
     return Work(
         gradient=FLOAT32 * layer.groups * layer.out * layer.in_,
         inverses=added.state_bytes,
+        sent=FLOAT32 * packed_numbers(METHODS["cholesky"], layer, block_size),
         measure=added.factor_flops - refresh,
         refresh=refresh,
         precondition=added.step_flops,
@@ -308,7 +313,7 @@ def times(case: Case, sharing: Mode, network: Network, setting: Setting) -> Time
         measure=total.measure / setting.flops,
         reduce=reduction(case, sharing, network, setting),
         refresh=refreshed.refresh / setting.flops,
-        broadcast=broadcast(total.inverses, "inverse"),
+        broadcast=broadcast(total.sent, "inverse"),
     )
 
 
@@ -371,6 +376,7 @@ def _bytes(same: Sequence[Case], setting: Setting) -> dict[str, Any]:
             "inverse": case.total.inverses,
             "gradient": {str(case.ranks): case.busiest.inverses for case in same},
         },
+        "inverse_sent_bytes": case.total.sent,
         "sum_bytes": sums,
         "sent_bytes": sent,
         "count_bytes": bytes_of_counts(case.layers),
@@ -470,7 +476,7 @@ def _traffic(result: Report) -> list[str]:
     body = []
     for row in result["bytes"]:
         sent, gradients = row["sent_bytes"], row["gradient_bytes"]
-        others = row["inverse_bytes"]["inverse"], row["preconditioned_bytes"]
+        others = row["inverse_sent_bytes"], row["preconditioned_bytes"]
         cells = [_number(gradients / 1e6), _number(sent / 1e6), str(row["collectives"])]
         cells += [f"{sent / gradients:.3f}", *(_number(value / 1e6) for value in others)]
         body.append([*_names(row), *cells])

@@ -31,6 +31,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from workloads import WORKLOADS
 
 import thor_fx
+from thor_fx.distributed.inverse_packing import packed_numbers
 from thor_fx.inverses import METHODS
 from thor_fx.layers import Coverage, Layer
 
@@ -92,7 +93,7 @@ def expected(found: Coverage, params: Mapping[str, Tensor], sharing: str) -> tup
     sent = bytes_to_owners(layers) if sharing == "gradient" else bytes_of_factors(sides_of(layers))
     factor = plain + sent + bytes_of_counts(layers)
     if sharing == "inverse":
-        numbers = sum(METHODS["cholesky"].work(layer, BLOCK_SIZE).numbers for layer in layers)
+        numbers = sum(packed_numbers(METHODS["cholesky"], layer, BLOCK_SIZE) for layer in layers)
         factor += FLOAT32 * numbers + FAILURES
     return plain, factor
 

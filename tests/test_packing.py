@@ -3,13 +3,17 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
 import thor_fx
 from thor_fx.compile import collector_of
 from thor_fx.distributed.averaging import Averaging
 from thor_fx.distributed.buckets import by_bytes, by_indices, by_readers, restricted
 from thor_fx.distributed.collectives import World
+from thor_fx.distributed.inverse_packing import packed, packed_numbers, unpacked
 from thor_fx.distributed.packing import pack, packed_numel, unpack
+from thor_fx.inverses import METHODS, Stack
+from thor_fx.layers import Layer
 from thor_fx.passes.sides import Side
 from training import build
 
@@ -36,6 +40,25 @@ def test_one_triangle_is_sent_and_the_whole_comes_back(side, numbers):
     flat = pack(factor, side)
     assert flat.shape == (numbers,)
     assert torch.equal(unpack(flat, side), factor)
+
+
+@pytest.mark.parametrize(
+    ("inverse", "halves"), [("cholesky", True), ("eigen", True), ("newton_schulz", False), ("ekfac", False)]
+)
+def test_one_triangle_of_an_inverse_is_sent_where_it_is_symmetric(inverse, halves):
+    layer, method = Layer("w", "w", Side(5), Side(3), (), (), 1, "1"), METHODS[inverse]
+    a, g = (m @ m.mT for m in (torch.randn(1, 5, 5, dtype=torch.float64), torch.ones(1, 3, 3).double()))
+    before = method.init(1, (layer.input, layer.output), 2, a)
+    (state,), failed = method.refresh([Stack(layer, (a, g), before)], lambda *_: (0.1, 0.1), 2)
+    assert failed == 0
+    sent = packed(method, {"some": state})
+    leaves = pytree.tree_leaves(sent)
+    assert sum(leaf.numel() for leaf in leaves) == packed_numbers(method, layer, 2)
+    assert (packed_numbers(method, layer, 2) < method.work(layer, 2).numbers) == halves
+    pairs = zip(*map(pytree.tree_leaves, (unpacked(method, sent, {"some": state}), state)), strict=True)
+    for arrived, part in pairs:
+        torch.testing.assert_close(arrived, part, rtol=1e-13, atol=1e-13)
+        assert not halves or torch.equal(arrived, arrived.mT)
 
 
 def test_what_arrives_is_symmetric_whatever_was_measured():

@@ -58,7 +58,7 @@ def test_the_model_by_hand(found):
     rates = Rates(flops=2.0, bandwidth=4.0, latency=8.0)
     operations = [*shared.exchange.operations(found.layers).values()]
     refresh, apply = [w.refresh_flops for w in operations], [w.step_flops for w in operations]
-    numbers = sum(w.numbers for w in operations)
+    numbers = 15 + 21 + 21 + 6  # triangles of inverses
     factors = 16 + 4 * ((15 + 21) + (21 + 6)) / 4  # triangles of 5 and 6, and of 6 and 3
     seconds = shared.seconds(found.layers, rates, itemsize=4)
     assert seconds["none"] == sum(refresh) / 2 + factors + 10 * sum(apply) / 2

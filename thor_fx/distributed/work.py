@@ -95,7 +95,7 @@ class SharedWork:
             refresh, apply = refresh + work.refresh_flops, apply + work.step_flops
             refresh_most[owners[name]] += work.refresh_flops
             apply_most[owners[name]] += work.step_flops
-        inverses = itemsize * sum(work.numbers for work in operations.values())
+        inverses = itemsize * self.exchange.numbers(layers)
         factors = itemsize * sum(packed_numel(side) for layer in layers.values() for side in layer.measured)
         gradients = itemsize * sum(n.input.groups * n.input.dim * n.output.dim for n in layers.values())
 
