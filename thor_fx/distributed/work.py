@@ -33,6 +33,7 @@ from torch import Tensor
 
 from ..layers import Coverage, Layer
 from ..passes.layout import layer_of
+from ..per_coverage import PerCoverage
 from ..precision import wide
 from ..transform import Params, Signals, State, Taken, Transform, Updates, after
 from .exchange import Exchange
@@ -125,12 +126,18 @@ class SharedWork:
             alone: a preconditioner that knows of no other rank.
             exchanging: one that sends and gets inverses.
         """
+        modes: PerCoverage[Mode] = PerCoverage()
+        parts: PerCoverage[Coverage] = PerCoverage()
+
+        def mode(coverage: Coverage, params: Params) -> Mode:
+            return modes.get(coverage, None, lambda: self.mode(coverage, params))
 
         def acting(coverage: Coverage, params: Params) -> Transform:
-            return exchanging if self.mode(coverage, params) == "inverse" else alone
+            return exchanging if mode(coverage, params) == "inverse" else alone
 
         def seen(signals: Signals, params: Params) -> Signals:
-            held = self.held(signals.coverage, params)
+            whole = signals.coverage
+            held = parts.get(whole, None, lambda: self.held(whole, params))
             moments = {n: m for n, m in (signals.moments or {}).items() if layer_of(n) in held.layers}
             return dataclasses.replace(signals, coverage=held, moments=moments or None)
 
@@ -141,7 +148,7 @@ class SharedWork:
             coverage = signals.coverage
             own = seen(signals, params)
             new, state = acting(coverage, params).update(updates, state, params, own)
-            if self.mode(coverage, params) == "gradient":
+            if mode(coverage, params) == "gradient":
                 new = self._everybodys(new, coverage)
             return new, state
 
