@@ -393,7 +393,8 @@ class Thor(torch.optim.Optimizer):
     def _choose_block_size(self, moments: Mapping[str, Moments], terms: Tensor | None) -> None:
         """Let the first factors decide; until then factors were whole, and so are the inverses."""
         assert self._collector.coverage is not None, "there are moments"
-        self.block_size_report = agreed(self._world, choose(moments, self._collector.coverage.layers, terms))
+        find = partial(choose, moments, self._collector.coverage.layers, terms)
+        self.block_size_report = agreed(self._world, find)
         if self.block_size_report is None:
             return
         if "block_size" in self.param_groups[0]:  # else the state is one that was saved with a given size
