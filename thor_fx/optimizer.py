@@ -491,8 +491,9 @@ class Thor(torch.optim.Optimizer):
         self._found = _complete(self._collector.coverage, self._params)
         self._known.restart(self._found.layers, self._params.keys() - self._collector.coverage.trained)
         settings, groups = for_one_rank(self._options, self._world), self._groups()
-        tx = skip_nonfinite(unscale(thor_chain(settings, groups, self._world)))
-        self._tx = distribute(tx, self._options, groups, self._world, gradients=self._averages_gradients)
+        tx = skip_nonfinite(thor_chain(settings, groups, self._world))
+        tx = distribute(tx, self._options, groups, self._world, gradients=self._averages_gradients)
+        self._tx = unscale(tx)  # before ranks add up: each has a scaler of its own
         if self._tx.resolve is not None:
             self._tx = self._tx.resolve(None if self.block_size == "auto" else self.block_size)
         mode, options = self._collector.mode, self._collector.options
