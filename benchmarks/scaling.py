@@ -12,7 +12,10 @@ gradients        all-reduced on every step. A ring moves ``2 (W-1)/W`` times the
 factors          the sums of ``A`` and ``G`` of every layer, all-reduced once on a factor step. A symmetric
                  (d, d) is sent as ``d (d+1)/2`` numbers, F blocks of b as ``F b (b+1)/2`` with the last
                  one padded, a diagonal as d. Beside them, in float64: the rows of every layer, and the
-                 terms of the loss. Every bucket is a collective and pays its latency; the counts are one more
+                 terms of the loss. Every bucket is a collective and pays its latency; the counts are one
+                 more. With ``"gradient"`` a bucket has as much for every rank as layers allow, and is
+                 reduce-scattered, half of an all-reduce; what a rank has added up and another one owns is
+                 sent there, in one more collective that takes as long as it takes the rank that gets most
 refresh          damped inverses by Cholesky, ``b^3`` operations for a block of b
 preconditioning  on every step
 ===============  =========================================================================================
@@ -22,7 +25,8 @@ Work sharing; KAISA (Pauloski et al. 2021) calls the last two COMM-OPT and MEM-O
 
 ===============  =========================================================================================
 ``"none"``       every rank inverts everything
-``"inverse"``    the inverses of a layer are computed by one rank and broadcast after every refresh. Layers
+``"inverse"``    the inverses of a layer are computed by one rank and broadcast, as triangles, after every
+                 refresh. Layers
                  are dealt out by the operations of their inversion, the longest first, each to the rank with
                  the least so far (Graham 1969); a refresh takes as long as the busiest rank
 ``"gradient"``   a rank keeps the inverses of its own layers only, and applies them: on every step the
@@ -49,7 +53,9 @@ from scaling_models import MODELS, Model, layers
 from tables import Report, record, table
 
 from thor_fx.costs import cost
-from thor_fx.distributed.buckets import BUCKET_BYTES
+from thor_fx.distributed.buckets import BUCKET_BYTES, by_bytes, by_readers
+from thor_fx.distributed.delivery import Shares
+from thor_fx.distributed.inverse_packing import packed_numbers
 from thor_fx.distributed.packing import packed_numel
 from thor_fx.distributed.work import Mode
 from thor_fx.inverses import METHODS
@@ -67,7 +73,7 @@ SHARINGS: tuple[Mode, ...] = get_args(Mode)
 
 def sides_of(layers: Iterable[Layer]) -> list[Side]:
     """The factors that a factor step returns for some layers, those of a coverage or of a model here."""
-    return [side for layer in layers for sums in layer.sums for side in (sums.input, sums.output)]
+    return [side for layer in layers for side in layer.measured]
 
 
 def bytes_of_factors(sides: Iterable[Side], itemsize: int = FLOAT32) -> int:
@@ -99,6 +105,15 @@ class Network:
         rounds = 2 * (ranks - 1)
         return collectives * rounds * self.latency + rounds / ranks * size / self.bandwidth
 
+    def deliver(self, shares: Shares, itemsize: int) -> float:
+        """Seconds of adding up numbers that one rank each waits for."""
+        rounds = len(shares.lengths) - 1
+        scattered = rounds * (self.latency + itemsize * shares.piece / self.bandwidth)
+        if shares.in_place:
+            return scattered
+        most = max(shares.moved(rank) for rank, length in enumerate(shares.lengths) if length)
+        return scattered + rounds * self.latency + itemsize * most / self.bandwidth
+
     def broadcast(self, size: int, ranks: int, collectives: int = 1) -> float:
         """Seconds until all ranks have ``size`` bytes, whoever owned them."""
         if ranks == 1:
@@ -122,6 +137,7 @@ class Work:
     Attributes:
         gradient: bytes.
         inverses: bytes, kept between steps.
+        sent: bytes of them that tell another rank all: triangles.
         measure: operations of the products ``A`` and ``G``.
         refresh: operations of the inversion.
         precondition: operations on every step.
@@ -129,6 +145,7 @@ class Work:
 
     gradient: int = 0
     inverses: int = 0
+    sent: int = 0
     measure: int = 0
     refresh: int = 0
     precondition: int = 0
@@ -147,6 +164,7 @@ def work_of(layer: Layer, block_size: int | None) -> Work:
     return Work(
         gradient=FLOAT32 * layer.groups * layer.out * layer.in_,
         inverses=added.state_bytes,
+        sent=FLOAT32 * packed_numbers(METHODS["cholesky"], layer, block_size),
         measure=added.factor_flops - refresh,
         refresh=refresh,
         precondition=added.step_flops,
@@ -155,8 +173,29 @@ def work_of(layer: Layer, block_size: int | None) -> Work:
 
 def deal(works: Sequence[Work], ranks: int) -> list[Work]:
     """What every rank owns: the layer that is longest to invert goes to the rank with least, and so on."""
-    hands = dealt({place: work.refresh for place, work in enumerate(works)}, ranks)
-    return [sum((works[place] for place in hand), start=Work()) for hand in hands]
+    return [sum((works[place] for place in hand), start=Work()) for hand in hands(works, ranks)]
+
+
+def hands(works: Sequence[Work], ranks: int) -> list[list[int]]:
+    """The places of what every rank owns."""
+    return dealt({place: work.refresh for place, work in enumerate(works)}, ranks)
+
+
+def shares_of(
+    layers: Sequence[Layer], block_size: int | None, ranks: int, setting: "Setting"
+) -> list[Shares]:
+    """What the owners of layers wait for, bucket by bucket."""
+    numbers = dict(enumerate(sum(map(packed_numel, sides_of([layer]))) for layer in layers))
+    owned = hands([work_of(layer, block_size) for layer in layers], ranks)
+    owners = {place: rank for rank, hand in enumerate(owned) for place in hand}
+    sizes = {place: setting.itemsize * count for place, count in numbers.items()}
+    found = []
+    for bucket in by_readers(sizes, owners, ranks, setting.bucket):
+        lengths = ranks * [0]
+        for place in bucket:
+            lengths[owners[place]] += numbers[place]
+        found.append(Shares(tuple(lengths)))
+    return found
 
 
 # --- time ----------------------------------------------------------------------------------------------
@@ -183,6 +222,11 @@ class Setting:
     def buckets(self, size: int) -> int:
         """How many of them ``size`` bytes fill."""
         return ceil(size / self.bucket)
+
+    def of_factors(self, layers: Sequence[Layer]) -> int:
+        """How many the factors of layers travel in: one is closed when it is full."""
+        sizes = {i: bytes_of_factors(sides_of([layer]), self.itemsize) for i, layer in enumerate(layers)}
+        return len(by_bytes(sizes, self.bucket))
 
 
 @dataclass(frozen=True)
@@ -226,7 +270,7 @@ class Times:
         first_order: forward, backward and the all-reduce of gradients.
         precondition: on every step, with the broadcast of its results.
         measure: of the sums, on a factor step.
-        reduce: their all-reduce.
+        reduce: their sums over all ranks.
         refresh: the inversions of the busiest rank.
         broadcast: of the inverses.
     """
@@ -267,16 +311,21 @@ def times(case: Case, sharing: Mode, network: Network, setting: Setting) -> Time
         + network.all_reduce(FLOAT32 * case.model.parameters, ranks),
         precondition=applied.precondition / setting.flops + broadcast(total.gradient, "gradient"),
         measure=total.measure / setting.flops,
-        reduce=reduction(case.layers, ranks, network, setting),
+        reduce=reduction(case, sharing, network, setting),
         refresh=refreshed.refresh / setting.flops,
-        broadcast=broadcast(total.inverses, "inverse"),
+        broadcast=broadcast(total.sent, "inverse"),
     )
 
 
-def reduction(layers: Sequence[Layer], ranks: int, network: Network, setting: Setting) -> float:
-    """Seconds of adding up the factors of all ranks."""
+def reduction(case: Case, sharing: Mode, network: Network, setting: Setting) -> float:
+    """Seconds of adding up the factors of all ranks, for all of them or for their owners."""
+    layers, ranks = case.layers, case.ranks
     factors, counts = bytes_of_factors(sides_of(layers), setting.itemsize), bytes_of_counts(layers)
-    return network.all_reduce(factors + counts, ranks, setting.buckets(factors) + 1)
+    if sharing != "gradient" or ranks == 1:
+        return network.all_reduce(factors + counts, ranks, setting.of_factors(layers) + 1)
+    shares = shares_of(layers, case.block_size, ranks, setting)
+    delivered = sum(network.deliver(one, setting.itemsize) for one in shares)
+    return delivered + network.all_reduce(counts, ranks)
 
 
 def choose(ways: dict[Mode, Times], frequency: int) -> Mode:
@@ -327,10 +376,11 @@ def _bytes(same: Sequence[Case], setting: Setting) -> dict[str, Any]:
             "inverse": case.total.inverses,
             "gradient": {str(case.ranks): case.busiest.inverses for case in same},
         },
+        "inverse_sent_bytes": case.total.sent,
         "sum_bytes": sums,
         "sent_bytes": sent,
         "count_bytes": bytes_of_counts(case.layers),
-        "collectives": setting.buckets(sent) + 1,
+        "collectives": setting.of_factors(case.layers) + 1,
         "preconditioned_bytes": case.total.gradient,
     }
 
@@ -426,7 +476,7 @@ def _traffic(result: Report) -> list[str]:
     body = []
     for row in result["bytes"]:
         sent, gradients = row["sent_bytes"], row["gradient_bytes"]
-        others = row["inverse_bytes"]["inverse"], row["preconditioned_bytes"]
+        others = row["inverse_sent_bytes"], row["preconditioned_bytes"]
         cells = [_number(gradients / 1e6), _number(sent / 1e6), str(row["collectives"])]
         cells += [f"{sent / gradients:.3f}", *(_number(value / 1e6) for value in others)]
         body.append([*_names(row), *cells])
@@ -447,7 +497,7 @@ def _ratios(result: Report, network: str) -> list[str]:
 
 
 def _details(result: Report, network: str) -> list[str]:
-    head = ["", "blocks", "devices", "first-order", "all-reduce of factors", "factor step", "refresh, all"]
+    head = ["", "blocks", "devices", "first-order", "sum of factors", "factor step", "refresh, all"]
     head += ["refresh, busiest", *(f"mean, {sharing}" for sharing in SHARINGS), "chosen"]
     body = []
     for row in _on(result, network):

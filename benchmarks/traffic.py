@@ -6,7 +6,8 @@ Runs 2 and 4 ranks of this machine, with an update that is interpreted: every co
 operator that can be counted with the bytes that it is given. The model counts the same from the shapes of the
 layers alone: gradients in every step; triangles of factors, and counts, in a factor step; with work sharing
 the inverses or the preconditioned gradients. What a ring moves through a rank is ``2 (W-1)/W`` of what is
-all-reduced here.
+all-reduced, ``(W-1)/W`` of what is reduce-scattered, all that is broadcast, and of an exchange what a rank
+does not keep.
 """
 
 import argparse
@@ -23,15 +24,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from from_study import classifier
-from scaling import SHARINGS, bytes_of_counts, bytes_of_factors, sides_of
+from scaling import SHARINGS, Setting, bytes_of_counts, bytes_of_factors, shares_of, sides_of
 from tables import record
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from workloads import WORKLOADS
 
 import thor_fx
+from thor_fx.distributed.inverse_packing import packed_numbers
 from thor_fx.inverses import METHODS
-from thor_fx.layers import Coverage
+from thor_fx.layers import Coverage, Layer
 
 HERE = Path(__file__).parent
 MODELS, RANKS = ("mlp", "cnn", "transformer"), (2, 4)
@@ -46,13 +48,23 @@ class Counting(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.collectives = self.bytes = 0
+        self.moved = 0.0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "_c10d_functional" and "wait" not in func.name():
             sent: Tensor = args[0]
             self.collectives += 1
             self.bytes += sent.numel() * sent.element_size()
+            self.moved += sent.element_size() * moved(func.name().split("::")[1], sent.numel(), args)
         return func(*args, **(kwargs or {}))
+
+
+def moved(collective: str, given: int, args: Sequence[Any]) -> float:
+    """How many of the numbers that a collective is given pass through this rank, on a ring."""
+    others = (dist.get_world_size() - 1) / dist.get_world_size()
+    if collective == "all_to_all_single":
+        return given - args[2][dist.get_rank()]
+    return given * {"all_reduce": 2 * others, "reduce_scatter_tensor": others, "broadcast": 1.0}[collective]
 
 
 @dataclass(frozen=True)
@@ -63,24 +75,37 @@ class Sent:
         collectives: how many.
         measured: bytes that they were given.
         expected: bytes that the model says.
+        moved: bytes that pass through the rank, on a ring.
     """
 
     collectives: int
     measured: int
     expected: int
+    moved: float
 
 
 def expected(found: Coverage, params: Mapping[str, Tensor], sharing: str) -> tuple[int, int]:
-    """Bytes of a plain step and of a factor step."""
+    """Bytes of a plain step and of a factor step, of the first rank."""
     plain = FLOAT32 * sum(p.numel() for p in params.values())
     if sharing == "gradient":
         plain += FLOAT32 * sum(params[name].numel() for name in found.preconditioned)
-    layers = found.layers.values()
-    factor = plain + bytes_of_factors(sides_of(layers)) + bytes_of_counts(layers)
+    layers = list(found.layers.values())
+    sent = bytes_to_owners(layers) if sharing == "gradient" else bytes_of_factors(sides_of(layers))
+    factor = plain + sent + bytes_of_counts(layers)
     if sharing == "inverse":
-        numbers = sum(METHODS["cholesky"].work(layer, BLOCK_SIZE).numbers for layer in layers)
+        numbers = sum(packed_numbers(METHODS["cholesky"], layer, BLOCK_SIZE) for layer in layers)
         factor += FLOAT32 * numbers + FAILURES
     return plain, factor
+
+
+def bytes_to_owners(layers: Sequence[Layer]) -> int:
+    """Bytes of factors that one rank each reads: what is added up, and what the first rank hands on."""
+    ranks = dist.get_world_size()
+    buckets = shares_of(layers, BLOCK_SIZE, ranks, Setting())
+    handed_on = [shares for shares in buckets if not shares.in_place]
+    numbers = sum(ranks * shares.piece for shares in buckets)
+    numbers += sum(shares.held(reader, by=0) for shares in handed_on for reader in range(ranks))
+    return FLOAT32 * numbers
 
 
 def count(name: str, sharing: str) -> dict[str, Any]:
@@ -101,7 +126,7 @@ def count(name: str, sharing: str) -> dict[str, Any]:
     assert optimizer.coverage is not None, "a step was taken"
     plain, factor = expected(optimizer.coverage, dict(model.named_parameters()), sharing)
     kinds = zip(("factor", "plain"), steps[-2:], (factor, plain), strict=True)
-    rows = {kind: asdict(Sent(c.collectives, c.bytes, want)) for kind, c, want in kinds}
+    rows = {kind: asdict(Sent(c.collectives, c.bytes, want, c.moved)) for kind, c, want in kinds}
     return {"model": name, "ranks": dist.get_world_size(), "sharing": sharing, **rows}
 
 
@@ -128,14 +153,16 @@ def one_rank(models: Sequence[str], result: Path) -> None:
 
 def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     lines = [f"torch {torch.__version__}, gloo, float32, blocks of {BLOCK_SIZE}."]
-    lines += ["MB that a rank gives to collectives:", ""]
-    step = "by the model | collectives"
+    lines += ["MB that the first rank gives to collectives, and that a ring would move through it:", ""]
+    step = "by the model | on a ring | collectives"
     lines.append(f"| model | ranks | work sharing | plain step | {step} | factor step | {step} |")
-    lines.append(f"| --- | ---: | --- |{6 * ' ---: |'}")
+    lines.append(f"| --- | ---: | --- |{8 * ' ---: |'}")
     for row in rows:
         kinds = [row["plain"], row["factor"]]
         cells = " | ".join(
-            f"{k['measured'] / 1e6:.4f} | {k['expected'] / 1e6:.4f} | {k['collectives']}" for k in kinds
+            " | ".join(f"{k[what] / 1e6:.4f}" for what in ("measured", "expected", "moved"))
+            + f" | {k['collectives']}"
+            for k in kinds
         )
         lines.append(f"| {row['model']} | {row['ranks']} | {row['sharing']} | {cells} |")
     return "\n".join(lines)

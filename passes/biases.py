@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from .gathered import part_of
 from .nodes import CASTS, PERMUTES, RESHAPES, arguments, shape, source, target
 from .operands import Operand
 from .patches import Pixels
@@ -61,7 +62,7 @@ def find_biases(
     biases: dict[str, Bias] = {}
     for layer, sites in layers.items():
         read = sorted((_root(site.cotangent.node).name, _feature_axis(site.cotangent)) for site in sites)
-        length = sites[0].cotangent.features * sites[0].groups
+        length = part_of(sites[0].cotangent).features * sites[0].groups
         fitting = [bias for bias, size in candidates.get(tuple(read), []) if size == length]
         if fitting and not any(site.flipped for site in sites):
             biases[layer] = fitting[0]

@@ -57,6 +57,11 @@ class Gathered(Wrapped):
         return gathered(self.inner.pool(reduction, axis, *values), self.split)
 
 
+def part_of(operand: Operand) -> Operand:
+    """The operand with the features of this rank."""
+    return operand.inner if isinstance(operand, Gathered) else operand
+
+
 def gathered(x: Tensor, split: Split) -> Tensor:
     """The columns of all ranks side by side: (R, F) of (R, this rank's).
 

@@ -24,8 +24,8 @@ STEPS, SAVED_AFTER = 7, 3
 
 AVERAGES: dict[str, Any] = {**SETTINGS, "factor_decay": 0.5, "refresh": thor_fx.Every(4)}
 
-DOORS = ["ddp", "group", "functional"]
-"""Ranks of DistributedDataParallel, of ``process_group=``, and of a functional step."""
+DOORS = ["ddp", "group", "functional", "gradient"]
+"""Ranks of DistributedDataParallel, of ``process_group=``, of a functional step, and that share the work."""
 
 
 def data() -> list[Batch]:
@@ -43,12 +43,12 @@ def fresh(unlike: bool) -> nn.Module:
     return model
 
 
-def drop_in(wraps: bool, folder: Path, resumes: bool) -> list[Parameters]:
+def drop_in(wraps: bool, folder: Path, resumes: bool, **options: Any) -> list[Parameters]:
     """Train from the start and save, or resume; the parameters after every step."""
     group = dist.group.WORLD if dist.is_initialized() and not wraps else None
     net = thor_fx.compile(fresh(unlike=resumes), backend="aot_eager")
     model = DistributedDataParallel(net) if dist.is_initialized() and wraps else net
-    optimizer = thor_fx.Thor(model, **AVERAGES, process_group=group)
+    optimizer = thor_fx.Thor(model, **AVERAGES, **options, process_group=group)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.7)
     first, trajectory = 0, []
     if resumes:
@@ -70,10 +70,11 @@ def drop_in(wraps: bool, folder: Path, resumes: bool) -> list[Parameters]:
     return trajectory
 
 
-def functional(folder: Path, resumes: bool) -> list[Parameters]:
+def functional(folder: Path, resumes: bool, **options: Any) -> list[Parameters]:
     """The same as a compiled step; where it resumes, nothing is initialised."""
     group = dist.group.WORLD if dist.is_initialized() else None
-    tx = thor_fx.thor(**{**AVERAGES, "lr": lambda step: 0.02 * 0.7 ** (step // 2)}, process_group=group)
+    settings = {**AVERAGES, "lr": lambda step: 0.02 * 0.7 ** (step // 2), **options}
+    tx = thor_fx.thor(**settings, process_group=group)
     model, trajectory = fresh(unlike=resumes), []
     step = thor_fx.compile_step(classifier_loss(model), tx, backend="eager")
     if resumes:
@@ -92,14 +93,19 @@ def functional(folder: Path, resumes: bool) -> list[Parameters]:
 def trained(door: str, checkpoints: Path, resumes: bool) -> list[Parameters]:
     if door == "functional":
         return functional(checkpoints / door, resumes)
-    return drop_in(door == "ddp", checkpoints / door, resumes)
+    sharing = "gradient" if door == "gradient" else "none"
+    return drop_in(door == "ddp", checkpoints / door, resumes, work_sharing=sharing)
 
 
 def runs(checkpoints: Path) -> dict[str, Callable[[], Any]]:
     def run(door: str, resumes: bool) -> Callable[[], Any]:
         return lambda: trained(door, checkpoints, resumes)
 
-    whole = {f"whole {door}": run(door, resumes=False) for door in DOORS}
+    def own_state() -> None:
+        functional(checkpoints / "own", resumes=False, work_sharing="gradient")
+
+    whole: dict[str, Callable[[], Any]] = {"own state": own_state}
+    whole |= {f"whole {door}": run(door, resumes=False) for door in DOORS}
     return whole | {f"resumed {door}": run(door, resumes=True) for door in DOORS}
 
 

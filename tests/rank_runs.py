@@ -20,6 +20,16 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import thor_fx
+from thor_fx.distributed.collectives import world_of
+from thor_fx.distributed.distribute import distribute
+from thor_fx.distributed.work import WorkSharing
+from thor_fx.distributed.wrappers import unwrapped
+from thor_fx.factors import flat_moments, measure
+from thor_fx.layers import Coverage
+from thor_fx.options import Options
+from thor_fx.parameter_groups import ParameterGroups
+from thor_fx.passes.layout import Rules
+from thor_fx.transform import Signals, Transform
 from training import (
     CLASSES,
     HIDDEN,
@@ -37,6 +47,8 @@ from training import (
 
 SETTINGS: dict[str, Any] = {"lr": 0.02, "damping": 0.1, "momentum": 0.9, "frequency": 2}
 STEPS, ROWS = 4, 12
+GROUPS = [{"params": ["0.weight", "1.weight"], "lr": 0.05, "damping": 0.2}]
+ONE_GROUP = ParameterGroups({"": {}})
 TIMEOUT = datetime.timedelta(seconds=60)
 
 
@@ -79,11 +91,19 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "auto": {"work_sharing": "auto"},
     "recommended": {"preset": "recommended", "damping": 0.5},
     "rounded": {"reduce_dtype": torch.bfloat16},
+    "half_of_rows": {"rows": 0.5},
+    "groups": {"params": GROUPS},
+    "groups_inverses": {"params": GROUPS, "work_sharing": "inverse"},
+    "groups_gradients": {"params": GROUPS, "work_sharing": "gradient", "factor_decay": 0.5},
+    "beside": {"refresh_async": True},
+    "beside_gradients": {"refresh_async": True, "work_sharing": "gradient"},
+    "sampled": {"fisher": "sampled", "likelihood": "categorical"},
+    "auto_blocks": {"block_size": "auto"},
 }
 """By name; ``batch_size`` is what one process is given, and every rank its share."""
 
 EXACT = {
-    "ddp": [name for name in OPTIONS if name != "rounded"],
+    "ddp": [name for name in OPTIONS if name not in {"rounded", "sampled", "auto_blocks"}],
     "functional": ["defaults", "batch_size", "averages", "adaptive", "inverses", "gradients_averaged"],
 }
 """By door; the update is the same in both."""
@@ -107,6 +127,11 @@ def settings(options: str) -> dict[str, Any]:
     return own
 
 
+def steps(options: str) -> int:
+    """Inverses that are computed beside the steps act late."""
+    return 7 if options.startswith("beside") else STEPS
+
+
 def wrapped(make: str, backend: str = "aot_eager", around: bool = False) -> nn.Module:
     """A compiled model inside of DistributedDataParallel, or around it."""
     model = build(MODELS[make])
@@ -117,7 +142,7 @@ def wrapped(make: str, backend: str = "aot_eager", around: bool = False) -> nn.M
 
 def by_ddp(make: str, options: str = "defaults", **how: Any) -> list[Parameters]:
     model = wrapped(make, **how)
-    data = [shard(batch) for batch in batches(STEPS, ROWS)]
+    data = [shard(batch) for batch in batches(steps(options), ROWS)]
     return train_by_closures(model, thor_fx.Thor(model, **settings(options)), data)
 
 
@@ -160,6 +185,69 @@ def accumulated() -> list[Parameters]:
         optimizer.zero_grad()
         trajectory.append(snapshot(dict(model.module.named_parameters())))
     return trajectory
+
+
+def sampled() -> list[Parameters]:
+    """Labels are drawn by every rank for itself."""
+    torch.manual_seed(world()[0])
+    return by_ddp("normalised", "sampled")
+
+
+def auto_blocks() -> list[Parameters]:
+    """The block size that rank 0 has chosen, too."""
+    model = wrapped("normalised")
+    optimizer = thor_fx.Thor(model, **settings("auto_blocks"))
+    found = train_by_closures(model, optimizer, [shard(batch) for batch in batches(STEPS, ROWS)])
+    return [*found, {"block size": torch.tensor(optimizer.block_size)}]
+
+
+def overflow(wraps: bool) -> list[Parameters]:
+    """The second step has an overflow on the last rank."""
+    rank, size = world()
+    model = (
+        wrapped("normalised") if wraps else thor_fx.compile(build(MODELS["normalised"]), backend="aot_eager")
+    )
+    group = {} if wraps else {"process_group": dist.group.WORLD}
+    optimizer, trajectory = thor_fx.Thor(model, **SETTINGS, **group), []
+    scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
+    for step, batch in enumerate(batches(STEPS, ROWS)):
+        x, y = shard(batch)
+        loss = F.cross_entropy(model(x), y) * (torch.inf if step == 1 and rank == size - 1 else 1.0)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        skipped = {"skipped": torch.tensor(optimizer.metrics()["skipped_steps"])}
+        trajectory.append(snapshot(dict(unwrapped(model).named_parameters())) | skipped)
+    return trajectory
+
+
+def not_finite() -> None:
+    """A batch on which the last rank can choose no block size."""
+    rank, size = world()
+    tx = thor_fx.thor(**SETTINGS, block_size="auto", process_group=dist.group.WORLD)
+    model, ((x, y),) = build(MODELS["mlp"]), batches(1)
+    params = snapshot(dict(model.named_parameters()))
+    x = x * (torch.nan if rank == size - 1 else 1.0)
+    thor_fx.compile_step(classifier_loss(model), tx, backend="eager").init(params, x, y)
+
+
+def factors_read(sharing: WorkSharing) -> Parameters:
+    """The sums of all ranks that this rank gets, by what they are."""
+    model, batch = build(MODELS["encoder"]), shard(batches(1, ROWS)[0])
+    params = snapshot(dict(model.named_parameters()))
+    layers, moments, terms = measure(classifier_loss(model), params, *batch, rules=Rules())
+    read: Parameters = {}
+
+    def update(updates: Any, state: Any, _: Any, signals: Signals) -> Any:
+        read.update({str(what): value for what, value in flat_moments(signals.moments or {}).items()})
+        return updates, state
+
+    options = Options(work_sharing=sharing, split_indices=[0, 3])
+    ranks = world_of(dist.group.WORLD)
+    tx = distribute(Transform(lambda *_: (), update), options, ONE_GROUP, ranks, gradients=False)
+    tx.update({}, (), params, Signals(Coverage(layers, (), {}), moments=moments, terms=terms))
+    return read
 
 
 def different_settings() -> None:
@@ -205,11 +293,18 @@ RUNS: dict[str, Callable[[], Any]] = {
     },
     "around": lambda: by_ddp("mlp", around=True),
     "rounded": lambda: by_functional("mlp", "rounded"),
-    "inductor ddp": lambda: by_ddp("mlp", backend="inductor"),
+    "inductor ddp": lambda: by_ddp("mlp", "gradients", backend="inductor"),
     "inductor functional": lambda: by_functional("mlp", backend="inductor"),
     "weighted": lambda: unequal(weighted),
     "unweighted": lambda: unequal(F.cross_entropy),
     "accumulated": accumulated,
+    "sampled": sampled,
+    "auto blocks": auto_blocks,
+    "overflow wrapped": lambda: overflow(True),
+    "overflow group": lambda: overflow(False),
+    "not finite": not_finite,
+    "factors of all": lambda: factors_read("none"),
+    "factors of owners": lambda: factors_read("gradient"),
     "different settings": different_settings,
     "different values": different_values,
     "different models": different_models,

@@ -32,7 +32,8 @@ from training import (
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="no torch.distributed here")
 
-FOUR = [name for name in RUNS if name in {"unweighted", "accumulated"} or name.split()[-1] in MODELS]
+ALSO_FOUR = {"unweighted", "accumulated", "factors of all", "factors of owners"}
+FOUR = [name for name in RUNS if name in ALSO_FOUR or name.split()[-1] in MODELS]
 
 
 @pytest.fixture(scope="session")
@@ -54,7 +55,7 @@ def ranks(request: pytest.FixtureRequest) -> Results:
 def in_one_process(make: str, options: str = "defaults") -> list[Parameters]:
     model = compiled(MODELS[make])
     optimizer = thor_fx.Thor(model, **{**SETTINGS, **OPTIONS[options]})
-    return train_by_closures(model, optimizer, batches(STEPS, ROWS))
+    return train_by_closures(model, optimizer, batches(rank_runs.steps(options), ROWS))
 
 
 @pytest.mark.parametrize("make", ["mlp", "cnn", "encoder", "tied"])
@@ -145,6 +146,52 @@ def test_buckets_and_doors_change_nothing(two):
     assert_same(
         by_functional_door(build(MODELS["normalised"]), batches(STEPS, ROWS), **SETTINGS), whole, 1e-10
     )
+
+
+def test_ranks_that_draw_other_labels_stay_equal(two):
+    sampled = all_equal(two["sampled"])
+    assert_moved(sampled, snapshot(dict(build(MODELS["normalised"]).named_parameters())))
+    assert not identical(sampled[-1], in_one_process("normalised")[-1])
+
+
+def test_a_block_size_that_is_chosen_is_that_of_all_ranks(two):
+    *found, chosen = all_equal(two["auto blocks"])
+    model = compiled(MODELS["normalised"])
+    optimizer = thor_fx.Thor(model, **SETTINGS, block_size=int(chosen["block size"]))
+    assert_same(found, train_by_closures(model, optimizer, batches(STEPS, ROWS)), rtol=1e-9)
+
+
+def test_a_rank_that_cannot_choose_a_block_size_stops_all(two):
+    first, last = two["not finite"]
+    assert last.startswith("ValueError: the factor A of '0.weight' is not finite"), last
+    assert first.startswith("AnotherRankFailed: rank 1 has stopped, so all ranks do: ValueError: the f"), (
+        first
+    )
+
+
+@pytest.mark.parametrize("how", ["wrapped", "group"])
+def test_an_overflow_on_one_rank_skips_the_step_on_all(two, how):
+    found = all_equal(two[f"overflow {how}"])
+    assert [int(step.pop("skipped")) for step in map(dict.copy, found)] == [0, 1, 1, 1]
+    params = [{name: value for name, value in step.items() if name != "skipped"} for step in found]
+    assert identical(params[0], params[1])
+    data = batches(STEPS, ROWS)
+    model = compiled(MODELS["normalised"])
+    optimizer, expected = thor_fx.Thor(model, **SETTINGS), []
+    for step, (x, y) in enumerate(data):
+        (F.cross_entropy(model(x), y) * (torch.inf if step == 1 else 1.0)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        expected.append(snapshot(dict(model.named_parameters())))
+    assert_same(params, expected, rtol=1e-9)
+
+
+def test_factors_go_to_their_owners_only(ranks):
+    owned, everybodys = ranks["factors of owners"], all_equal([[sums] for sums in ranks["factors of all"]])[0]
+    assert sorted(what for own in owned for what in own) == sorted(everybodys), "each is read by one rank"
+    assert all(own for own in owned)
+    for own in owned:
+        assert_same([own], [{what: everybodys[what] for what in own}], rtol=1e-14)
 
 
 @pytest.mark.parametrize(

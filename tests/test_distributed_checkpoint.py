@@ -38,7 +38,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def two(folder: Path) -> Results:
     """Both what is not interrupted, which saves, and what resumes."""
     names = [f"{run} {door}" for run in ("whole", "resumed") for door in DOORS]
-    return run_on_ranks(names, 2, folder / "two", SCRIPT)
+    return run_on_ranks([*names, "own state"], 2, folder / "two", SCRIPT)
 
 
 @pytest.fixture(scope="session")
@@ -59,6 +59,12 @@ def test_other_numbers_of_ranks_continue(two, four, folder, door):
     whole = all_equal(two[f"whole {door}"])[SAVED_AFTER:]
     assert_same(all_equal(four[f"resumed {door}"]), whole, rtol=1e-6)
     assert_same(trained(door, folder / "checkpoints", resumes=True), whole, rtol=1e-6)
+
+
+def test_a_state_that_is_each_ranks_own_is_refused_on_all_of_them(two):
+    for message in two["own state"]:
+        assert message.startswith("ValueError: state"), message
+        assert "save it rank by rank with torch.save" in message
 
 
 def equal(one: Any, other: Any) -> bool:

@@ -3,13 +3,17 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
 import thor_fx
 from thor_fx.compile import collector_of
 from thor_fx.distributed.averaging import Averaging
-from thor_fx.distributed.buckets import by_bytes, by_indices, restricted
+from thor_fx.distributed.buckets import by_bytes, by_indices, by_readers, restricted
 from thor_fx.distributed.collectives import World
+from thor_fx.distributed.inverse_packing import packed, packed_numbers, unpacked
 from thor_fx.distributed.packing import pack, packed_numel, unpack
+from thor_fx.inverses import METHODS, Stack
+from thor_fx.layers import Layer
 from thor_fx.passes.sides import Side
 from training import build
 
@@ -38,6 +42,25 @@ def test_one_triangle_is_sent_and_the_whole_comes_back(side, numbers):
     assert torch.equal(unpack(flat, side), factor)
 
 
+@pytest.mark.parametrize(
+    ("inverse", "halves"), [("cholesky", True), ("eigen", True), ("newton_schulz", False), ("ekfac", False)]
+)
+def test_one_triangle_of_an_inverse_is_sent_where_it_is_symmetric(inverse, halves):
+    layer, method = Layer("w", "w", Side(5), Side(3), (), (), 1, "1"), METHODS[inverse]
+    a, g = (m @ m.mT for m in (torch.randn(1, 5, 5, dtype=torch.float64), torch.ones(1, 3, 3).double()))
+    before = method.init(1, (layer.input, layer.output), 2, a)
+    (state,), failed = method.refresh([Stack(layer, (a, g), before)], lambda *_: (0.1, 0.1), 2)
+    assert failed == 0
+    sent = packed(method, {"some": state})
+    leaves = pytree.tree_leaves(sent)
+    assert sum(leaf.numel() for leaf in leaves) == packed_numbers(method, layer, 2)
+    assert (packed_numbers(method, layer, 2) < method.work(layer, 2).numbers) == halves
+    pairs = zip(*map(pytree.tree_leaves, (unpacked(method, sent, {"some": state}), state)), strict=True)
+    for arrived, part in pairs:
+        torch.testing.assert_close(arrived, part, rtol=1e-13, atol=1e-13)
+        assert not halves or torch.equal(arrived, arrived.mT)
+
+
 def test_what_arrives_is_symmetric_whatever_was_measured():
     arrived = unpack(pack(torch.arange(16.0).reshape(4, 4), Side(4)), Side(4))
     assert torch.equal(arrived, arrived.mT)
@@ -51,6 +74,14 @@ def test_indices_are_the_last_layers_of_buckets():
     assert by_indices(layers, [53]) == [layers]
     with pytest.raises(ValueError, match=r"0 to 53 for this model's 54 layers .* got \[26, 54\]"):
         by_indices(layers, [26, 54])
+
+
+def test_every_reader_gets_its_part_of_every_bucket():
+    sizes, readers = dict.fromkeys(range(8), 10), {i: i % 2 for i in range(8)}
+    assert by_readers(sizes, readers, 2, limit=40) == [[0, 2, 1, 3], [4, 6, 5, 7]]
+    alone = by_readers(sizes, dict.fromkeys(range(8), 1), 2, limit=40)
+    assert alone == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    assert by_readers({}, {}, 2) == []
 
 
 def test_buckets_by_bytes_hold_every_tensor_once_and_in_order():

@@ -76,7 +76,12 @@ def test_a_tiny_model_by_hand():
     assert scaling.bytes_of_counts(layers) == 3 * 8
     # multiplied on either side by blocks of 2: 2 * 2 operations for each of the 12 numbers
     assert scaling.work_of(layers[0], 2) == scaling.Work(
-        gradient=4 * 12, inverses=4 * 16, measure=2 * 15 * 16, refresh=4 * 2**3, precondition=2 * 2 * 2 * 12
+        gradient=4 * 12,
+        inverses=4 * 16,
+        sent=4 * 12,
+        measure=2 * 15 * 16,
+        refresh=4 * 2**3,
+        precondition=2 * 2 * 2 * 12,
     )
     assert TINY.parameters == 28
     assert TINY.flops == 6 * 15 * 24
@@ -85,16 +90,19 @@ def test_a_tiny_model_by_hand():
 def test_a_tiny_step_by_hand():
     [case] = scaling.cases(TINY, 2, [2])
     assert (case.total, case.busiest) == (
-        scaling.Work(96, 128, 960, 64, 192),
-        scaling.Work(48, 64, 480, 32, 96),
+        scaling.Work(96, 128, 96, 960, 64, 192),
+        scaling.Work(48, 64, 48, 480, 32, 96),
     )
     none, inverse, gradient = (scaling.times(case, way, NETWORK, SETTING) for way in scaling.SHARINGS)
     first_order = 2160 / 16 + (1.0 + 112 / 100)
     # 96 bytes of factors fill one bucket, and the 24 of the counts are one more collective
     reduce = 2 * 1.0 + 120 / 100
     assert none == scaling.Times(first_order, 24.0, 120.0, pytest.approx(reduce), refresh=8.0, broadcast=0.0)
-    assert inverse == replace(none, refresh=4.0, broadcast=2 * 0.5 + 128 / 100)  # two buckets
-    assert gradient == replace(none, refresh=4.0, precondition=12.0 + (0.5 + 96 / 100))
+    assert inverse == replace(none, refresh=4.0, broadcast=0.5 + 96 / 100)  # one bucket
+    to_owners = (0.5 + 48 / 100) + (1.0 + 24 / 100)  # each rank adds up the 48 bytes of its own layer
+    assert gradient == replace(
+        none, refresh=4.0, precondition=12.0 + (0.5 + 96 / 100), reduce=pytest.approx(to_owners)
+    )
     assert none.step == first_order + 24
     assert none.factor_step == pytest.approx(none.step + 120 + reduce + 8)
     assert none.amortised(10) == pytest.approx(none.step + (120 + reduce + 8) / 10)

@@ -47,10 +47,9 @@ def cost(layer: Layer, block_size: int | None, itemsize: int = 4, inverse: Inver
         itemsize: bytes of a number: 8 for a float64 model, else 4.
         inverse: the method of inversion.
     """
-    stored = [side.numel for sums in layer.sums for side in (sums.input, sums.output)]
     work = METHODS[inverse].work(layer, block_size)
     return Cost(
-        factor_bytes=itemsize * sum(stored),
+        factor_bytes=itemsize * sum(side.numel for side in layer.measured),
         state_bytes=itemsize * work.numbers,
         factor_flops=sum(_product_flops(sums) for sums in layer.sums) + work.refresh_flops,
         step_flops=work.step_flops,

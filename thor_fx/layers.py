@@ -89,6 +89,11 @@ class Layer:
         return self.input.groups
 
     @property
+    def measured(self) -> list[Side]:
+        """The sides of the factors that a factor step returns."""
+        return [side for sums in self.sums for side in (sums.input, sums.output)]
+
+    @property
     def both_ways(self) -> bool:
         """Whether some uses are of the matrix and some of its transpose."""
         return len(self.sums) > 1

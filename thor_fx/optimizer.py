@@ -398,7 +398,8 @@ class Thor(torch.optim.Optimizer):
     def _choose_block_size(self, moments: Mapping[str, Moments], terms: Tensor | None) -> None:
         """Let the first factors decide; until then factors were whole, and so are the inverses."""
         assert self._collector.coverage is not None, "there are moments"
-        self.block_size_report = agreed(self._world, choose(moments, self._collector.coverage.layers, terms))
+        find = partial(choose, moments, self._collector.coverage.layers, terms)
+        self.block_size_report = agreed(self._world, find)
         if self.block_size_report is None:
             return
         if "block_size" in self.param_groups[0]:  # else the state is one that was saved with a given size
@@ -509,11 +510,12 @@ class Thor(torch.optim.Optimizer):
         settings = for_one_rank(self._options, self._world, copies)
         self._parts = self._dealt()
         if self._parts is None:
-            tx = skip_nonfinite(unscale(thor_chain(settings, groups, self._world)))
+            tx = skip_nonfinite(thor_chain(settings, groups, self._world))
         else:
-            tx = skip_nonfinite(by_owners(unscale(thor_chain(settings, groups)), self._parts), self._world)
-        gradients = self._averages_gradients
-        tx = distribute(tx, self._options, self._world, gradients=gradients, copies=copies)
+            tx = skip_nonfinite(by_owners(thor_chain(settings, groups), self._parts), self._world)
+        ranks: dict[str, Any] = {"gradients": self._averages_gradients, "copies": copies}
+        tx = distribute(tx, self._options, groups, self._world, **ranks, parts=self._parts)
+        tx = unscale(tx)  # before ranks add up: each has a scaler of its own
         return tx if tx.resolve is None else tx.resolve(_known(self.block_size))
 
     def _dealt(self) -> Parts | None:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from .layers import Coverage
 from .schedule import Schedule
 from .transform import Hyper, Transform, partition
 
@@ -31,6 +32,15 @@ class ParameterGroups:
         if self.labels is None:
             return make(self.schedules[""])
         return partition({label: make(own) for label, own in self.schedules.items()}, self.labels)
+
+    def parts(self, coverage: Coverage) -> list[Coverage]:
+        """What every group sees of a coverage."""
+        if self.labels is None:
+            return [coverage]
+        members: dict[str, list[str]] = {label: [] for label in self.schedules}
+        for name, label in self.labels.items():
+            members[label].append(name)
+        return [coverage.restrict(frozenset(names)) for names in members.values()]
 
     def named(self, name: str) -> dict[str, Schedule]:
         """The schedule ``name`` of all groups, as a chain of all groups calls it."""

@@ -10,6 +10,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from .layers import Coverage
+from .per_coverage import PerCoverage
 from .transform import Params, Signals, State, Taken, Transform, Updates, after, chain, earliest
 
 NOTHING = chain()
@@ -31,9 +32,18 @@ def by_coverage(layers: Transform, others: Transform) -> Transform:
         others: may be :data:`NOTHING`, which passes updates on.
     """
     both = chain(layers, others, shared=True)  # checks that they agree
+    parts: PerCoverage[Coverage] = PerCoverage()
+    inside: PerCoverage[frozenset[str]] = PerCoverage()
+
+    def split(tensors: Params, coverage: Coverage) -> tuple[Params, Params]:
+        return _split(tensors, inside.get(coverage, None, lambda: coverage.preconditioned))
+
+    def told(signals: Signals, names: Params) -> Signals:
+        own, whole = frozenset(names), signals.coverage
+        return replace(signals, coverage=parts.get(whole, own, lambda: whole.restrict(own)))
 
     def init(params: Params, coverage: Coverage) -> RouteState:
-        ways = zip((layers, others), _split(params, coverage), strict=True)
+        ways = zip((layers, others), split(params, coverage), strict=True)
         return RouteState(
             *(tx.init(own, coverage.restrict(frozenset(own))) if own else () for tx, own in ways)
         )
@@ -41,14 +51,13 @@ def by_coverage(layers: Transform, others: Transform) -> Transform:
     def update(
         updates: Updates, state: RouteState, params: Params, signals: Signals
     ) -> tuple[Updates, RouteState]:
-        routes = _split(params, signals.coverage), _split(updates, signals.coverage)
+        routes = split(params, signals.coverage), split(updates, signals.coverage)
         new: dict[str, Tensor] = {}
         states = []
         for tx, old, own, mine in zip((layers, others), state, *routes, strict=True):
             changed, after = mine, old
             if mine:
-                told = replace(signals, coverage=signals.coverage.restrict(frozenset(own)))
-                changed, after = tx.update(mine, old, own, told)
+                changed, after = tx.update(mine, old, own, told(signals, own))
             states.append(after)
             new |= changed
         return {name: new[name] for name in updates}, RouteState(*states)
@@ -57,9 +66,8 @@ def by_coverage(layers: Transform, others: Transform) -> Transform:
         state: RouteState, params: Params, signals: Signals, taken: Taken
     ) -> tuple[RouteState, int | None]:
         states, dues = [], []
-        for tx, old, own in zip((layers, others), state, _split(params, signals.coverage), strict=True):
-            told = replace(signals, coverage=signals.coverage.restrict(frozenset(own)))
-            new, due = after(tx, old, own, told, taken) if own else (old, None)
+        for tx, old, own in zip((layers, others), state, split(params, signals.coverage), strict=True):
+            new, due = after(tx, old, own, told(signals, own), taken) if own else (old, None)
             states.append(new)
             dues.append(due)
         return RouteState(*states), earliest(dues)
@@ -67,8 +75,7 @@ def by_coverage(layers: Transform, others: Transform) -> Transform:
     return both._replace(init=init, update=update, between=between if both.between else None)
 
 
-def _split(tensors: Params, coverage: Coverage) -> tuple[Params, Params]:
-    inside = coverage.preconditioned
+def _split(tensors: Params, inside: frozenset[str]) -> tuple[Params, Params]:
     return (
         {name: tensor for name, tensor in tensors.items() if name in inside},
         {name: tensor for name, tensor in tensors.items() if name not in inside},

@@ -285,8 +285,8 @@ class CompiledStep:
         """What "auto" becomes; None where a block size was given, or nothing can be cut."""
         if self._auto is None:
             return None
-        report = choose_by_step(self._loss_fn, params, batch, self._tx.rules)
-        self.block_size_report = agreed(self._tx.world, report)
+        find = partial(choose_by_step, self._loss_fn, params, batch, self._tx.rules)
+        self.block_size_report = agreed(self._tx.world, find)
         chosen = None if self.block_size_report is None else self.block_size_report.chosen
         self._resolve(chosen, params)
         return chosen

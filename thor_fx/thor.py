@@ -225,8 +225,9 @@ def thor(
     if fallback_lr is not None:
         schedules["fallback_lr"] = Schedule("fallback_lr", fallback_lr)
     world = world_of(process_group)
-    tx = skip_nonfinite(thor_chain(for_one_rank(options, world), ParameterGroups({"": schedules}), world))
-    return distribute(tx, options, world, gradients=True)
+    groups = ParameterGroups({"": schedules})
+    tx = skip_nonfinite(thor_chain(for_one_rank(options, world), groups, world))
+    return distribute(tx, options, groups, world, gradients=True)
 
 
 def decay_all_but_beta_gamma(name: str) -> bool:

@@ -18,6 +18,7 @@ from .factors import Moments
 from .inverses import Inverse
 from .layers import Coverage
 from .passes.layout import Rules, layer_of
+from .per_coverage import PerCoverage
 from .schedule import Schedule
 
 if TYPE_CHECKING:
@@ -418,12 +419,15 @@ def partition(transforms: Mapping[str, Transform], groups: Mapping[str, str]) ->
         for name, schedule in transform.schedules.items()
     }
 
+    parts: PerCoverage[Coverage] = PerCoverage()
+
     def members(label: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {name: tensor for name, tensor in tensors.items() if groups[name] == label}
 
     def restrict(label: str, names: Mapping[str, Tensor], signals: Signals) -> Signals:
         hyper = {name: signals.hyper[f"{label}.{name}"] for name in transforms[label].schedules}
-        mine = signals.coverage.restrict(frozenset(names))
+        own, whole = frozenset(names), signals.coverage
+        mine = parts.get(whole, own, lambda: whole.restrict(own))
         moments = {n: m for n, m in (signals.moments or {}).items() if layer_of(n) in mine.layers}
         return replace(signals, coverage=mine, hyper=hyper, moments=moments or None)
 

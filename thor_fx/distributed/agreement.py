@@ -52,12 +52,41 @@ def check_ranks(tx: Transform, params: Mapping[str, Tensor], coverage: Coverage)
         check_agreement(tx.world, described(tx.options, tx.hyper(0), params, coverage))
 
 
-def agreed(world: World | None, value: Value) -> Value:
-    """What rank 0 has found, for what every rank measures and finds a little different."""
+class AnotherRankFailed(RuntimeError):
+    """A rank has raised an error where all ranks have to come to one result."""
+
+
+def agreed(world: World | None, find: Callable[[], Value]) -> Value:
+    """What rank 0 has found, for what every rank measures and finds a little different.
+
+    Args:
+        world: the ranks; None: there are no others.
+        find: called on every rank. Where it raises on one, all ranks raise.
+
+    Raises:
+        AnotherRankFailed: ``find`` has raised on another rank, and not on this one.
+    """
     if world is None:
-        return value
+        return find()
+    value, error = _tried(find)
+    text = None if error is None else f"{type(error).__name__}: {error}"
     with waiting_for_others(world, "to learn what rank 0 has found"):
-        return world.everybodys(value)[0]
+        found = world.everybodys((value, text))
+    if error is not None:
+        raise error
+    for rank, (_, told) in enumerate(found):
+        if told is not None:
+            raise AnotherRankFailed(f"rank {rank} has stopped, so all ranks do: {told}")
+    first: Value = found[0][0]
+    return first
+
+
+def _tried(find: Callable[[], Any]) -> tuple[Any, Exception | None]:
+    """What is found, or the error that stopped it."""
+    try:
+        return find(), None
+    except Exception as error:
+        return None, error
 
 
 def described(

@@ -14,8 +14,9 @@ neither. All ranks invert what they have averaged. The mean of the inverses of W
 ``nn.thor`` takes, is another matrix: by Jensen's inequality it is larger than the inverse of the mean.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,9 +27,11 @@ from ..passes.layout import layer_of
 from ..passes.outputs import Factor
 from ..passes.sides import Side
 from ..transform import Params, Signals, State, Transform, Updates
-from .buckets import by_bytes, by_indices, restricted
+from .buckets import by_bytes, by_indices, by_readers, restricted
 from .collectives import World, wait, wait_all
-from .packing import joined, pack, packed_numel, parted, unpack
+from .factor_sums import FactorSums
+from .packing import joined, packed_numel, parted
+from .readers import NOBODY, Readers, everybody
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,7 @@ class Averaging:
         gradients: whether gradients are averaged here; else somebody else has done that.
         rescales: whether cotangents are those of the loss of one rank; else they are those of single terms.
         copies: how many ranks see the same rows (tensor parallel): all of them send the same, and count once.
+        readers: who reads the factors of which layer.
     """
 
     world: World
@@ -50,9 +54,17 @@ class Averaging:
     gradients: bool = True
     rescales: bool = True
     copies: int = 1
+    readers: Readers = everybody
 
-    def buckets(self, coverage: Coverage, itemsize: int = 4) -> list[list[str]]:
+    def buckets(
+        self, coverage: Coverage, itemsize: int = 4, readers: Mapping[str, int] = NOBODY
+    ) -> list[list[str]]:
         """The layers whose factors travel together.
+
+        Args:
+            coverage: the layers.
+            itemsize: bytes of a number that is not rounded.
+            readers: by layer, the rank that alone reads its factors.
 
         Raises:
             ValueError: ``split_indices`` has an index of no layer.
@@ -61,51 +73,34 @@ class Averaging:
         if self.split_indices is not None:
             return by_indices(list(layers), self.split_indices)
         itemsize = itemsize if self.reduce_dtype is None else self.reduce_dtype.itemsize
-        return by_bytes(
-            {
-                name: itemsize * sum(packed_numel(side) for s in layer.sums for side in (s.input, s.output))
-                for name, layer in layers.items()
-            }
-        )
+        sizes = {name: itemsize * sum(map(packed_numel, layer.measured)) for name, layer in layers.items()}
+        owned = {name: size for name, size in sizes.items() if name in readers}
+        shared = {name: size for name, size in sizes.items() if name not in readers}
+        return [*by_bytes(shared), *by_readers(owned, readers, self.world.size)]
 
-    def signals(self, signals: Signals) -> Signals:
-        """The signals of a step with the factors of all ranks."""
+    def signals(self, signals: Signals, params: Params) -> Signals:
+        """The signals of a step with the factors of all ranks, of the layers that this rank reads."""
         if signals.moments is None:
             return signals
         assert signals.terms is not None, "a factor step knows its terms"
-        sides = _sides(signals.coverage)
         flat = flat_moments(signals.moments)
         factors = {d: value for d, value in flat.items() if isinstance(d, Factor)}
-        counts = [value for d, value in flat.items() if not isinstance(d, Factor)]
+        counts = {d: value for d, value in flat.items() if not isinstance(d, Factor)}
         some = next(iter(factors.values()), signals.terms)
-        members = self._members(signals.coverage, factors, some.element_size())
-        started = [self._start([pack(factors[d], sides[d]) for d in bucket]) for bucket in members]
-        started_counts = self.world.sum(joined([*counts, signals.terms], torch.float64))
-        for bucket, arrived in zip(members, wait_all(started), strict=True):
-            pieces = arrived.split([packed_numel(sides[d]) for d in bucket])
-            for descriptor, piece in zip(bucket, pieces, strict=True):
-                factors[descriptor] = unpack(piece.to(factors[descriptor].dtype), sides[descriptor])
-        *counts, terms = parted(wait(started_counts), [*counts, signals.terms])
-        known = iter(counts)
-        moments = moments_of({d: factors[d] if d in factors else next(known) for d in flat})
+        readers = self.readers(signals.coverage, params)
+        buckets = self.buckets(signals.coverage, some.element_size(), readers)
+        travelling = FactorSums(self.world, _sides(signals.coverage), readers, self.reduce_dtype)
+        arrived = travelling.start(factors, _members(buckets, factors))
+        started = self.world.sum(joined([*counts.values(), signals.terms], torch.float64))
+        sums: dict[Any, Tensor] = {**arrived()}
+        *known, terms = parted(wait(started), [*counts.values(), signals.terms])
+        sums |= dict(zip(counts, known, strict=True))
+        moments = moments_of({d: sums[d] for d in flat if travelling.reads(layer_of(d.layer))})
         if self.copies > 1:
             moments, terms = {n: self._once(m) for n, m in moments.items()}, terms / self.copies
         if self.rescales:
             moments = {name: self._rescaled(name, m, signals.coverage) for name, m in moments.items()}
         return replace(signals, moments=moments, terms=terms)
-
-    def _members(
-        self, coverage: Coverage, factors: Mapping[Factor, Tensor], itemsize: int
-    ) -> list[list[Factor]]:
-        """The factors that travel together: of a bucket of layers first all ``A``, then all ``G``."""
-        names = {layer_of(d.layer) for d in factors}
-        return [
-            [d for side in ("A", "G") for d in factors if d.side == side and layer_of(d.layer) in bucket]
-            for bucket in restricted(self.buckets(coverage, itemsize), names)
-        ]
-
-    def _start(self, pieces: Sequence[Tensor]) -> Tensor:
-        return self.world.sum(joined(pieces, self.reduce_dtype or pieces[0].dtype))
 
     def _once(self, moments: Moments) -> Moments:
         a, g, rows = (None if sums is None else sums / self.copies for sums in moments)
@@ -149,16 +144,18 @@ def average_over_ranks(inner: Transform, averaging: Averaging) -> Transform:
 
     def update(updates: Updates, state: State, params: Params, signals: Signals) -> tuple[Updates, State]:
         means = averaging.means(updates) if averaging.gradients else updates
-        return inner.update(means, state, params, averaging.signals(signals))
+        return inner.update(means, state, params, averaging.signals(signals, params))
 
-    resolve: Callable[[int | None], Transform] | None = None
-    if inner.resolve is not None:
-        known = inner.resolve
+    return inner._replace(init=init, update=update, world=averaging.world)
 
-        def resolve(block_size: int | None) -> Transform:
-            return average_over_ranks(known(block_size), averaging)
 
-    return inner._replace(init=init, update=update, resolve=resolve, world=averaging.world)
+def _members(buckets: Sequence[Sequence[str]], factors: Iterable[Factor]) -> list[list[Factor]]:
+    """The factors that travel together: of a bucket of layers first all ``A``, then all ``G``."""
+    known = list(factors)
+    return [
+        [d for side in ("A", "G") for d in known if d.side == side and layer_of(d.layer) in bucket]
+        for bucket in restricted(buckets, {layer_of(d.layer) for d in known})
+    ]
 
 
 def _sides(coverage: Coverage) -> dict[Factor, Side]:

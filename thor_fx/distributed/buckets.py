@@ -2,7 +2,8 @@
 
 ``split_indices`` are the last layers of the buckets, in the order of layers: ``[26, 53]`` of 54 layers are
 two buckets, layers 0 to 26 and 27 to 53. Layers behind the last index form one more. Without them a bucket
-is closed as soon as it holds 25 MiB, as in DistributedDataParallel.
+is closed as soon as it holds 25 MiB, as in DistributedDataParallel; where tensors have one reader each, every
+reader gets about as much of a bucket as the others.
 """
 
 import itertools
@@ -55,6 +56,28 @@ def by_bytes(sizes: Mapping[Name, int], limit: int = BUCKET_BYTES) -> list[list[
         buckets[-1].append(name)
         held += size
     return [bucket for bucket in buckets if bucket]
+
+
+def by_readers(
+    sizes: Mapping[Name, int], readers: Mapping[Name, int], ranks: int, limit: int = BUCKET_BYTES
+) -> list[list[Name]]:
+    """Buckets of what one rank each reads: every rank has its part closed at its share of ``limit`` bytes.
+
+    Args:
+        sizes: in bytes.
+        readers: the rank that reads it.
+        ranks: how many there are.
+        limit: of a bucket.
+
+    Example:
+        >>> by_readers({"a": 3, "b": 1, "c": 4, "d": 1}, {"a": 0, "b": 1, "c": 0, "d": 1}, 2, limit=4)
+        [['a', 'b', 'd'], ['c']]
+    """
+    hands: dict[int, dict[Name, int]] = {}
+    for name, size in sizes.items():
+        hands.setdefault(readers[name], {})[name] = size
+    parts = [by_bytes(hand, limit // ranks) for hand in hands.values()]
+    return [list(itertools.chain(*bucket)) for bucket in itertools.zip_longest(*parts, fillvalue=[])]
 
 
 def restricted(buckets: Iterable[Sequence[Name]], names: Iterable[Name]) -> list[list[Name]]:

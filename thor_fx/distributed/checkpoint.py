@@ -25,6 +25,8 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.utils import _pytree as pytree
 
+from .one_state import joined_by_ranks
+
 Folder = str | os.PathLike[str]
 
 NEST = "__nest__"
@@ -67,7 +69,8 @@ def save(folder: Folder, state: Any, *, process_group: Any = None) -> None:
 
     Args:
         folder: of this checkpoint alone, e.g. ``"checkpoints/12"``; is made. All ranks must see it.
-        state: tensors, which must be equal on all ranks, and values that can be pickled, e.g.
+        state: tensors, which must be equal on all ranks that have one of a name, and values that can be
+            pickled, e.g.
             ``{"model": net.state_dict(), "optimizer": opt.state_dict()}``, or the ``params`` and ``state`` of
             a functional step.
         process_group: the ranks; None: all of them, or this process where there are no others.
@@ -75,7 +78,8 @@ def save(folder: Folder, state: Any, *, process_group: Any = None) -> None:
     Raises:
         FileExistsError: the folder holds a checkpoint.
         TypeError: ``state`` has something in it that keeps its tensors to itself, e.g. a module.
-        ValueError: two tensors have one name: a key contains a dot.
+        ValueError: two tensors have one name: a key contains a dot; or ranks have different tensors of one
+            name, as a functional step with ``work_sharing="gradient"`` has. All ranks raise.
         CheckpointException: of ``torch.distributed.checkpoint.api``, on all ranks: one could not write.
 
     Example:
@@ -88,6 +92,7 @@ def save(folder: Folder, state: Any, *, process_group: Any = None) -> None:
             f"{str(folder)!r} holds a checkpoint: give every checkpoint a folder of its own"
         )
     tensors, nest = _parted(state)
+    nest = _Nest(joined_by_ranks(nest.value, tensors, process_group))
     writer = dcp.FileSystemWriter(folder)
     with _without_ranks():
         dcp.save({**tensors, NEST: nest}, storage_writer=writer, process_group=process_group)

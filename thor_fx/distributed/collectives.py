@@ -41,6 +41,22 @@ class World:
         result: Tensor = _OPERATORS.all_reduce(tensor, "sum", self.group)
         return result
 
+    def scattered_sum(self, tensor: Tensor) -> Tensor:
+        """Start the sum of a contiguous tensor over all ranks, of which every rank gets an equal piece."""
+        result: Tensor = _OPERATORS.reduce_scatter_tensor(tensor, "sum", self.size, self.group)
+        return result
+
+    def exchange(self, tensor: Tensor, gives: Sequence[int], gets: Sequence[int]) -> Tensor:
+        """Start to send every rank a part of a flat tensor; the parts that are got lie in the order of ranks.
+
+        Args:
+            tensor: what this rank has.
+            gives: how many numbers go to each rank, from the first one on.
+            gets: how many come from each rank.
+        """
+        result: Tensor = _OPERATORS.all_to_all_single(tensor, list(gets), list(gives), self.group)
+        return result
+
     def broadcast(self, tensor: Tensor, source: int) -> Tensor:
         """Start to send the tensor of rank ``source``; those of others tell its shape."""
         result: Tensor = _OPERATORS.broadcast(tensor, source, self.group)

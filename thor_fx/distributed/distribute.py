@@ -3,10 +3,13 @@
 from dataclasses import replace
 
 from ..options import Options
+from ..parameter_groups import ParameterGroups
 from ..transform import Transform
 from .averaging import Averaging, average_over_ranks
 from .collectives import World
 from .exchange import Exchange
+from .parts import Parts
+from .readers import Owners, Readers, everybody
 from .work import SharedWork
 
 
@@ -31,18 +34,40 @@ def shared_work(options: Options, world: World | None) -> SharedWork | None:
 
 
 def distribute(
-    tx: Transform, options: Options, world: World | None, *, gradients: bool, copies: int = 1
+    tx: Transform,
+    options: Options,
+    groups: ParameterGroups,
+    world: World | None,
+    *,
+    gradients: bool,
+    copies: int = 1,
+    parts: Parts | None = None,
 ) -> Transform:
     """Let a transform see what all ranks have measured.
 
     Args:
         tx: the update, made for :func:`for_one_rank`.
         options: as the user gave them.
+        groups: of the parameters.
         world: the ranks; None: there are no others, and nothing happens.
         gradients: whether gradients have to be averaged, too.
         copies: how many ranks see the same rows.
+        parts: who owns what, where parameters are dealt out over ranks.
     """
     if world is None:
         return tx
-    averaging = Averaging(world, options.split_indices, options.reduce_dtype, gradients, copies=copies)
-    return average_over_ranks(tx, averaging)._replace(options=options)
+    work = shared_work(options, world)
+    readers: Readers = everybody if work is None else Owners(work, groups)
+    readers = readers if parts is None else parts.readers
+    averaging = Averaging(
+        world, options.split_indices, options.reduce_dtype, gradients, copies=copies, readers=readers
+    )
+    known, all_ranks = tx.resolve, average_over_ranks(tx, averaging)._replace(options=options)
+    if known is None:
+        return all_ranks
+
+    def resolve(block_size: int | None) -> Transform:
+        chosen, own = replace(options, block_size=block_size), known(block_size)
+        return distribute(own, chosen, groups, world, gradients=gradients, copies=copies, parts=parts)
+
+    return all_ranks._replace(resolve=resolve)

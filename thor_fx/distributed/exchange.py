@@ -18,6 +18,7 @@ from ..layers import Layer
 from ..refresh import spans
 from ..refresh_rules import dealt
 from .collectives import World, wait
+from .inverse_packing import packed, packed_numbers, unpacked
 from .packing import by_dtype, joined, parted
 
 Groups = Mapping[str, Sequence[Layer]]
@@ -41,6 +42,11 @@ class Exchange:
         """What every layer takes."""
         method = METHODS[self.inverse]
         return {name: method.work(layer, self.block_size) for name, layer in layers.items()}
+
+    def numbers(self, layers: Mapping[str, Layer]) -> int:
+        """How many numbers are sent of the inverses of all layers."""
+        method = METHODS[self.inverse]
+        return sum(packed_numbers(method, layer, self.block_size) for layer in layers.values())
 
     def owners(self, layers: Mapping[str, Layer]) -> dict[str, int]:
         """The rank that inverts every layer."""
@@ -92,9 +98,12 @@ class Exchange:
             }
             hands.append({key: present for key, present in flags.items() if any(present)})
         places = {key: spans(list(layers)) for key, layers in groups.items()}
-        sent = [{key: select(states[key], places[key], here[key]) for key in here} for here in hands]
+        owned = [{key: select(states[key], places[key], here[key]) for key in here} for here in hands]
+        method = METHODS[self.inverse]
+        sent = self.broadcast([packed(method, own) for own in owned])
         new = dict(states)
-        for here, arrived in zip(hands, self.broadcast(sent), strict=True):
+        for here, own, numbers in zip(hands, owned, sent, strict=True):
+            arrived = unpacked(method, numbers, own)
             for key, present in here.items():
                 new[key] = replace(new[key], places[key], present, arrived[key])
         return new

@@ -27,9 +27,7 @@ def pack(factor: Tensor, side: Side) -> Tensor:
     """A factor in the shape of its side, as one flat tensor."""
     if side.kind not in SYMMETRIC:
         return factor.flatten()
-    d = side.shape[-1]
-    row, column = torch.triu_indices(d, d, device=factor.device)
-    return factor.flatten(-2)[..., row * d + column].flatten()
+    return triangles(factor).flatten()
 
 
 def unpack(flat: Tensor, side: Side) -> Tensor:
@@ -37,10 +35,22 @@ def unpack(flat: Tensor, side: Side) -> Tensor:
     if side.kind not in SYMMETRIC:
         return flat.reshape(side.shape)
     d = side.shape[-1]
-    first = torch.arange(d, device=flat.device)
+    return mirrored(flat.reshape(*side.shape[:-2], d * (d + 1) // 2), d)
+
+
+def triangles(matrices: Tensor) -> Tensor:
+    """The numbers on and above the diagonals of (..., d, d), row by row: (..., d (d + 1) / 2)."""
+    d = matrices.shape[-1]
+    row, column = torch.triu_indices(d, d, device=matrices.device)
+    return matrices.flatten(-2)[..., row * d + column]
+
+
+def mirrored(numbers: Tensor, d: int) -> Tensor:
+    """The symmetric matrices with these triangles: (..., d, d)."""
+    first = torch.arange(d, device=numbers.device)
     low, high = torch.minimum(first[:, None], first), torch.maximum(first[:, None], first)
     places = (low * (2 * d - low - 1)).div(2, rounding_mode="floor") + high
-    return flat.reshape(*side.shape[:-2], d * (d + 1) // 2)[..., places]
+    return numbers[..., places]
 
 
 def joined(tensors: Sequence[Tensor], dtype: torch.dtype | None = None) -> Tensor:

@@ -48,6 +48,10 @@ class Parts:
         """The parameters of this rank."""
         return frozenset(name for name, owner in self.owners.items() if owner == self.world.rank)
 
+    def readers(self, coverage: Coverage, _params: Mapping[str, Tensor]) -> dict[str, int]:
+        """The rank that alone reads the factors of a layer, its owner."""
+        return {name: self.owners[layer.param] for name, layer in coverage.layers.items()}
+
     def held(self, coverage: Coverage, _params: Mapping[str, Tensor]) -> Coverage:
         """The part of a coverage that speaks of this rank's parameters."""
         return coverage.restrict(self.own)

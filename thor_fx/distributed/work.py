@@ -5,7 +5,8 @@
 ``"inverse"``   each layer belongs to one rank, which inverts its factors and sends the result to all. All
                 ranks hold all inverses, and precondition all gradients. KAISA's COMM-OPT
 ``"gradient"``  each layer belongs to one rank, which alone holds its inverses and averages, preconditions its
-                gradient, and sends that: in every step, but a rank holds ``1/W`` of the state. MEM-OPT
+                gradient, and sends that: in every step, but a rank holds ``1/W`` of the state, and factors
+                go to their owner alone. MEM-OPT
 ``"auto"``      the one of these that a step takes least time with, by the model below
 ==============  ===========================================================================================
 
@@ -13,9 +14,11 @@ Let ``r`` and ``s`` be the operations of refresh and of preconditioning of all l
 of the rank that has most, ``F`` its rate, and let ``send(b) = W latency + b / bandwidth``. Per
 ``N = frequency`` steps the three take::
 
-    none       r / F                        +  N  s / F
-    inverse    r' / F + send(inverses)      +  N  s / F
-    gradient   r' / F                       +  N (s' / F + send(gradients))
+    none       r / F  + send(factors)                     +  N  s / F
+    inverse    r' / F + send(factors) + send(inverses)    +  N  s / F
+    gradient   r' / F                                     +  N (s' / F + send(gradients))
+
+``send(factors)`` is the half of their sum over all ranks that tells all of them (:mod:`.delivery`).
 
 :data:`RATES` are round numbers of the kind of device, so that all ranks come to the same choice in every run.
 What is as fast as another is not worth its messages: the first of the three wins.
@@ -30,9 +33,11 @@ from torch import Tensor
 
 from ..layers import Coverage, Layer
 from ..passes.layout import layer_of
+from ..per_coverage import PerCoverage
 from ..precision import wide
 from ..transform import Params, Signals, State, Taken, Transform, Updates, after
 from .exchange import Exchange
+from .packing import packed_numel
 
 WorkSharing = Literal["none", "inverse", "gradient", "auto"]
 Mode = Literal["none", "inverse", "gradient"]
@@ -91,7 +96,8 @@ class SharedWork:
             refresh, apply = refresh + work.refresh_flops, apply + work.step_flops
             refresh_most[owners[name]] += work.refresh_flops
             apply_most[owners[name]] += work.step_flops
-        inverses = itemsize * sum(work.numbers for work in operations.values())
+        inverses = itemsize * self.exchange.numbers(layers)
+        factors = itemsize * sum(packed_numel(side) for layer in layers.values() for side in layer.measured)
         gradients = itemsize * sum(n.input.groups * n.input.dim * n.output.dim for n in layers.values())
 
         def send(size: int) -> float:
@@ -99,8 +105,8 @@ class SharedWork:
 
         dearest = max(refresh_most) / rates.flops
         return {
-            "none": refresh / rates.flops + every * apply / rates.flops,
-            "inverse": dearest + send(inverses) + every * apply / rates.flops,
+            "none": refresh / rates.flops + send(factors) + every * apply / rates.flops,
+            "inverse": dearest + send(factors) + send(inverses) + every * apply / rates.flops,
             "gradient": dearest + every * (max(apply_most) / rates.flops + send(gradients)),
         }
 
@@ -120,12 +126,18 @@ class SharedWork:
             alone: a preconditioner that knows of no other rank.
             exchanging: one that sends and gets inverses.
         """
+        modes: PerCoverage[Mode] = PerCoverage()
+        parts: PerCoverage[Coverage] = PerCoverage()
+
+        def mode(coverage: Coverage, params: Params) -> Mode:
+            return modes.get(coverage, None, lambda: self.mode(coverage, params))
 
         def acting(coverage: Coverage, params: Params) -> Transform:
-            return exchanging if self.mode(coverage, params) == "inverse" else alone
+            return exchanging if mode(coverage, params) == "inverse" else alone
 
         def seen(signals: Signals, params: Params) -> Signals:
-            held = self.held(signals.coverage, params)
+            whole = signals.coverage
+            held = parts.get(whole, None, lambda: self.held(whole, params))
             moments = {n: m for n, m in (signals.moments or {}).items() if layer_of(n) in held.layers}
             return dataclasses.replace(signals, coverage=held, moments=moments or None)
 
@@ -136,7 +148,7 @@ class SharedWork:
             coverage = signals.coverage
             own = seen(signals, params)
             new, state = acting(coverage, params).update(updates, state, params, own)
-            if self.mode(coverage, params) == "gradient":
+            if mode(coverage, params) == "gradient":
                 new = self._everybodys(new, coverage)
             return new, state
 

@@ -63,6 +63,7 @@ class Method(NamedTuple):
             ``n`` that the loss averages over, and of the ``lambda`` of this step.
         work: ``work(layer, block_size)``.
         marks: the fields of a state that are zero until the first refresh that succeeds.
+        symmetric: whether the square matrices of a state are symmetric, so that one triangle tells all.
     """
 
     init: Callable[[int, tuple[Side, Side], int | None, Tensor], State]
@@ -70,6 +71,7 @@ class Method(NamedTuple):
     apply: Callable[[State, Tensor, Tensor, Tensor], tuple[Tensor, State]]
     work: Callable[[Layer, int | None], Work]
     marks: tuple[str, ...] = ("input", "output")
+    symmetric: bool = False
 
 
 def all_positive(numbers: Tensor) -> Tensor:

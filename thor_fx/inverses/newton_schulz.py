@@ -80,4 +80,8 @@ def _bound(damped: Tensor) -> Tensor:
 
 
 # two products in every step, and one for the residual; float64 takes more steps
-NEWTON_SCHULZ = pair_method(damped_inverse, flops=lambda b: (4 * steps(torch.float32) + 2) * b**3)
+NEWTON_SCHULZ = pair_method(
+    damped_inverse,
+    flops=lambda b: (4 * steps(torch.float32) + 2) * b**3,
+    symmetric=False,  # see NOTE: [Not symmetric]
+)

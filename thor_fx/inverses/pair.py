@@ -31,9 +31,15 @@ class InversePair(NamedTuple):
     output: Blocks
 
 
-def pair_method(invert: Invert, flops: Callable[[int], int]) -> Method:
-    """The method that inverts blocks with ``invert``, which takes ``flops(b)``."""
-    return Method(_init, partial(_refresh, invert), _apply, partial(_work, flops))
+def pair_method(invert: Invert, flops: Callable[[int], int], *, symmetric: bool = True) -> Method:
+    """The method that inverts blocks with ``invert``, which takes ``flops(b)``.
+
+    Args:
+        invert: of many blocks.
+        flops: operations for one.
+        symmetric: whether inverses may be made exactly symmetric.
+    """
+    return Method(_init, partial(_refresh, invert), _apply, partial(_work, flops), symmetric=symmetric)
 
 
 def damped_reciprocal(diagonals: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
