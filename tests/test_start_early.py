@@ -133,8 +133,9 @@ def test_collectives_of_the_model_are_not_passed_and_dependent_ones_stay():
         return first, second, wait(world.sum(second * 2)), wait(world.sum(total.sin()))
 
     gm = make_fx(two_gradients, tracing_mode="fake")(torch.ones(3, 3), torch.ones(3, 3))
-    kinds = [Grad("w"), Grad("v"), outputs.Output(0), outputs.Output(1)]
+    kinds = [Grad("w"), Grad("v"), outputs.Opaque("new"), outputs.Opaque("newer")]
     outputs.describe(gm, [Input(0), Param("w")], kinds)
+    outputs.select(gm, lambda descriptor: isinstance(descriptor, Grad))
     start_early(gm, ["w", "v"], Coverage({}, (), {}))
     names = [node.name for node in gm.graph.nodes if is_collective(node) or is_product(node)]
     assert names == [

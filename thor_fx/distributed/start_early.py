@@ -37,13 +37,15 @@ def start_early(gm: fx.GraphModule, trained: Sequence[str], found: Coverage) -> 
         trained: the names of all parameters, in an order that is the same on all ranks.
         found: the coverage of the model.
     """
+    nodes = list(gm.graph.nodes)
+    order = {node: position for position, node in enumerate(nodes)}
     results = {node: d for d, node in output_nodes(gm).items() if node is not None}
-    sums = [one for node in gm.graph.nodes if is_sum(node) and (one := _sum_of(node, results)) is not None]
+    update = 1 + max(order[node] for node in results)  # behind backward
+    fixed = [node for node in nodes[:update] if node.op == "placeholder" or is_collective(node)]
+    sums = [_sum_of(node, results) for node in nodes[update:] if is_sum(node)]
     places = {node: _place(descriptor, trained, found) for node, descriptor in results.items()}
-    sums.sort(key=lambda one: min(places[node] for node in one.sent), reverse=True)
-    order = {node: position for position, node in enumerate(gm.graph.nodes)}
-    last = _not_to_pass(gm.graph, [one.start for one in sums])
-    for one in sums:
+    last = fixed[-1]
+    for one in sorted(filter(None, sums), key=lambda one: -min(places[node] for node in one.sent)):
         last = max(last, *one.sent, key=order.__getitem__)
         for node in sorted((*one.packing, one.start), key=order.__getitem__):
             if order[node] > order[last]:
@@ -72,14 +74,3 @@ def _sum_of(start: fx.Node, results: dict[fx.Node, OutputDescriptor]) -> _Sum | 
             packing[node] = None
             todo += node.all_input_nodes
     return _Sum(start, [*packing], [*sent]) if sent else None
-
-
-def _not_to_pass(graph: fx.Graph, starts: list[fx.Node]) -> fx.Node:
-    """The last input, or the last collective of the model itself."""
-    last = graph.find_nodes(op="placeholder")[-1]
-    for node in graph.nodes:
-        if node in starts:
-            break
-        if is_collective(node):
-            last = node
-    return last
