@@ -281,6 +281,15 @@ def index_out_of_range() -> None:
     optimizer.step()
 
 
+def late() -> list[Parameters]:
+    """Collectives start behind the whole backward, as the update has them."""
+    early, thor_fx.step.start_early = thor_fx.step.start_early, lambda *_: None
+    try:
+        return by_functional("normalised", "split")
+    finally:
+        thor_fx.step.start_early = early
+
+
 DOORS: dict[str, Callable[..., list[Parameters]]] = {"ddp": by_ddp, "functional": by_functional}
 
 RUNS: dict[str, Callable[[], Any]] = {
@@ -292,6 +301,8 @@ RUNS: dict[str, Callable[[], Any]] = {
         for name in names
     },
     "around": lambda: by_ddp("mlp", around=True),
+    "early": lambda: by_functional("normalised", "split"),
+    "late": late,
     "rounded": lambda: by_functional("mlp", "rounded"),
     "inductor ddp": lambda: by_ddp("mlp", "gradients", backend="inductor"),
     "inductor functional": lambda: by_functional("mlp", backend="inductor"),

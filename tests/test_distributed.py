@@ -140,6 +140,10 @@ def test_micro_batches_without_sync_are_one_process(ranks):
     assert_same(all_equal(ranks["accumulated"]), expected, rtol=1e-10)
 
 
+def test_when_collectives_start_changes_nothing(two):
+    assert all(map(identical, all_equal(two["early"]), all_equal(two["late"])))
+
+
 def test_buckets_and_doors_change_nothing(two):
     whole = all_equal(two["ddp with defaults"])
     assert all(map(identical, all_equal(two["ddp with split"]), whole)), "sums of two ranks have one order"

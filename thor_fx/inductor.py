@@ -25,6 +25,7 @@ from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.virtualized import V
 from torch._subclasses.fake_tensor import FakeTensor
 
+from .distributed.collectives import is_collective
 from .passes.splice import Decompositions
 from .passes.stitch import BACKWARD, FORWARD, SIDE
 
@@ -49,6 +50,14 @@ def check_backend(backend: str, name: str = "backend") -> None:
 # neighbour again.
 FEW_PAIRS = {"max_fusion_buffer_group_pairwise_attempts": 16}
 
+# NOTE: [Late waits] Inductor keeps the order of collectives, and orders everything else for little memory:
+# then it waits for most of them right behind their start. This pass comes last, and moves waits only: as late
+# as they can be.
+LATE_WAITS = {
+    "reorder_for_compute_comm_overlap": True,
+    "reorder_for_compute_comm_overlap_passes": ["sink_waits"],
+}
+
 
 def compile_graph(
     gm: fx.GraphModule,
@@ -72,7 +81,8 @@ def compile_graph(
     """
     if backend != "inductor":
         return gm
-    patches = {**FEW_PAIRS, **(list_mode_options(mode) if mode else {}), **(options or {})}
+    late = LATE_WAITS if any(map(is_collective, gm.graph.nodes)) else {}
+    patches = {**FEW_PAIRS, **late, **(list_mode_options(mode) if mode else {}), **(options or {})}
     if patches.get("triton.cudagraphs"):
         _tell_fixed(gm, fixed)
     fake_mode = next(fake.fake_mode for fake in fakes if isinstance(fake, FakeTensor))

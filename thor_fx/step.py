@@ -21,6 +21,7 @@ from .blocks import BlockSize
 from .capture import Captured, LossCapture, LossFn, Runner
 from .distributed.agreement import agreed, check_ranks
 from .distributed.faults import waiting_for_others
+from .distributed.start_early import start_early
 from .hyper import HyperTensors
 from .inductor import Compiled, check_backend, compile_graph, inductor_decompositions
 from .kinds import Kind, kind_of, kinds
@@ -370,6 +371,7 @@ class CompiledStep:
         refreshes: frozenset[str] | None = frozenset() if kind.factors == "measure" else None
         trained = list(_trained(self._params, self.coverage))
         append_update(whole, self._tx, self.coverage, trained, refreshes=refreshes, compares=kind.compares)
+        start_early(whole, trained, self.coverage)
         accumulate(whole)
         return_forward(whole, _forward_outputs(captured))
         fakes = [node.meta["val"] for node in whole.graph.find_nodes(op="placeholder")]

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, fx
 
 from ..arguments import shown
 
@@ -97,6 +97,16 @@ def wait(started: Tensor) -> Tensor:
 def wait_all(started: Sequence[Tensor]) -> list[Tensor]:
     """The results of several, that run together."""
     return [wait(one) for one in started]
+
+
+def is_collective(node: fx.Node) -> bool:
+    """Whether a node of a graph starts a collective, or waits for one."""
+    return node.op == "call_function" and str(node.target).startswith(f"{_OPERATORS.name}.")
+
+
+def is_sum(node: fx.Node) -> bool:
+    """Whether a node of a graph starts a collective to which every rank adds something."""
+    return is_collective(node) and str(node.target).split(".")[1] in {"all_reduce", "reduce_scatter_tensor"}
 
 
 def world_of(process_group: Any) -> World | None:
