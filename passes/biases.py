@@ -6,7 +6,7 @@ weight and bias are one matrix with one more column, that of the homogeneous coo
 
 import operator
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -62,10 +62,13 @@ def find_biases(
     biases: dict[str, Bias] = {}
     for layer, sites in layers.items():
         read = sorted((_root(site.cotangent.node).name, _feature_axis(site.cotangent)) for site in sites)
-        length = part_of(sites[0].cotangent).features * sites[0].groups
+        cotangent = part_of(sites[0].cotangent)
+        length = cotangent.features * sites[0].groups
         fitting = [bias for bias, size in candidates.get(tuple(read), []) if size == length]
         if fitting and not any(site.flipped for site in sites):
             biases[layer] = fitting[0]
+            if cotangent is not sites[0].cotangent:  # the path is that in the part of this rank
+                biases[layer] = replace(fitting[0], path=())
     used = list(biases.values())
     return {layer: bias for layer, bias in biases.items() if used.count(bias) == 1}
 

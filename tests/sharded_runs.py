@@ -7,12 +7,14 @@ import os
 import sys
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -20,6 +22,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 import thor_fx
 from rank_runs import SETTINGS, cnn, main
+from thor_fx.distributed import checkpoint
 from training import CLASSES, HIDDEN, IN, Batch, Parameters, batches, build, mlp, snapshot
 
 STEPS, ROWS = 4, 12
@@ -267,6 +270,25 @@ def continued() -> list[Parameters]:
     return trajectory
 
 
+def saved() -> list[Parameters]:
+    """Saved in parts after two steps, and dealt out to a new model and optimizer."""
+    data, trajectory, folder = batches(STEPS, ROWS), [], Path(sys.argv[1]) / "checkpoint"
+    for part in (data[:2], data[2:]):
+        model, optimizer, seen = prepared("perceptron", "fsdp", factor_decay=0.5)
+        if trajectory:
+            known = checkpoint.load(folder)
+            set_model_state_dict(model, known["model"], options=StateDictOptions(full_state_dict=True))
+            optimizer.load_state_dict(known["optimizer"])
+        for x, y in map(seen, part):
+            F.cross_entropy(model(x), y).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            trajectory.append(whole(model))
+        if len(trajectory) == 2:
+            checkpoint.save(folder, {"model": model.state_dict(), "optimizer": optimizer.state_dict()})
+    return trajectory
+
+
 def refused(**settings: Any) -> None:
     prepared("mlp", "fsdp at once", **settings)
 
@@ -293,6 +315,7 @@ RUNS: dict[str, Callable[[], Any]] = {
     "skipped": skipped,
     "kept": kept,
     "continued": continued,
+    "saved": saved,
     "inverse": partial(refused, work_sharing="inverse"),
     "adaptive": partial(refused, damping=thor_fx.LevenbergMarquardt(0.1)),
 }

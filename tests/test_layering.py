@@ -16,6 +16,7 @@ ADAPTERS = {
     "thor_fx/joint_graphs.py",  # AOTAutograd's descriptors
     "thor_fx/partitioner.py",  # AOTAutograd's min-cut
     "thor_fx/recurrent.py",  # decompositions of recurrent layers
+    "thor_fx/distributed/dtensors.py",
 }
 # Not meant: operators, _foreach_* functions, and _pytree, which torch's own examples import.
 PRIVATE = re.compile(r"torch\.(?!ops\.|_foreach_|utils\._pytree\b)(\w+\.)*_(?!_)")

@@ -12,6 +12,7 @@ import torch
 
 import thor_fx
 from ranks import Results, all_equal, run_on_ranks, shared
+from thor_fx.distributed import checkpoint
 from training import Parameters, assert_moved, assert_same, batches, build, compiled, snapshot, train
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="no torch.distributed here")
@@ -105,6 +106,18 @@ def test_a_saved_state_continues_bitwise(two):
     model = compiled(MODELS["perceptron"])
     whole = train(model, thor_fx.Thor(model, **SETTINGS, factor_decay=0.5), batches(STEPS, ROWS))
     assert_same(all_equal(two["continued"]), whole, rtol=1e-9)
+
+
+def test_a_checkpoint_of_parts_can_be_loaded_by_any_number_of_ranks(two, tmp_path_factory):
+    settings = {**SETTINGS, "factor_decay": 0.5}
+    expected = by_hand("perceptron", factor_decay=0.5)
+    assert_same(all_equal(two["saved"]), expected, rtol=1e-9)
+    known = checkpoint.load(shared(tmp_path_factory) / "two sharded ranks" / "checkpoint")
+    model = compiled(MODELS["perceptron"])
+    optimizer = thor_fx.Thor(model, **settings)
+    model.load_state_dict(known["model"])
+    optimizer.load_state_dict(known["optimizer"])
+    assert_same(train(model, optimizer, batches(STEPS, ROWS)[2:]), expected[2:], rtol=1e-9)
 
 
 @pytest.mark.parametrize(

@@ -123,7 +123,8 @@ class Thor(torch.optim.Optimizer):
         factor_dtype: ``torch.bfloat16``: rows are rounded to it in the products of factors.
         update_dtype: ``torch.bfloat16``: gradients and inverses are, in those of preconditioning.
         process_group: the ranks that train together; None: those of the DistributedDataParallel that
-            ``model`` is wrapped in, or there are no others. Factors are averaged in every factor step,
+            ``model`` is wrapped in, or all where parameters are DTensors (FSDP2, tensor parallel), or there are
+            no others. Factors are averaged in every factor step,
             gradients where no wrapper has done that: :mod:`thor_fx.distributed`.
         reduce_dtype: ``torch.bfloat16``: factors are rounded to it while they travel.
         work_sharing: ``"none"``, ``"inverse"``, ``"gradient"`` or ``"auto"``: see :func:`thor_fx.thor`.
