@@ -5,7 +5,7 @@ As :mod:`rank_runs`; :mod:`test_sharded` compares with one process.
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,9 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 import thor_fx
 from rank_runs import SETTINGS, cnn, main
+from thor_fx.compile import collector_of
 from thor_fx.distributed import checkpoint
+from thor_fx.passes.outputs import Factor
 from training import CLASSES, HIDDEN, IN, Batch, Parameters, batches, build, mlp, snapshot
 
 STEPS, ROWS = 4, 12
@@ -87,6 +89,20 @@ class Perceptron(nn.Module):
         return self.head(self.rise(self.norm(self.inp(x))))
 
 
+class TwoHeads(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inp, self.rise = nn.Linear(IN, HIDDEN), Rise()
+        self.heads = nn.ModuleList(nn.Linear(HIDDEN, CLASSES) for _ in range(2))
+
+    @property
+    def blocks(self) -> tuple[nn.Module, ...]:
+        return (self.rise,)
+
+    def forward(self, x: Tensor, head: int) -> Tensor:
+        return self.heads[head](self.rise(self.inp(x)))
+
+
 class Words(nn.Module):
     """An embedding, and a weight that is used twice."""
 
@@ -117,6 +133,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "cnn": lambda: Around(cnn()),
     "transformer": Transformer,
     "words": Words,
+    "two heads": TwoHeads,
 }
 
 PLAN = {
@@ -216,6 +233,22 @@ def grouped() -> list[Parameters]:
     return trajectory
 
 
+def by_heads(model: nn.Module, optimizer: thor_fx.Thor, data: Iterable[Batch]) -> list[Parameters]:
+    """The second head is first used in a later factor step."""
+    trajectory = []
+    for step, (x, y) in enumerate(data):
+        F.cross_entropy(model(x, step // 2), y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        trajectory.append(whole(model))
+    return trajectory
+
+
+def late() -> list[Parameters]:
+    model, optimizer, seen = prepared("two heads", "fsdp")
+    return by_heads(model, optimizer, map(seen, batches(STEPS, ROWS)))
+
+
 def accumulated() -> list[Parameters]:
     """Two micro-batches a step; FSDP reduces gradients after the second only."""
     model, optimizer, seen = prepared("perceptron", "fsdp")
@@ -243,14 +276,20 @@ def skipped() -> tuple[list[Parameters], dict[str, int]]:
     return trajectory, optimizer.metrics()
 
 
-def kept() -> tuple[dict[str, set[str]], dict[str, tuple[int, ...]]]:
-    """By parameter, what this rank keeps of it; and the shape of its part."""
-    model, optimizer, seen = prepared("perceptron", "fsdp", factor_decay=0.5)
-    x, y = seen(batches(1, ROWS)[0])
-    F.cross_entropy(model(x), y).backward()
-    optimizer.step()
+def kept() -> tuple[dict[str, set[str]], dict[str, tuple[int, ...]], set[str]]:
+    """By parameter, what this rank keeps, and the shape of its part; the factors it has after backward."""
+    model, optimizer, seen = prepared("perceptron", "fsdp", factor_decay=0.5, frequency=1)
+    collector = collector_of(model)
+    factors: set[str] = set()
+    for x, y in map(seen, batches(2, ROWS)):
+        F.cross_entropy(model(x), y).backward()
+        slots = {d: s.grad for g in collector.graphs for d, s in g.slots.items() if s.grad is not None}
+        sent = {d: value for graph in collector.graphs for d, value in graph.sent.items()}
+        factors = {d.layer for d in {**slots, **sent} if isinstance(d, Factor)}
+        optimizer.step()
+        optimizer.zero_grad()
     state = {name: set(optimizer.state[p]) for name, p in model.named_parameters()}
-    return state, {name: tuple(p.to_local().shape) for name, p in model.named_parameters()}
+    return state, {name: tuple(p.to_local().shape) for name, p in model.named_parameters()}, factors
 
 
 def continued() -> list[Parameters]:
@@ -315,6 +354,7 @@ RUNS: dict[str, Callable[[], Any]] = {
     "skipped": skipped,
     "kept": kept,
     "continued": continued,
+    "late": late,
     "saved": saved,
     "inverse": partial(refused, work_sharing="inverse"),
     "adaptive": partial(refused, damping=thor_fx.LevenbergMarquardt(0.1)),

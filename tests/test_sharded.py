@@ -69,6 +69,13 @@ def test_groups(two):
     assert_same(all_equal(two["grouped"]), by_hand("perceptron", params=groups), rtol=1e-9)
 
 
+def test_layers_that_come_later(two):
+    model = compiled(MODELS["two heads"])
+    optimizer = thor_fx.Thor(model, **SETTINGS)
+    expected = sharded_runs.by_heads(model, optimizer, batches(STEPS, ROWS))
+    assert_same(all_equal(two["late"]), expected, rtol=1e-9)
+
+
 def test_gradient_accumulation(two):
     model = compiled(MODELS["perceptron"])
     optimizer, trajectory = thor_fx.Thor(model, **SETTINGS), []
@@ -91,12 +98,15 @@ def test_all_ranks_skip_what_one_cannot_take(two):
 
 
 def test_no_rank_keeps_anything_of_what_another_owns(two):
-    states, shapes = zip(*two["kept"], strict=True)
+    states, shapes, factors = zip(*two["kept"], strict=True)
     for name in states[0]:
         having = [rank for rank, state in enumerate(states) if state[name]]
         assert len(having) == 1, name
     for rank, state in enumerate(states):
         assert {"momentum", "inverses", "factors"} <= set().union(*state.values()), rank
+    layers = {name for own in states for name, state in own.items() if "inverses" in state}
+    assert sorted(name for own in factors for name in own) == sorted(layers)
+    assert all(factors)
     whole = {name: p.numel() for name, p in MODELS["perceptron"]().named_parameters()}
     parts = [sum(torch.Size(shape).numel() for shape in own.values()) for own in shapes]
     assert sum(parts) == sum(whole.values())

@@ -11,7 +11,7 @@ That is so for the empirical Fisher, whose cotangents say how the loss combines 
 estimators make terms of equal weight in every run: all of them count.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -25,6 +25,8 @@ from .passes.layout import Rules, layer_of
 from .passes.outputs import Factor, OutputDescriptor, Rows, Terms
 from .passes.reindex import disjoint, simplify
 
+Send = Callable[[Mapping[Factor, Tensor]], Mapping[Factor, Tensor]]
+
 
 @dataclass(eq=False)
 class SlottedGraph:
@@ -34,18 +36,26 @@ class SlottedGraph:
         coverage: the parameters it uses.
         slots: leaves whose ``grad`` is what the descriptor says.
         params: the parameters that its factors belong to, by name.
+        sent: factors that have left their slots, and have come back as those of all ranks.
     """
 
     coverage: Coverage
     slots: Mapping[OutputDescriptor, Tensor]
     params: Mapping[str, Tensor] = field(default_factory=dict)
+    sent: dict[OutputDescriptor, Tensor] = field(default_factory=dict)
 
     def take(self) -> dict[OutputDescriptor, Tensor]:
         """The sums that have been collected since the last call; empty if nothing has."""
         taken = {d: s.grad for d, s in self.slots.items() if s.grad is not None and d != Terms()}
         for slot in self.slots.values():
             slot.grad = None
+        taken |= self.sent
+        self.sent = {}
         return taken
+
+    def factors(self) -> dict[Factor, Tensor]:
+        """The slots of factors."""
+        return {d: slot for d, slot in self.slots.items() if isinstance(d, Factor)}
 
     def turned(self, known: Mapping[str, Layer]) -> "SlottedGraph":
         """The same graph; what it calls the matrix of a layer is the transpose where others say so."""
@@ -112,6 +122,9 @@ class Collector:
         mode: what the model is compiled with, as in ``torch.compile``; the update is, too.
         options: Inductor settings, likewise.
         copies: how many ranks see the same rows, because they have parts of the same parameters.
+        has_sent: whether factors have left since the last :meth:`take`.
+        send: what becomes of the factors of a graph once backward has made them: it gets them, and returns
+            those that are kept. None: all are kept.
     """
 
     backend: str
@@ -125,10 +138,13 @@ class Collector:
     mode: str | None = None
     options: Mapping[str, Any] | None = None
     copies: int = 1
+    send: Send | None = None
+    has_sent: bool = False
 
     _terms: LossTerms = field(default_factory=LossTerms)
     _filled: bool = False
     _overlapping: set[str] = field(default_factory=set)
+    _watched: dict[SlottedGraph, set[Factor]] = field(default_factory=dict)  # what this pass has made
 
     def use(self, rules: Rules) -> None:
         """Collect the factors that these rules ask for; what was compiled for others is forgotten."""
@@ -137,10 +153,11 @@ class Collector:
             self.rules, self.graphs, self.coverage = rules, [], None
             self._terms = LossTerms(all_runs=rules.fisher != "empirical")
             self._overlapping.clear()
+            self._watched.clear()
             self.generation += 1
 
-    def add(self, graph: SlottedGraph) -> None:
-        """Remember one more compiled graph."""
+    def add(self, graph: SlottedGraph) -> SlottedGraph:
+        """Remember one more compiled graph; returned with the names that others use for its layers."""
         merged = graph.coverage
         if self.coverage is not None:
             graph = graph.turned(self.coverage.layers)
@@ -149,8 +166,11 @@ class Collector:
         self.graphs.append(graph)
         self._overlapping |= _overlapping(merged, graph.params)
         merged = _without(merged, self._overlapping)
-        self.version += merged != self.coverage
+        if merged != self.coverage:
+            self.version += 1
+            self.send = None  # who gets the factors of new layers is not known yet
         self.coverage = merged
+        return graph
 
     def begin(self, graph: SlottedGraph) -> list[Tensor]:
         """The slots for one run of a graph.
@@ -162,6 +182,8 @@ class Collector:
         if self._filled and outside and all(p.grad is None for g in self.graphs for p in g.params.values()):
             self.clear()
         self._filled |= Terms() not in graph.slots  # nobody will tell
+        if self.send is not None and graph not in self._watched:
+            self._watch(graph)
         return [self._listening(graph, s) if d == Terms() else s for d, s in graph.slots.items()]
 
     def clear(self) -> None:
@@ -173,12 +195,33 @@ class Collector:
         """The moments by layer and the number of loss terms, since the last call."""
         if not self._filled:
             return {}, None
-        self._filled = False
+        self._filled = self.has_sent = False
         sums: dict[OutputDescriptor, Tensor] = {}
         for graph in self.graphs:
             for descriptor, value in graph.take().items():
                 sums[descriptor] = sums[descriptor] + value if descriptor in sums else value
         return moments_of(sums), self._terms.take()
+
+    def _watch(self, graph: SlottedGraph) -> None:
+        self._watched[graph] = set()
+        for factor, slot in graph.factors().items():
+            slot.register_post_accumulate_grad_hook(partial(self._made, graph, factor))
+
+    def _made(self, graph: SlottedGraph, factor: Factor, _slot: Tensor) -> None:
+        """Called in backward; with its last factor all of them leave."""
+        slots, made = graph.factors(), self._watched[graph]
+        made.add(factor)
+        if len(made) < len(slots):
+            return
+        made.clear()
+        if self.send is None:
+            return
+        self.has_sent = True
+        factors = {d: slot.grad for d, slot in slots.items() if slot.grad is not None}
+        for slot in slots.values():
+            slot.grad = None
+        for kept, value in self.send(factors).items():
+            graph.sent[kept] = graph.sent[kept] + value if kept in graph.sent else value
 
     def _listening(self, graph: SlottedGraph, slot: Tensor) -> Tensor:
         leaf = new_leaf(slot)

@@ -252,8 +252,7 @@ class _FactorCompiler:
         if form not in self.compiled:
             self.compiled[form] = self._compile_slotted(described, found, slots)
         owners = {name: used[name] for layer in found.layers.values() for name in layer.params}
-        graph = SlottedGraph(found, slots, owners)
-        self.collector.add(graph)
+        graph = self.collector.add(SlottedGraph(found, slots, owners))
         return places, _runner(self.compiled[form], graph, self.collector)
 
     def _compile_slotted(

@@ -21,14 +21,14 @@ from .collector import Collector
 from .compile import collector_of
 from .compiled_update import CompiledUpdate, Given
 from .distributed.agreement import agreed, check_ranks
-from .distributed.distribute import distribute, for_one_rank, shared_work
+from .distributed.distribute import distribute, for_one_rank, shared_work, to_owners
 from .distributed.dtensors import here, here_as, is_part
 from .distributed.faults import waiting_for_others
 from .distributed.owned import by_owners, check_owned, deal_out, moved, step_flops
 from .distributed.parts import Parts
 from .distributed.work import WorkSharing, everything
 from .distributed.wrappers import averages_gradients, is_dealt_out, unwrapped, world_of_model
-from .factors import Moments
+from .factors import Moments, flat_moments, moments_of
 from .group_members import check_centralization, members, named, with_rest
 from .hyper import HyperTensors
 from .inductor import check_backend
@@ -41,6 +41,7 @@ from .optimizer_state import counters_of, layers_with_inverses, restore, views
 from .options import MAX_DIM, Fallback, MomentumOn, Options, damping_schedule, number_schedule
 from .parameter_groups import ParameterGroups
 from .passes.layout import BiasRule, Fisher, Likelihood, LongSide, Sharing, layer_of
+from .passes.outputs import Factor
 from .presets import Preset, takes_preset
 from .readiness import Readiness
 from .refresh import DampingRule
@@ -123,9 +124,9 @@ class Thor(torch.optim.Optimizer):
         factor_dtype: ``torch.bfloat16``: rows are rounded to it in the products of factors.
         update_dtype: ``torch.bfloat16``: gradients and inverses are, in those of preconditioning.
         process_group: the ranks that train together; None: those of the DistributedDataParallel that
-            ``model`` is wrapped in, or all where parameters are DTensors (FSDP2, tensor parallel), or there are
-            no others. Factors are averaged in every factor step,
-            gradients where no wrapper has done that: :mod:`thor_fx.distributed`.
+            ``model`` is wrapped in, or all where parameters are DTensors (FSDP2, tensor parallel), or there
+            are no others. Factors are averaged in every factor step, gradients where nobody has done that:
+            :mod:`thor_fx.distributed`.
         reduce_dtype: ``torch.bfloat16``: factors are rounded to it while they travel.
         work_sharing: ``"none"``, ``"inverse"``, ``"gradient"`` or ``"auto"``: see :func:`thor_fx.thor`.
         backend: compiles the update: ``"inductor"``, or ``"eager"`` to interpret it; None: as the model,
@@ -309,14 +310,20 @@ class Thor(torch.optim.Optimizer):
             raise RuntimeError(NEEDS_CLOSURE)
         if all(p.grad is None for group in self.param_groups for p in group["params"]):
             return loss
+        sent = self._collector.has_sent
         moments, terms = self._collector.take()
+        lost = sent and self._built_for != self._collector.version
+        if lost:
+            moments = {}  # they went to those who were owners before there were new layers
         if self.block_size == "auto" and moments:
             self._choose_block_size(moments, terms)
         self._build()
+        if self._parts is not None and moments and not sent:
+            moments = self._at_owners(moments)
         step: int = self.param_groups[0]["step"]
         gradients = {n: here_as(p.grad, p) for n, p in self._params.items() if p.grad is not None}
         unready = self._known.standing(self._found.layers, gradients)
-        if not self._factors_due(step, moments):
+        if not self._factors_due(step, moments, lost):
             moments = {name: m for name, m in moments.items() if layer_of(name) in unready}
         if moments:
             self._ahead.forget()
@@ -410,12 +417,12 @@ class Thor(torch.optim.Optimizer):
             group["block_size"] = self.block_size_report.chosen
         self._forget()
 
-    def _factors_due(self, step: int, moments: Mapping[str, Moments]) -> bool:
+    def _factors_due(self, step: int, moments: Mapping[str, Moments], lost: bool) -> bool:
         due = self._overdue or self._scheduled(step)
         missing, found = due and not moments, self._collector.coverage
         none_at_all = found is not None and not found.layers
         self._overdue = missing and not none_at_all
-        if missing and not self._warned:
+        if missing and not self._warned and not lost:
             self._warned = True
             warnings.warn(NO_LAYERS if none_at_all else NO_FACTORS, stacklevel=3)
         return due
@@ -472,6 +479,7 @@ class Thor(torch.optim.Optimizer):
         self._labels: dict[str, str] = {}  # the group of every parameter
         self._inner: Any = None
         self._parts: Parts | None = None
+        self._collector.send = None
         self._ahead = Ahead()
 
     def _build(self) -> None:
@@ -502,6 +510,8 @@ class Thor(torch.optim.Optimizer):
         params = {name: here(p) for name, p in self._params.items()}
         self._update = CompiledUpdate(self._tx, self._found, params, *self._backends, mode, options)
         self._start()
+        if self._parts is not None and self.block_size != "auto":
+            self._collector.send = self._sent
         if not self._compared:
             check_ranks(self._tx, self._params, self._found)
             self._compared = True
@@ -525,6 +535,19 @@ class Thor(torch.optim.Optimizer):
             return None
         options = replace(self._options, block_size=_known(self.block_size))
         return deal_out(self._world, self._params, self._found, step_flops(options, self._found))
+
+    def _sent(self, factors: Mapping[Factor, Tensor]) -> dict[Factor, Tensor]:
+        """Those of this rank's own layers, of all ranks."""
+        assert self._parts is not None
+        with waiting_for_others(self._world, "to add up factors"):
+            return to_owners(factors, self._options, self._found, self._parts)
+
+    def _at_owners(self, moments: Mapping[str, Moments]) -> dict[str, Moments]:
+        """Moments of the rows of this rank, with factors of all rows where this rank owns them."""
+        flat = flat_moments(moments)
+        factors = {d: value for d, value in flat.items() if isinstance(d, Factor)}
+        counts = {d: value for d, value in flat.items() if d not in factors}
+        return moments_of(counts | self._sent(factors))
 
     def _held(self) -> Callable[[Coverage, Mapping[str, Tensor]], Coverage]:
         """Of a coverage, what this rank has inverses of."""

@@ -14,7 +14,7 @@ neither. All ranks invert what they have averaged. The mean of the inverses of W
 ``nn.thor`` takes, is another matrix: by Jensen's inequality it is larger than the inverse of the mean.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -46,6 +46,7 @@ class Averaging:
         rescales: whether cotangents are those of the loss of one rank; else they are those of single terms.
         copies: how many ranks see the same rows (tensor parallel): all of them send the same, and count once.
         readers: who reads the factors of which layer.
+        arrived: whether factors have been added up before, by :meth:`sums`.
     """
 
     world: World
@@ -55,6 +56,7 @@ class Averaging:
     rescales: bool = True
     copies: int = 1
     readers: Readers = everybody
+    arrived: bool = False
 
     def buckets(
         self, coverage: Coverage, itemsize: int = 4, readers: Mapping[str, int] = NOBODY
@@ -86,21 +88,28 @@ class Averaging:
         flat = flat_moments(signals.moments)
         factors = {d: value for d, value in flat.items() if isinstance(d, Factor)}
         counts = {d: value for d, value in flat.items() if not isinstance(d, Factor)}
-        some = next(iter(factors.values()), signals.terms)
-        readers = self.readers(signals.coverage, params)
-        buckets = self.buckets(signals.coverage, some.element_size(), readers)
-        travelling = FactorSums(self.world, _sides(signals.coverage), readers, self.reduce_dtype)
-        arrived = travelling.start(factors, _members(buckets, factors))
+        summed = None if self.arrived else self.sums(factors, signals.coverage, params)
         started = self.world.sum(joined([*counts.values(), signals.terms], torch.float64))
-        sums: dict[Any, Tensor] = {**arrived()}
+        sums: dict[Any, Tensor] = {**(factors if summed is None else summed())}
         *known, terms = parted(wait(started), [*counts.values(), signals.terms])
         sums |= dict(zip(counts, known, strict=True))
-        moments = moments_of({d: sums[d] for d in flat if travelling.reads(layer_of(d.layer))})
+        readers, rank = self.readers(signals.coverage, params), self.world.rank
+        moments = moments_of({d: sums[d] for d in flat if readers.get(layer_of(d.layer), rank) == rank})
         if self.copies > 1:
             moments, terms = {n: self._once(m) for n, m in moments.items()}, terms / self.copies
         if self.rescales:
             moments = {name: self._rescaled(name, m, signals.coverage) for name, m in moments.items()}
         return replace(signals, moments=moments, terms=terms)
+
+    def sums(
+        self, factors: Mapping[Factor, Tensor], coverage: Coverage, params: Params
+    ) -> Callable[[], dict[Factor, Tensor]]:
+        """Begin to add up factors over all ranks; what is returned waits for those that this rank reads."""
+        itemsize = next((factor.element_size() for factor in factors.values()), 0)
+        readers = self.readers(coverage, params)
+        buckets = self.buckets(coverage, itemsize, readers)
+        travelling = FactorSums(self.world, _sides(coverage), readers, self.reduce_dtype)
+        return travelling.start(factors, _members(buckets, factors))
 
     def _once(self, moments: Moments) -> Moments:
         a, g, rows = (None if sums is None else sums / self.copies for sums in moments)

@@ -1,9 +1,15 @@
 """The update of one process becomes that of all."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 
+import torch
+from torch import Tensor
+
+from ..layers import Coverage
 from ..options import Options
 from ..parameter_groups import ParameterGroups
+from ..passes.outputs import Factor
 from ..transform import Transform
 from .averaging import Averaging, average_over_ranks
 from .collectives import World
@@ -52,7 +58,8 @@ def distribute(
         world: the ranks; None: there are no others, and nothing happens.
         gradients: whether gradients have to be averaged, too.
         copies: how many ranks see the same rows.
-        parts: who owns what, where parameters are dealt out over ranks.
+        parts: who owns what, where parameters are dealt out over ranks; the owners have got their factors
+            before the update (:func:`to_owners`).
     """
     if world is None:
         return tx
@@ -60,7 +67,13 @@ def distribute(
     readers: Readers = everybody if work is None else Owners(work, groups)
     readers = readers if parts is None else parts.readers
     averaging = Averaging(
-        world, options.split_indices, options.reduce_dtype, gradients, copies=copies, readers=readers
+        world,
+        options.split_indices,
+        options.reduce_dtype,
+        gradients,
+        copies=copies,
+        readers=readers,
+        arrived=parts is not None,
     )
     known, all_ranks = tx.resolve, average_over_ranks(tx, averaging)._replace(options=options)
     if known is None:
@@ -71,3 +84,19 @@ def distribute(
         return distribute(own, chosen, groups, world, gradients=gradients, copies=copies, parts=parts)
 
     return all_ranks._replace(resolve=resolve)
+
+
+def to_owners(
+    factors: Mapping[Factor, Tensor], options: Options, coverage: Coverage, parts: Parts
+) -> dict[Factor, Tensor]:
+    """Factors of this rank's own parameters, added up over all ranks. All ranks call this together.
+
+    Args:
+        factors: sums over the rows of this rank.
+        options: how they travel.
+        coverage: of all layers.
+        parts: who owns what.
+    """
+    averaging = Averaging(parts.world, options.split_indices, options.reduce_dtype, readers=parts.readers)
+    with torch.no_grad():
+        return averaging.sums(factors, coverage, {})()

@@ -69,10 +69,6 @@ class FactorSums:
         """How many numbers every rank waits for."""
         return Shares(tuple(sum(packed_numel(self.sides[factor]) for factor in hand) for hand in hands))
 
-    def reads(self, layer: str) -> bool:
-        """Whether this rank reads the factors of a layer."""
-        return self.readers.get(layer, self.world.rank) == self.world.rank
-
     def _reader(self, factor: Factor) -> int | None:
         return self.readers.get(layer_of(factor.layer))
 
