@@ -283,9 +283,11 @@ def kept() -> tuple[dict[str, set[str]], dict[str, tuple[int, ...]], set[str]]:
     factors: set[str] = set()
     for x, y in map(seen, batches(2, ROWS)):
         F.cross_entropy(model(x), y).backward()
-        slots = {d: s.grad for g in collector.graphs for d, s in g.slots.items() if s.grad is not None}
-        sent = {d: value for graph in collector.graphs for d, value in graph.sent.items()}
-        factors = {d.layer for d in {**slots, **sent} if isinstance(d, Factor)}
+        here = {d for graph in collector.graphs for d, s in graph.slots.items() if s.grad is not None}
+        for graph in collector.graphs:
+            graph.sent = [partial(dict, awaited()) for awaited in graph.sent]
+        here |= {d for graph in collector.graphs for awaited in graph.sent for d in awaited()}
+        factors = {d.layer for d in here if isinstance(d, Factor)}
         optimizer.step()
         optimizer.zero_grad()
     state = {name: set(optimizer.state[p]) for name, p in model.named_parameters()}

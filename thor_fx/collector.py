@@ -25,7 +25,10 @@ from .passes.layout import Rules, layer_of
 from .passes.outputs import Factor, OutputDescriptor, Rows, Terms
 from .passes.reindex import disjoint, simplify
 
-Send = Callable[[Mapping[Factor, Tensor]], Mapping[Factor, Tensor]]
+Awaited = Callable[[], Mapping[Factor, Tensor]]
+"""Waits for factors that are on their way."""
+
+Send = Callable[[Mapping[Factor, Tensor]], Awaited]
 
 
 @dataclass(eq=False)
@@ -36,21 +39,24 @@ class SlottedGraph:
         coverage: the parameters it uses.
         slots: leaves whose ``grad`` is what the descriptor says.
         params: the parameters that its factors belong to, by name.
-        sent: factors that have left their slots, and have come back as those of all ranks.
+        sent: what has left the slots and comes back as factors of all ranks, one entry for every pass.
     """
 
     coverage: Coverage
     slots: Mapping[OutputDescriptor, Tensor]
     params: Mapping[str, Tensor] = field(default_factory=dict)
-    sent: dict[OutputDescriptor, Tensor] = field(default_factory=dict)
+    sent: list[Awaited] = field(default_factory=list)
 
     def take(self) -> dict[OutputDescriptor, Tensor]:
         """The sums that have been collected since the last call; empty if nothing has."""
         taken = {d: s.grad for d, s in self.slots.items() if s.grad is not None and d != Terms()}
         for slot in self.slots.values():
             slot.grad = None
-        taken |= self.sent
-        self.sent = {}
+        arrived = [awaited() for awaited in self.sent]
+        self.sent = []
+        for factors in arrived:
+            for factor, value in factors.items():
+                taken[factor] = taken[factor] + value if factor in taken else value
         return taken
 
     def factors(self) -> dict[Factor, Tensor]:
@@ -123,8 +129,8 @@ class Collector:
         options: Inductor settings, likewise.
         copies: how many ranks see the same rows, because they have parts of the same parameters.
         has_sent: whether factors have left since the last :meth:`take`.
-        send: what becomes of the factors of a graph once backward has made them: it gets them, and returns
-            those that are kept. None: all are kept.
+        send: starts to send the factors of a graph once backward has made them, and returns what waits for
+            those to keep in their place. None: all are kept.
     """
 
     backend: str
@@ -220,8 +226,7 @@ class Collector:
         factors = {d: slot.grad for d, slot in slots.items() if slot.grad is not None}
         for slot in slots.values():
             slot.grad = None
-        for kept, value in self.send(factors).items():
-            graph.sent[kept] = graph.sent[kept] + value if kept in graph.sent else value
+        graph.sent.append(self.send(factors))
 
     def _listening(self, graph: SlottedGraph, slot: Tensor) -> Tensor:
         leaf = new_leaf(slot)

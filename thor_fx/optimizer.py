@@ -511,7 +511,7 @@ class Thor(torch.optim.Optimizer):
         self._update = CompiledUpdate(self._tx, self._found, params, *self._backends, mode, options)
         self._start()
         if self._parts is not None and self.block_size != "auto":
-            self._collector.send = self._sent
+            self._collector.send = self._send
         if not self._compared:
             check_ranks(self._tx, self._params, self._found)
             self._compared = True
@@ -536,18 +536,25 @@ class Thor(torch.optim.Optimizer):
         options = replace(self._options, block_size=_known(self.block_size))
         return deal_out(self._world, self._params, self._found, step_flops(options, self._found))
 
-    def _sent(self, factors: Mapping[Factor, Tensor]) -> dict[Factor, Tensor]:
-        """Those of this rank's own layers, of all ranks."""
+    def _send(self, factors: Mapping[Factor, Tensor]) -> Callable[[], dict[Factor, Tensor]]:
+        """Send factors to their owners; what is returned waits for those of this rank's own layers."""
         assert self._parts is not None
-        with waiting_for_others(self._world, "to add up factors"):
-            return to_owners(factors, self._options, self._found, self._parts)
+        waiting = partial(waiting_for_others, self._world, "to add up factors")
+        with waiting():
+            arrived = to_owners(factors, self._options, self._found, self._parts)
+
+        def awaited() -> dict[Factor, Tensor]:
+            with waiting(), torch.no_grad():
+                return arrived()
+
+        return awaited
 
     def _at_owners(self, moments: Mapping[str, Moments]) -> dict[str, Moments]:
         """Moments of the rows of this rank, with factors of all rows where this rank owns them."""
         flat = flat_moments(moments)
         factors = {d: value for d, value in flat.items() if isinstance(d, Factor)}
         counts = {d: value for d, value in flat.items() if d not in factors}
-        return moments_of(counts | self._sent(factors))
+        return moments_of(counts | self._send(factors)())
 
     def _held(self) -> Callable[[Coverage, Mapping[str, Tensor]], Coverage]:
         """Of a coverage, what this rank has inverses of."""

@@ -1,6 +1,6 @@
 """The update of one process becomes that of all."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import torch
@@ -88,8 +88,10 @@ def distribute(
 
 def to_owners(
     factors: Mapping[Factor, Tensor], options: Options, coverage: Coverage, parts: Parts
-) -> dict[Factor, Tensor]:
-    """Factors of this rank's own parameters, added up over all ranks. All ranks call this together.
+) -> Callable[[], dict[Factor, Tensor]]:
+    """Begin to add up factors over all ranks; what is returned waits for those of this rank's own parameters.
+
+    All ranks call this together, in one order.
 
     Args:
         factors: sums over the rows of this rank.
@@ -99,4 +101,4 @@ def to_owners(
     """
     averaging = Averaging(parts.world, options.split_indices, options.reduce_dtype, readers=parts.readers)
     with torch.no_grad():
-        return averaging.sums(factors, coverage, {})()
+        return averaging.sums(factors, coverage, {})

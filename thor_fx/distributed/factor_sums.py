@@ -43,13 +43,14 @@ class FactorSums:
         deliveries = [Delivery(self.world, self.shares(hands)) for hands in owned]
         whole = [[factor for hand in hands for factor in hand] for hands in owned]
         pieces = [d.start(self._flat(factors, bucket)) for d, bucket in zip(deliveries, whole, strict=True)]
+        dtypes = {factor: value.dtype for factor, value in factors.items()}  # the values are not kept
 
         def arrived() -> dict[Factor, Tensor]:
             mine = [*shared, *(hands[self.world.rank] for hands in owned)]
             flats = [*wait_all(sums), *deliver(deliveries, pieces)]
             found: dict[Factor, Tensor] = {}
             for bucket, flat in zip(mine, flats, strict=True):
-                found |= self._parted(flat, bucket, factors)
+                found |= self._parted(flat, bucket, dtypes)
             return found
 
         return arrived
@@ -76,9 +77,11 @@ class FactorSums:
         pieces = [pack(factors[factor], self.sides[factor]) for factor in bucket]
         return joined(pieces, self.dtype or pieces[0].dtype)
 
-    def _parted(self, flat: Tensor, bucket: Bucket, like: Mapping[Factor, Tensor]) -> dict[Factor, Tensor]:
+    def _parted(
+        self, flat: Tensor, bucket: Bucket, dtypes: Mapping[Factor, torch.dtype]
+    ) -> dict[Factor, Tensor]:
         pieces = flat.split([packed_numel(self.sides[factor]) for factor in bucket])
         return {
-            factor: unpack(piece.to(like[factor].dtype), self.sides[factor])
+            factor: unpack(piece.to(dtypes[factor]), self.sides[factor])
             for factor, piece in zip(bucket, pieces, strict=True)
         }
