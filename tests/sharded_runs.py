@@ -18,7 +18,12 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
 
 import thor_fx
 from rank_runs import SETTINGS, cnn, main
@@ -140,6 +145,8 @@ PLAN = {
     **{name: ColwiseParallel() for name in ("q", "k", "v", "up", "rise.up")},
     **{name: RowwiseParallel() for name in ("out", "down", "rise.down")},
 }
+
+BY_ROWS = SequenceParallel(sequence_dim=0)
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "small_blocks": {"block_size": 4, "bias": "joint", "weight_decay": 0.1},
@@ -330,6 +337,28 @@ def saved() -> list[Parameters]:
     return trajectory
 
 
+class SharedWeight(nn.Module):
+    """Ranks have the same first weight and other rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.head = nn.Linear(IN, HIDDEN), nn.Linear(HIDDEN, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.up(x).full_tensor())
+
+
+def other_rows(**settings: Any) -> Parameters:
+    model = build(SharedWeight)
+    parallelize_module(model, init_device_mesh("cpu", (dist.get_world_size(),)), {"up": BY_ROWS})
+    model = thor_fx.compile(model, backend="aot_eager")
+    optimizer = thor_fx.Thor(model, **SETTINGS, **settings)
+    x, y = batches(1, ROWS)[0]
+    F.cross_entropy(model(x.chunk(2)[dist.get_rank()]), y).backward()
+    optimizer.step()
+    return whole(model)
+
+
 def refused(**settings: Any) -> None:
     prepared("mlp", "fsdp at once", **settings)
 
@@ -358,6 +387,8 @@ RUNS: dict[str, Callable[[], Any]] = {
     "continued": continued,
     "late": late,
     "saved": saved,
+    "other rows": other_rows,
+    "other rows left out": partial(other_rows, layer_filter=lambda name: name.startswith("head")),
     "inverse": partial(refused, work_sharing="inverse"),
     "adaptive": partial(refused, damping=thor_fx.LevenbergMarquardt(0.1)),
 }

@@ -130,10 +130,33 @@ def test_a_checkpoint_of_parts_can_be_loaded_by_any_number_of_ranks(two, tmp_pat
     assert_same(train(model, optimizer, batches(STEPS, ROWS)[2:]), expected[2:], rtol=1e-9)
 
 
+def test_a_weight_whose_rows_are_dealt_out_takes_the_first_order_rule(two):
+    """Its gradient is a sum over ranks that nobody has taken before."""
+    expected = in_one_process_with_shared_weight()
+    (trained,) = all_equal([[result] for result in two["other rows left out"]])
+    assert_same([trained], [expected], rtol=1e-9)
+
+
+def in_one_process_with_shared_weight() -> Parameters:
+    model = build(sharded_runs.SharedWeight)
+    x, y = batches(1, ROWS)[0]
+    plain = torch.nn.Sequential(*model.children())
+    compiled_model = thor_fx.compile(plain, backend="aot_eager")
+    optimizer = thor_fx.Thor(compiled_model, **SETTINGS, layer_filter=lambda name: name == "1.weight")
+    torch.nn.functional.cross_entropy(compiled_model(x), y).backward()
+    optimizer.step()
+    return snapshot(dict(model.named_parameters()))
+
+
 @pytest.mark.parametrize(
-    ("run", "text"), [("inverse", "work_sharing='inverse' keeps"), ("adaptive", "LevenbergMarquardt")]
+    ("run", "text"),
+    [
+        ("inverse", "work_sharing='inverse' keeps"),
+        ("adaptive", "LevenbergMarquardt"),
+        ("other rows", "the rows of 'up.weight' are dealt out"),
+    ],
 )
-def test_what_needs_all_inverses_is_refused(two, run, text):
+def test_what_cannot_be_owned_is_refused(two, run, text):
     for result in two[run]:
         assert result.startswith("ValueError")
         assert text in result

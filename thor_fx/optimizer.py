@@ -24,7 +24,7 @@ from .distributed.agreement import agreed, check_ranks
 from .distributed.distribute import distribute, for_one_rank, shared_work, to_owners
 from .distributed.dtensors import here, here_as, is_part
 from .distributed.faults import waiting_for_others
-from .distributed.owned import by_owners, check_owned, deal_out, moved, step_flops
+from .distributed.owned import by_owners, check_owned, check_rows, deal_out, moved, step_flops
 from .distributed.parts import Parts
 from .distributed.work import WorkSharing, everything
 from .distributed.wrappers import averages_gradients, is_dealt_out, unwrapped, world_of_model
@@ -533,6 +533,7 @@ class Thor(torch.optim.Optimizer):
         """Who owns what, where parameters are dealt out over ranks."""
         if self._world is None or not any(map(is_part, self._params.values())):
             return None
+        check_rows(self._params, self._found)
         options = replace(self._options, block_size=_known(self.block_size))
         return deal_out(self._world, self._params, self._found, step_flops(options, self._found))
 

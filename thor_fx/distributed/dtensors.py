@@ -62,6 +62,11 @@ def here_as(value: Tensor, like: Tensor) -> Tensor:
     return here(value)
 
 
+def is_partial(gradient: Tensor | None) -> bool:
+    """Whether a gradient is a sum over ranks that has not been taken: each of them had other rows."""
+    return is_part(gradient) and any(placement.is_partial() for placement in gradient.placements)
+
+
 def box_of(value: Tensor) -> Box:
     """Where the part of this rank lies in the whole tensor."""
     if not is_part(value):

@@ -24,7 +24,7 @@ from ..passes.layout import layer_of
 from ..refresh_rules import dealt
 from ..transform import Params, Signals, State, Taken, Transform, Updates, after, resolving
 from .collectives import World
-from .dtensors import box_of
+from .dtensors import box_of, is_partial
 from .parts import Parts
 
 ELEMENTWISE_FLOPS = 10
@@ -66,6 +66,20 @@ def check_owned(options: Options) -> None:
         raise ValueError(f"{text}work_sharing='inverse' keeps all inverses on all ranks; leave it out")
     if "gradient" not in options.sharable:
         raise ValueError(f"{text}no rank can have {CANNOT_SHARE['gradient']}; use others")
+
+
+def check_rows(params: Params, coverage: Coverage) -> None:
+    """Refuse layers of which ranks have the same weight and other rows: nobody knows how many share rows.
+
+    Raises:
+        ValueError: naming the layer; ``params`` have gradients.
+    """
+    for name, layer in coverage.layers.items():
+        if is_partial(params[layer.param].grad):
+            raise ValueError(
+                f"the rows of {name!r} are dealt out over ranks that all have its weight (sequence parallel): "
+                "plan it as ColwiseParallel or RowwiseParallel, or leave it out with layer_filter="
+            )
 
 
 def step_flops(options: Options, coverage: Coverage) -> dict[str, int]:
