@@ -77,8 +77,9 @@ def check_rows(params: Params, coverage: Coverage) -> None:
     for name, layer in coverage.layers.items():
         if is_partial(params[layer.param].grad):
             raise ValueError(
-                f"the rows of {name!r} are dealt out over ranks that all have its weight (sequence parallel): "
-                "plan it as ColwiseParallel or RowwiseParallel, or leave it out with layer_filter="
+                f"the rows of {name!r} are dealt out over ranks that have all of its weight "
+                "(sequence parallel): plan it as ColwiseParallel or RowwiseParallel, or leave it out with "
+                "layer_filter="
             )
 
 
