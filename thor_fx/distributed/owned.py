@@ -21,6 +21,7 @@ from ..inverses import METHODS
 from ..layers import Coverage
 from ..options import CANNOT_SHARE, Options
 from ..passes.layout import layer_of
+from ..per_coverage import PerCoverage
 from ..refresh_rules import dealt
 from ..transform import Params, Signals, State, Taken, Transform, Updates, after, resolving
 from .collectives import World
@@ -122,9 +123,12 @@ def by_owners(inner: Transform, parts: Parts) -> Transform:
         inner: sees whole gradients and parameters: those that this rank owns.
         parts: who has what.
     """
+    held: PerCoverage[Coverage] = PerCoverage()
+    stand_ins: PerCoverage[dict[str, Tensor]] = PerCoverage()
 
     def told(signals: Signals) -> Signals:
-        mine = signals.coverage.restrict(parts.own)
+        whole = signals.coverage
+        mine = held.get(whole, None, lambda: whole.restrict(parts.own))
         moments = {n: m for n, m in (signals.moments or {}).items() if layer_of(n) in mine.layers}
         return dataclasses.replace(signals, coverage=mine, moments=moments or None, world=parts.world)
 
@@ -140,7 +144,8 @@ def by_owners(inner: Transform, parts: Parts) -> Transform:
         own = told(signals)
         ready, measured = (names.intersection(own.coverage.layers) for names in (taken.ready, taken.measured))
         mine = dataclasses.replace(taken, ready=ready, measured=measured)
-        return after(inner, state, parts.stand_ins(params), own, mine)
+        known = stand_ins.get(signals.coverage, None, lambda: parts.stand_ins(params))
+        return after(inner, state, known, own, mine)
 
     hook = None if inner.between is None else between
     resolve = resolving(partial(by_owners, parts=parts), [inner])
