@@ -256,6 +256,18 @@ def late() -> list[Parameters]:
     return by_heads(model, optimizer, map(seen, batches(STEPS, ROWS)))
 
 
+def unequal() -> list[Parameters]:
+    """Seven rows on two ranks, each of the same weight."""
+    model, optimizer, seen = prepared("perceptron", "fsdp")
+    trajectory = []
+    for x, y in map(seen, batches(STEPS, 7)):
+        (F.cross_entropy(model(x), y, reduction="sum") * dist.get_world_size() / 7).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        trajectory.append(whole(model))
+    return trajectory
+
+
 def accumulated() -> list[Parameters]:
     """Two micro-batches a step; FSDP reduces gradients after the second only."""
     model, optimizer, seen = prepared("perceptron", "fsdp")
@@ -386,6 +398,7 @@ RUNS: dict[str, Callable[[], Any]] = {
     "kept": kept,
     "continued": continued,
     "late": late,
+    "unequal": unequal,
     "saved": saved,
     "other rows": other_rows,
     "other rows left out": partial(other_rows, layer_filter=lambda name: name.startswith("head")),

@@ -76,6 +76,12 @@ def test_layers_that_come_later(two):
     assert_same(all_equal(two["late"]), expected, rtol=1e-9)
 
 
+def test_ranks_with_more_rows(two):
+    model = compiled(MODELS["perceptron"])
+    expected = train(model, thor_fx.Thor(model, **SETTINGS), batches(STEPS, 7))
+    assert_same(all_equal(two["unequal"]), expected, rtol=1e-9)
+
+
 def test_gradient_accumulation(two):
     model = compiled(MODELS["perceptron"])
     optimizer, trajectory = thor_fx.Thor(model, **SETTINGS), []
