@@ -30,7 +30,18 @@ from rank_runs import SETTINGS, cnn, main
 from thor_fx.compile import collector_of
 from thor_fx.distributed import checkpoint
 from thor_fx.passes.outputs import Factor
-from training import CLASSES, HIDDEN, IN, Batch, Parameters, batches, build, mlp, snapshot
+from training import (
+    CLASSES,
+    HIDDEN,
+    IN,
+    Batch,
+    Parameters,
+    batches,
+    build,
+    classifier_loss,
+    mlp,
+    snapshot,
+)
 
 STEPS, ROWS = 4, 12
 HEADS, POSITIONS = 2, 3
@@ -375,6 +386,20 @@ def refused(**settings: Any) -> None:
     prepared("mlp", "fsdp at once", **settings)
 
 
+def alone() -> None:
+    groups = [dist.new_group([rank]) for rank in range(dist.get_world_size())]
+    model, optimizer, seen = prepared("perceptron", "fsdp", process_group=groups[dist.get_rank()])
+    x, y = seen(batches(1, ROWS)[0])
+    F.cross_entropy(model(x), y).backward()
+    optimizer.step()
+
+
+def functional() -> None:
+    model, _, _ = dealt("perceptron", "fsdp")
+    step = thor_fx.compile_step(classifier_loss(model), thor_fx.thor(**SETTINGS), backend="eager")
+    step.init(dict(model.named_parameters()), *batches(1, ROWS)[0])
+
+
 RUNS: dict[str, Callable[[], Any]] = {
     "mlp fsdp at once": partial(trained, "mlp", "fsdp at once"),
     "cnn fsdp at once": partial(trained, "cnn", "fsdp at once"),
@@ -402,6 +427,8 @@ RUNS: dict[str, Callable[[], Any]] = {
     "saved": saved,
     "other rows": other_rows,
     "other rows left out": partial(other_rows, layer_filter=lambda name: name.startswith("head")),
+    "alone": alone,
+    "functional": functional,
     "inverse": partial(refused, work_sharing="inverse"),
     "adaptive": partial(refused, damping=thor_fx.LevenbergMarquardt(0.1)),
 }

@@ -22,9 +22,9 @@ from .compile import collector_of
 from .compiled_update import CompiledUpdate, Given
 from .distributed.agreement import agreed, check_ranks
 from .distributed.distribute import distribute, for_one_rank, shared_work, to_owners
-from .distributed.dtensors import here, here_as, is_part
+from .distributed.dtensors import box_of, here, here_as, is_part
 from .distributed.faults import waiting_for_others
-from .distributed.owned import by_owners, check_owned, check_rows, deal_out, moved, step_flops
+from .distributed.owned import by_owners, check_all_here, check_owned, check_rows, deal_out, moved, step_flops
 from .distributed.parts import Parts
 from .distributed.work import WorkSharing, everything
 from .distributed.wrappers import averages_gradients, is_dealt_out, unwrapped, world_of_model
@@ -531,7 +531,11 @@ class Thor(torch.optim.Optimizer):
 
     def _dealt(self) -> Parts | None:
         """Who owns what, where parameters are dealt out over ranks."""
-        if self._world is None or not any(map(is_part, self._params.values())):
+        parts = {name: p for name, p in self._params.items() if is_part(p)}
+        if self._world is None:  # this rank is all there is, or should be
+            for name, p in parts.items():
+                check_all_here(name, tuple(p.shape), [box_of(p)])
+        if self._world is None or not parts:
             return None
         check_rows(self._params, self._found)
         options = replace(self._options, block_size=_known(self.block_size))

@@ -45,7 +45,12 @@ def check_param(name: Any, value: Any, parts: bool = False) -> None:
     if not trainable(value):
         return
     wraps = hasattr(value, "__tensor_flatten__")  # the protocol of wrapper subclasses: quantised, sharded
-    if wraps and not (parts and is_part(value)):
+    if is_part(value) and not parts:
+        raise TypeError(
+            f"params[{name!r}] is dealt out over ranks, and a functional step takes plain tensors: train the "
+            "model with thor_fx.compile(model) and thor_fx.Thor"
+        )
+    if wraps and not is_part(value):
         raise TypeError(
             f"params[{name!r}] must be a plain tensor, got {type(value).__name__}: freeze it with "
             "requires_grad_(False), or train the tensor that it was made from"

@@ -9,7 +9,7 @@ model, which is what FSDP sends for the step itself (two gatherings and a reduct
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import partial
 from typing import Any
 
@@ -24,6 +24,7 @@ from ..passes.layout import layer_of
 from ..per_coverage import PerCoverage
 from ..refresh_rules import dealt
 from ..transform import Params, Signals, State, Taken, Transform, Updates, after, resolving
+from .boxes import Box
 from .collectives import World
 from .dtensors import box_of, is_partial
 from .parts import Parts
@@ -42,17 +43,13 @@ def deal_out(world: World, params: Params, coverage: Coverage, costs: Mapping[st
         costs: by layer, see :func:`step_flops`.
 
     Raises:
-        ValueError: some ranks have a part of a parameter and do not belong to ``world``.
+        ValueError: see :func:`check_all_here`.
     """
     everybodys = world.everybodys({name: box_of(p) for name, p in params.items()})
     boxes = {name: [own[name] for own in everybodys] for name in params}
     shapes = {name: tuple(p.shape) for name, p in params.items()}
     for name, shape in shapes.items():
-        if sum(box.numel for box in set(boxes[name])) != math.prod(shape):
-            raise ValueError(
-                f"process_group must contain all ranks that have a part of {name!r}; its {world.size} ranks "
-                "have some of it only"
-            )
+        check_all_here(name, shape, set(boxes[name]))
     return Parts(world, shapes, boxes, owners(world.size, shapes, coverage, costs))
 
 
@@ -67,6 +64,18 @@ def check_owned(options: Options) -> None:
         raise ValueError(f"{text}work_sharing='inverse' keeps all inverses on all ranks; leave it out")
     if "gradient" not in options.sharable:
         raise ValueError(f"{text}no rank can have {CANNOT_SHARE['gradient']}; use others")
+
+
+def check_all_here(name: str, shape: tuple[int, ...], boxes: Collection[Box]) -> None:
+    """Refuse a parameter of which some ranks have parts that do not train together with this one.
+
+    Raises:
+        ValueError: naming the parameter.
+    """
+    if sum(box.numel for box in boxes) != math.prod(shape):
+        raise ValueError(
+            f"process_group must contain all ranks that have a part of {name!r}: its own have some of it only"
+        )
 
 
 def check_rows(params: Params, coverage: Coverage) -> None:
