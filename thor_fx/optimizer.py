@@ -21,14 +21,14 @@ from .collector import Collector
 from .compile import collector_of
 from .compiled_update import CompiledUpdate, Given
 from .distributed.agreement import agreed, check_ranks
-from .distributed.distribute import distribute, for_one_rank, shared_work, to_owners
-from .distributed.dtensors import box_of, here, here_as, is_part
+from .distributed.distribute import distribute, for_one_rank, shared_work
+from .distributed.dtensors import here, here_as
 from .distributed.faults import waiting_for_others
-from .distributed.owned import by_owners, check_all_here, check_owned, check_rows, deal_out, moved, step_flops
-from .distributed.parts import Parts
+from .distributed.owned import by_owners, check_owned, moved
+from .distributed.ownership import Ownership, ownership
 from .distributed.work import WorkSharing, everything
 from .distributed.wrappers import averages_gradients, is_dealt_out, unwrapped, world_of_model
-from .factors import Moments, flat_moments, moments_of
+from .factors import Moments
 from .group_members import check_centralization, members, named, with_rest
 from .hyper import HyperTensors
 from .inductor import check_backend
@@ -41,7 +41,6 @@ from .optimizer_state import counters_of, layers_with_inverses, restore, views
 from .options import MAX_DIM, Fallback, MomentumOn, Options, damping_schedule, number_schedule
 from .parameter_groups import ParameterGroups
 from .passes.layout import BiasRule, Fisher, Likelihood, LongSide, Sharing, layer_of
-from .passes.outputs import Factor
 from .presets import Preset, takes_preset
 from .readiness import Readiness
 from .refresh import DampingRule
@@ -318,8 +317,8 @@ class Thor(torch.optim.Optimizer):
         if self.block_size == "auto" and moments:
             self._choose_block_size(moments, terms)
         self._build()
-        if self._parts is not None and moments and not sent:
-            moments = self._at_owners(moments)
+        if self._owners is not None and moments and not sent:
+            moments = self._owners.at_owners(moments)
         step: int = self.param_groups[0]["step"]
         gradients = {n: here_as(p.grad, p) for n, p in self._params.items() if p.grad is not None}
         unready = self._known.standing(self._found.layers, gradients)
@@ -478,7 +477,7 @@ class Thor(torch.optim.Optimizer):
         self._params: dict[str, Tensor] = {}
         self._labels: dict[str, str] = {}  # the group of every parameter
         self._inner: Any = None
-        self._parts: Parts | None = None
+        self._owners: Ownership | None = None
         self._collector.send = None
         self._ahead = Ahead()
 
@@ -510,61 +509,31 @@ class Thor(torch.optim.Optimizer):
         params = {name: here(p) for name, p in self._params.items()}
         self._update = CompiledUpdate(self._tx, self._found, params, *self._backends, mode, options)
         self._start()
-        if self._parts is not None and self.block_size != "auto":
-            self._collector.send = self._send
+        if self._owners is not None and self.block_size != "auto":
+            self._collector.send = self._owners.send
         if not self._compared:
             check_ranks(self._tx, self._params, self._found)
             self._compared = True
 
     def _transform(self) -> Transform:
+        block_size = None if self.block_size == "auto" else self.block_size
         copies, groups = self._collector.copies, self._groups()
         settings = for_one_rank(self._options, self._world, copies)
-        self._parts = self._dealt()
-        if self._parts is None:
+        known = replace(self._options, block_size=block_size)
+        self._owners = ownership(self._world, known, self._params, self._found)
+        parts = None if self._owners is None else self._owners.parts
+        if parts is None:
             tx = skip_nonfinite(thor_chain(settings, groups, self._world))
         else:
-            tx = skip_nonfinite(by_owners(thor_chain(settings, groups), self._parts), self._world)
-        ranks: dict[str, Any] = {"gradients": self._averages_gradients, "copies": copies}
-        tx = distribute(tx, self._options, groups, self._world, **ranks, parts=self._parts)
-        tx = unscale(tx)  # before ranks add up: each has a scaler of its own
-        return tx if tx.resolve is None else tx.resolve(_known(self.block_size))
-
-    def _dealt(self) -> Parts | None:
-        """Who owns what, where parameters are dealt out over ranks."""
-        parts = {name: p for name, p in self._params.items() if is_part(p)}
-        if self._world is None:  # this rank is all there is, or should be
-            for name, p in parts.items():
-                check_all_here(name, tuple(p.shape), [box_of(p)])
-        if self._world is None or not parts:
-            return None
-        check_rows(self._params, self._found)
-        options = replace(self._options, block_size=_known(self.block_size))
-        return deal_out(self._world, self._params, self._found, step_flops(options, self._found))
-
-    def _send(self, factors: Mapping[Factor, Tensor]) -> Callable[[], dict[Factor, Tensor]]:
-        """Send factors to their owners; what is returned waits for those of this rank's own layers."""
-        assert self._parts is not None
-        waiting = partial(waiting_for_others, self._world, "to add up factors")
-        with waiting():
-            arrived = to_owners(factors, self._options, self._found, self._parts)
-
-        def awaited() -> dict[Factor, Tensor]:
-            with waiting(), torch.no_grad():
-                return arrived()
-
-        return awaited
-
-    def _at_owners(self, moments: Mapping[str, Moments]) -> dict[str, Moments]:
-        """Moments of the rows of this rank, with factors of all rows where this rank owns them."""
-        flat = flat_moments(moments)
-        factors = {d: value for d, value in flat.items() if isinstance(d, Factor)}
-        counts = {d: value for d, value in flat.items() if d not in factors}
-        return moments_of(counts | self._send(factors)())
+            tx = skip_nonfinite(by_owners(thor_chain(settings, groups), parts), self._world)
+        ranks: dict[str, Any] = {"gradients": self._averages_gradients, "copies": copies, "parts": parts}
+        tx = unscale(distribute(tx, self._options, groups, self._world, **ranks))  # a rank has its own scaler
+        return tx if tx.resolve is None else tx.resolve(block_size)
 
     def _held(self) -> Callable[[Coverage, Mapping[str, Tensor]], Coverage]:
         """Of a coverage, what this rank has inverses of."""
-        if self._parts is not None:
-            return self._parts.held
+        if self._owners is not None:
+            return self._owners.parts.held
         work = shared_work(replace(self._options, block_size=self.block_size), self._world)
         return everything if work is None else work.held
 
@@ -579,14 +548,15 @@ class Thor(torch.optim.Optimizer):
         self._update.begin()
         self._inner, continues = self._update.state, any(self.state.values())
         saved = {name: self.state.get(parameter, {}) for name, parameter in self._params.items()}
-        if self._parts is not None:
-            saved |= moved(self._parts, saved)
+        if self._owners is not None:
+            saved |= moved(self._owners.parts, saved)
         for name, entry in views(self._inner, self._found, self._params, self._labels, self._held()).items():
             restore(entry, saved[name], name)
             self.state[self._params[name]] = entry
         marks = METHODS[self._options.inverse].marks
         self._known.ready = layers_with_inverses(self.state.values(), marks) if continues else set()
-        if self._world is not None:
+        shares = self._owners is not None or self._options.work_sharing != "none"
+        if self._world is not None and shares:
             self._known.ready = set().union(*self._world.everybodys(self._known.ready))
         for label, counters in counters_of(self._inner).items():
             group = self.param_groups[int(label)]
@@ -602,11 +572,6 @@ SCHEDULES: dict[str, Callable[[Any], Schedule]] = {
     "fallback_lr": partial(Schedule, "fallback_lr"),
 }
 """What a group of parameters may have a value of its own for."""
-
-
-def _known(block_size: BlockSize) -> int | None:
-    """The block size; whole factors as long as none has been chosen."""
-    return None if block_size == "auto" else block_size
 
 
 def _complete(found: Coverage, params: Mapping[str, Tensor]) -> Coverage:

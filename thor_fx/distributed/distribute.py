@@ -1,15 +1,9 @@
 """The update of one process becomes that of all."""
 
-from collections.abc import Callable, Mapping
 from dataclasses import replace
 
-import torch
-from torch import Tensor
-
-from ..layers import Coverage
 from ..options import Options
 from ..parameter_groups import ParameterGroups
-from ..passes.outputs import Factor
 from ..transform import Transform
 from .averaging import Averaging, average_over_ranks
 from .collectives import World
@@ -59,7 +53,7 @@ def distribute(
         gradients: whether gradients have to be averaged, too.
         copies: how many ranks see the same rows.
         parts: who owns what, where parameters are dealt out over ranks; the owners have got their factors
-            before the update (:func:`to_owners`).
+            before the update (:mod:`.ownership`).
     """
     if world is None:
         return tx
@@ -84,21 +78,3 @@ def distribute(
         return distribute(own, chosen, groups, world, gradients=gradients, copies=copies, parts=parts)
 
     return all_ranks._replace(resolve=resolve)
-
-
-def to_owners(
-    factors: Mapping[Factor, Tensor], options: Options, coverage: Coverage, parts: Parts
-) -> Callable[[], dict[Factor, Tensor]]:
-    """Begin to add up factors over all ranks; what is returned waits for those of this rank's own parameters.
-
-    All ranks call this together, in one order.
-
-    Args:
-        factors: sums over the rows of this rank.
-        options: how they travel.
-        coverage: of all layers.
-        parts: who owns what.
-    """
-    averaging = Averaging(parts.world, options.split_indices, options.reduce_dtype, readers=parts.readers)
-    with torch.no_grad():
-        return averaging.sums(factors, coverage, {})
