@@ -46,7 +46,7 @@ class Param:
     """An input: the trainable tensor called ``name``, or the part of it that this rank has."""
 
     name: str
-    split: Split | None = field(default=None, compare=False)
+    split: Split | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True)

@@ -62,7 +62,8 @@ class Block(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(HIDDEN)
-        self.q, self.k, self.v, self.out = (nn.Linear(HIDDEN, HIDDEN) for _ in range(4))
+        self.q, self.v, self.out = (nn.Linear(HIDDEN, HIDDEN) for _ in range(3))
+        self.k = nn.Linear(HIDDEN, HIDDEN, bias=False)  # attention does not depend on one
         self.rise = Rise()
 
     def forward(self, x: Tensor) -> Tensor:

@@ -37,7 +37,7 @@ from .parameters import check_params
 from .passes import emit_factors, outputs
 from .passes.layout import Rules
 from .passes.likelihoods import LikelihoodError
-from .passes.outputs import Factor, Input, InputDescriptor, Param, Rows, Terms
+from .passes.outputs import Factor, Input, InputDescriptor, Param, Rows, Split, Terms
 from .passes.splice import Decompositions
 from .passes.survey import survey
 from .recurrent import has_recurrent_operator, trainable_rnns
@@ -244,7 +244,7 @@ class _FactorCompiler:
         if not places:
             return [], self._compile(self.forward, self.inputs, lambda _gm, **_: None, key="")
         found = coverage(survey(export_joint(self.forward, described), self.rules), self.rules)
-        self.collector.copies = max([self.collector.copies, *_split_sizes(described)])
+        self.collector.copies = max([self.collector.copies, *(split.size for split in _splits(described))])
         if self.strict:
             found.check({name: p.dim() for name, p in params.items()})
         slots = {descriptor: make_slot(shape, used[param]) for descriptor, shape, param in _slots(found)}
@@ -276,9 +276,9 @@ class _FactorCompiler:
             )
 
 
-def _split_sizes(described: Sequence[InputDescriptor]) -> list[int]:
+def _splits(described: Sequence[InputDescriptor]) -> list[Split]:
     splits = [descriptor.split for descriptor in described if isinstance(descriptor, Param)]
-    return [split.size for split in splits if split is not None]
+    return [split for split in splits if split is not None]
 
 
 def _form(described: Sequence[InputDescriptor], found: Coverage) -> tuple[Any, ...]:
@@ -298,7 +298,8 @@ def _key(fill: "_FillSlots", found: Coverage) -> str | None:
     if callable(fill.rules.likelihood):
         return None
     sharing = tuple(layer.sharing for layer in found.layers.values())
-    return repr((fill.inputs, fill.slots, replace(fill.rules, sharing="expand", layer_filter=None), sharing))
+    rules = replace(fill.rules, sharing="expand", layer_filter=None)
+    return repr((fill.inputs, _splits(fill.inputs), fill.slots, rules, sharing))
 
 
 def _runner(compiled: Callable[..., Any], graph: SlottedGraph, collector: Collector) -> Runner:
