@@ -337,6 +337,8 @@ def main(runs: Mapping[str, Callable[[], Any]], folder: str, *names: str) -> Non
         torch.save(result, Path(folder) / f"{name}.{rank}.pt")
         dist.barrier()
     dist.destroy_process_group()
+    sys.stderr.flush()
+    os._exit(0)  # on the usual way out a thread of torch's may abort, rarely: "terminate called without ..."
 
 
 if __name__ == "__main__":
