@@ -9,7 +9,6 @@ only, and the factors are those of the whole layer, on all of these ranks.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,11 +32,6 @@ class Gathered(Wrapped):
     def features(self) -> int:
         """F, of all ranks together."""
         return self.split.length
-
-    @property
-    def rows(self) -> Any:
-        """R."""
-        return self.inner.rows
 
     @property
     def batch_axes(self) -> tuple[int, ...]:

@@ -228,28 +228,31 @@ def prepared(
     return model, thor_fx.Thor(model, **own), seen
 
 
-def trained(make: str, how: str, options: str = "", backend: str = "aot_eager") -> list[Parameters]:
-    model, optimizer, seen = prepared(make, how, backend, **OPTIONS.get(options, {}))
+def steps(
+    model: nn.Module,
+    optimizer: thor_fx.Thor,
+    data: Iterable[Batch],
+    loss_of: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
+) -> list[Parameters]:
+    """Whole parameters after every step."""
     trajectory = []
-    for x, y in map(seen, batches(STEPS, ROWS)):
-        F.cross_entropy(model(x), y).backward()
+    for x, y in data:
+        loss_of(model(x), y).backward()
         optimizer.step()
         optimizer.zero_grad()
         trajectory.append(whole(model))
     return trajectory
 
 
-def grouped() -> list[Parameters]:
-    """Two groups with settings of their own."""
-    groups = [{"params": ["inp.weight", "rise.up.weight"], "lr": 0.05, "damping": 0.3}]
-    model, optimizer, seen = prepared("perceptron", "fsdp", params=groups)
-    trajectory = []
-    for x, y in map(seen, batches(STEPS, ROWS)):
-        F.cross_entropy(model(x), y).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        trajectory.append(whole(model))
-    return trajectory
+def trained(
+    make: str, how: str, options: str = "", backend: str = "aot_eager", **settings: Any
+) -> list[Parameters]:
+    model, optimizer, seen = prepared(make, how, backend, **OPTIONS.get(options, {}), **settings)
+    return steps(model, optimizer, map(seen, batches(STEPS, ROWS)))
+
+
+GROUPS = [{"params": ["inp.weight", "rise.up.weight"], "lr": 0.05, "damping": 0.3}]
+"""Two groups with settings of their own: this one, and the rest."""
 
 
 def by_heads(model: nn.Module, optimizer: thor_fx.Thor, data: Iterable[Batch]) -> list[Parameters]:
@@ -268,16 +271,14 @@ def late() -> list[Parameters]:
     return by_heads(model, optimizer, map(seen, batches(STEPS, ROWS)))
 
 
+def of_seven_rows(logits: Tensor, y: Tensor) -> Tensor:
+    """Each row has the same weight, whichever rank has it."""
+    return F.cross_entropy(logits, y, reduction="sum") * dist.get_world_size() / 7
+
+
 def unequal() -> list[Parameters]:
-    """Seven rows on two ranks, each of the same weight."""
     model, optimizer, seen = prepared("perceptron", "fsdp")
-    trajectory = []
-    for x, y in map(seen, batches(STEPS, 7)):
-        (F.cross_entropy(model(x), y, reduction="sum") * dist.get_world_size() / 7).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        trajectory.append(whole(model))
-    return trajectory
+    return steps(model, optimizer, map(seen, batches(STEPS, 7)), of_seven_rows)
 
 
 def accumulated() -> list[Parameters]:
@@ -297,14 +298,10 @@ def accumulated() -> list[Parameters]:
 def skipped() -> tuple[list[Parameters], dict[str, int]]:
     """One rank has a NaN among its data in the second step."""
     model, optimizer, seen = prepared("perceptron", "fsdp")
-    trajectory = []
-    for step, (x, y) in enumerate(map(seen, batches(STEPS, ROWS))):
-        bad = x / 0 if step == 1 and dist.get_rank() == 1 else x
-        F.cross_entropy(model(bad), y).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        trajectory.append(whole(model))
-    return trajectory, optimizer.metrics()
+    data = list(map(seen, batches(STEPS, ROWS)))
+    if dist.get_rank() == 1:
+        data[1] = data[1][0] / 0, data[1][1]
+    return steps(model, optimizer, data), optimizer.metrics()
 
 
 def kept() -> tuple[dict[str, set[str]], dict[str, tuple[int, ...]], set[str]]:
@@ -327,35 +324,29 @@ def kept() -> tuple[dict[str, set[str]], dict[str, tuple[int, ...]], set[str]]:
 
 def continued() -> list[Parameters]:
     """Saved after two steps, and loaded into a new model and optimizer."""
-    data, trajectory, saved = batches(STEPS, ROWS), [], None
+    data, saved = batches(STEPS, ROWS), None
+    trajectory: list[Parameters] = []
     for part in (data[:2], data[2:]):
         model, optimizer, seen = prepared("perceptron", "fsdp", factor_decay=0.5)
         if saved is not None:
             model.load_state_dict(saved[0])
             optimizer.load_state_dict(saved[1])
-        for x, y in map(seen, part):
-            F.cross_entropy(model(x), y).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            trajectory.append(whole(model))
+        trajectory += steps(model, optimizer, map(seen, part))
         saved = model.state_dict(), optimizer.state_dict()
     return trajectory
 
 
 def saved() -> list[Parameters]:
     """Saved in parts after two steps, and dealt out to a new model and optimizer."""
-    data, trajectory, folder = batches(STEPS, ROWS), [], Path(sys.argv[1]) / "checkpoint"
+    data, folder = batches(STEPS, ROWS), Path(sys.argv[1]) / "checkpoint"
+    trajectory: list[Parameters] = []
     for part in (data[:2], data[2:]):
         model, optimizer, seen = prepared("perceptron", "fsdp", factor_decay=0.5)
         if trajectory:
             known = checkpoint.load(folder)
             set_model_state_dict(model, known["model"], options=StateDictOptions(full_state_dict=True))
             optimizer.load_state_dict(known["optimizer"])
-        for x, y in map(seen, part):
-            F.cross_entropy(model(x), y).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            trajectory.append(whole(model))
+        trajectory += steps(model, optimizer, map(seen, part))
         if len(trajectory) == 2:
             checkpoint.save(folder, {"model": model.state_dict(), "optimizer": optimizer.state_dict()})
     return trajectory
@@ -389,10 +380,7 @@ def refused(**settings: Any) -> None:
 
 def alone() -> None:
     groups = [dist.new_group([rank]) for rank in range(dist.get_world_size())]
-    model, optimizer, seen = prepared("perceptron", "fsdp", process_group=groups[dist.get_rank()])
-    x, y = seen(batches(1, ROWS)[0])
-    F.cross_entropy(model(x), y).backward()
-    optimizer.step()
+    trained("perceptron", "fsdp", process_group=groups[dist.get_rank()])
 
 
 def functional() -> None:
@@ -418,7 +406,7 @@ RUNS: dict[str, Callable[[], Any]] = {
         for name in ("small_blocks", "clipped", "eva", "batch_size")
     },
     "inductor": partial(trained, "perceptron", "tp", backend="inductor"),
-    "grouped": grouped,
+    "grouped": partial(trained, "perceptron", "fsdp", params=GROUPS),
     "accumulated": accumulated,
     "skipped": skipped,
     "kept": kept,

@@ -12,13 +12,14 @@ import torch
 
 import thor_fx
 from ranks import Results, all_equal, run_on_ranks, shared
-from thor_fx.distributed import checkpoint
 from training import Parameters, assert_moved, assert_same, batches, build, compiled, snapshot, train
 
-pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="no torch.distributed here")
-sharded_runs = pytest.importorskip("sharded_runs")
-MODELS, OPTIONS, ROWS, RUNS = (getattr(sharded_runs, n) for n in ("MODELS", "OPTIONS", "ROWS", "RUNS"))
-SETTINGS, STEPS = sharded_runs.SETTINGS, sharded_runs.STEPS
+if not torch.distributed.is_available():
+    pytest.skip("no torch.distributed here", allow_module_level=True)
+
+import sharded_runs
+from sharded_runs import GROUPS, MODELS, OPTIONS, ROWS, RUNS, SETTINGS, STEPS
+from thor_fx.distributed import checkpoint
 
 SCRIPT = Path(__file__).with_name("sharded_runs.py")
 FOUR_ONLY = ["transformer fsdp and tp", "perceptron fsdp and tp", "perceptron hsdp"]
@@ -65,8 +66,7 @@ def test_under_inductor(two):
 
 
 def test_groups(two):
-    groups = [{"params": ["inp.weight", "rise.up.weight"], "lr": 0.05, "damping": 0.3}]
-    assert_same(all_equal(two["grouped"]), by_hand("perceptron", params=groups), rtol=1e-9)
+    assert_same(all_equal(two["grouped"]), by_hand("perceptron", params=GROUPS), rtol=1e-9)
 
 
 def test_layers_that_come_later(two):

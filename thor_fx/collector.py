@@ -55,8 +55,7 @@ class SlottedGraph:
         arrived = [awaited() for awaited in self.sent]
         self.sent = []
         for factors in arrived:
-            for factor, value in factors.items():
-                taken[factor] = taken[factor] + value if factor in taken else value
+            _add(taken, factors)
         return taken
 
     def factors(self) -> dict[Factor, Tensor]:
@@ -204,8 +203,7 @@ class Collector:
         self._filled = self.has_sent = False
         sums: dict[OutputDescriptor, Tensor] = {}
         for graph in self.graphs:
-            for descriptor, value in graph.take().items():
-                sums[descriptor] = sums[descriptor] + value if descriptor in sums else value
+            _add(sums, graph.take())
         return moments_of(sums), self._terms.take()
 
     def _watch(self, graph: SlottedGraph) -> None:
@@ -239,6 +237,11 @@ class Collector:
         assert backward is not None, "hooks run in backward"
         self._filled = True
         self._terms.add(backward, layer, terms.clone())
+
+
+def _add(sums: dict[OutputDescriptor, Tensor], more: Mapping[Any, Tensor]) -> None:
+    for descriptor, value in more.items():
+        sums[descriptor] = sums[descriptor] + value if descriptor in sums else value
 
 
 def _overlapping(found: Coverage, params: Mapping[str, Tensor]) -> set[str]:

@@ -60,6 +60,11 @@ class Signals:
     compares: bool = False
     world: "World | None" = None
 
+    def within(self, coverage: Coverage) -> "Signals":
+        """What is known of the layers of a part of the coverage."""
+        moments = {n: m for n, m in (self.moments or {}).items() if layer_of(n) in coverage.layers}
+        return replace(self, coverage=coverage, moments=moments or None)
+
     def total(self, terms: Sequence[Tensor]) -> Tensor:
         """The sum of 0-D tensors of the parameters that are seen here, and of those of other ranks."""
         if self.world is None:
@@ -83,6 +88,11 @@ class Taken:
     measured: frozenset[str]
     ready: frozenset[str]
     ahead: Ahead | None = None
+
+    def within(self, coverage: Coverage) -> "Taken":
+        """What is known of the layers of a part of the coverage."""
+        measured, ready = (names.intersection(coverage.layers) for names in (self.measured, self.ready))
+        return replace(self, measured=measured, ready=ready)
 
 
 class Transform(NamedTuple):
@@ -428,8 +438,7 @@ def partition(transforms: Mapping[str, Transform], groups: Mapping[str, str]) ->
         hyper = {name: signals.hyper[f"{label}.{name}"] for name in transforms[label].schedules}
         own, whole = frozenset(names), signals.coverage
         mine = parts.get(whole, own, lambda: whole.restrict(own))
-        moments = {n: m for n, m in (signals.moments or {}).items() if layer_of(n) in mine.layers}
-        return replace(signals, coverage=mine, hyper=hyper, moments=moments or None)
+        return replace(signals.within(mine), hyper=hyper)
 
     def init(params: Params, coverage: Coverage) -> dict[str, State]:
         mine = {label: members(label, params) for label in transforms}

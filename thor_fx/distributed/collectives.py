@@ -62,17 +62,6 @@ class World:
         result: Tensor = _OPERATORS.broadcast(tensor, source, self.group)
         return result
 
-    def all_to_all(self, tensor: Tensor, sizes: Sequence[int], arriving: Sequence[int]) -> Tensor:
-        """Start to send pieces of a flat tensor.
-
-        Args:
-            tensor: the pieces for all ranks, one after the other.
-            sizes: of what goes to each rank.
-            arriving: of what comes from each.
-        """
-        result: Tensor = _OPERATORS.all_to_all_single(tensor, list(arriving), list(sizes), self.group)
-        return result
-
     def total(self, number: Tensor) -> Tensor:
         """The sum of a 0-D tensor over all ranks."""
         return wait(self.sum(number.detach().clone()))

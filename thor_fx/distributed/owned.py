@@ -20,7 +20,6 @@ from torch.utils import _pytree as pytree
 from ..inverses import METHODS
 from ..layers import Coverage
 from ..options import CANNOT_SHARE, Options
-from ..passes.layout import layer_of
 from ..per_coverage import PerCoverage
 from ..refresh_rules import dealt
 from ..transform import Params, Signals, State, Taken, Transform, Updates, after, resolving
@@ -138,8 +137,7 @@ def by_owners(inner: Transform, parts: Parts) -> Transform:
     def told(signals: Signals) -> Signals:
         whole = signals.coverage
         mine = held.get(whole, None, lambda: whole.restrict(parts.own))
-        moments = {n: m for n, m in (signals.moments or {}).items() if layer_of(n) in mine.layers}
-        return dataclasses.replace(signals, coverage=mine, moments=moments or None, world=parts.world)
+        return dataclasses.replace(signals.within(mine), world=parts.world)
 
     def init(params: Params, coverage: Coverage) -> State:
         return inner.init(parts.stand_ins(params), coverage.restrict(parts.own))
@@ -151,10 +149,8 @@ def by_owners(inner: Transform, parts: Parts) -> Transform:
 
     def between(state: State, params: Params, signals: Signals, taken: Taken) -> tuple[State, int | None]:
         own = told(signals)
-        ready, measured = (names.intersection(own.coverage.layers) for names in (taken.ready, taken.measured))
-        mine = dataclasses.replace(taken, ready=ready, measured=measured)
         known = stand_ins.get(signals.coverage, None, lambda: parts.stand_ins(params))
-        return after(inner, state, known, own, mine)
+        return after(inner, state, known, own, taken.within(own.coverage))
 
     hook = None if inner.between is None else between
     resolve = resolving(partial(by_owners, parts=parts), [inner])

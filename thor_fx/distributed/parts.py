@@ -16,6 +16,7 @@ from torch import Tensor
 from ..layers import Coverage
 from .boxes import Box, together
 from .collectives import World, wait
+from .packing import joined
 
 
 class Leg(NamedTuple):
@@ -111,9 +112,9 @@ class Parts:
         me, ranks = self.world.rank, range(self.world.size)
         going = [[leg for leg in legs if (leg.source, leg.target) == (me, rank)] for rank in ranks]
         coming = [[leg for leg in legs if (leg.source, leg.target) == (rank, me)] for rank in ranks]
-        flat = [sent(leg).flatten() for hand in going for leg in hand]
-        joined = torch.cat(flat) if flat else next(iter(like.values())).new_empty(0)
-        arrived = wait(self.world.all_to_all(joined, _sizes(going), _sizes(coming)))
+        pieces = [sent(leg) for hand in going for leg in hand]
+        flat = joined(pieces) if pieces else next(iter(like.values())).new_empty(0)
+        arrived = wait(self.world.exchange(flat, _sizes(going), _sizes(coming)))
         expected = [leg for hand in coming for leg in hand]
         parts = arrived.split([leg.box.numel for leg in expected]) if expected else []
         return [(leg, part.view(leg.box.shape)) for leg, part in zip(expected, parts, strict=True)]

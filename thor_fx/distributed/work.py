@@ -32,7 +32,6 @@ from typing import Literal, NamedTuple
 from torch import Tensor
 
 from ..layers import Coverage, Layer
-from ..passes.layout import layer_of
 from ..per_coverage import PerCoverage
 from ..precision import wide
 from ..transform import Params, Signals, State, Taken, Transform, Updates, after
@@ -137,9 +136,7 @@ class SharedWork:
 
         def seen(signals: Signals, params: Params) -> Signals:
             whole = signals.coverage
-            held = parts.get(whole, None, lambda: self.held(whole, params))
-            moments = {n: m for n, m in (signals.moments or {}).items() if layer_of(n) in held.layers}
-            return dataclasses.replace(signals, coverage=held, moments=moments or None)
+            return signals.within(parts.get(whole, None, lambda: self.held(whole, params)))
 
         def init(params: Params, coverage: Coverage) -> State:
             return acting(coverage, params).init(params, self.held(coverage, params))
@@ -154,9 +151,7 @@ class SharedWork:
 
         def between(state: State, params: Params, signals: Signals, taken: Taken) -> tuple[State, int | None]:
             own = seen(signals, params)
-            ready, measured = (s.intersection(own.coverage.layers) for s in (taken.ready, taken.measured))
-            mine = dataclasses.replace(taken, ready=ready, measured=measured)
-            return after(acting(signals.coverage, params), state, params, own, mine)
+            return after(acting(signals.coverage, params), state, params, own, taken.within(own.coverage))
 
         hook = None if alone.between is None else between
         return alone._replace(init=init, update=update, between=hook)
