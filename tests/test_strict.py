@@ -81,3 +81,50 @@ def test_strict_is_a_bool(strict):
         thor_fx.compile(nn.Linear(2, 2), backend="eager", strict=strict)
     with pytest.raises(TypeError, match="strict"):
         thor_fx.compile_step(lambda params: 0, thor_fx.thor(**SETTINGS), backend="eager", strict=strict)
+
+
+BREAKS = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+
+
+class Aside(nn.Module):
+    """A layer that Dynamo is told to leave alone, between two that it compiles."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.aside, self.head = nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.beside(self.fc(x)).tanh())
+
+    @torch.compiler.disable
+    def beside(self, x: Tensor) -> Tensor:
+        return self.aside(x)
+
+
+@BREAKS
+def test_a_weight_that_no_graph_uses_is_named_once():
+    model = thor_fx.compile(Aside(), backend="aot_eager")
+    optimizer = thor_fx.Thor(model, **SETTINGS, frequency=1)
+    model(torch.randn(5, 3)).square().mean().backward()
+    with pytest.warns(UserWarning, match=r"no compiled graph uses the weights 'aside\.weight': "):
+        optimizer.step()
+    model(torch.randn(5, 3)).square().mean().backward()
+    optimizer.step()  # warnings are errors here
+    assert sorted(optimizer.coverage.layers) == ["fc.weight", "head.weight"]
+
+
+@BREAKS
+def test_strict_refuses_a_weight_that_no_graph_uses_before_anything_changes():
+    model = Aside()
+    before = {name: p.clone() for name, p in model.state_dict().items()}
+    with pytest.raises(thor_fx.CoverageError, match=r"strict=True, .* weights 'aside\.weight'"):
+        step_by("drop-in", model, torch.randn(5, 3), strict=True)
+    assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
+
+
+@BREAKS
+def test_a_weight_that_was_left_out_is_not_missed():
+    model = thor_fx.compile(Aside(), backend="aot_eager", strict=True)
+    optimizer = thor_fx.Thor(model, **SETTINGS, layer_filter=lambda name: not name.startswith("aside"))
+    model(torch.randn(5, 3)).square().mean().backward()
+    optimizer.step()

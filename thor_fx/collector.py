@@ -126,6 +126,7 @@ class Collector:
         generation: how often those have changed.
         mode: what the model is compiled with, as in ``torch.compile``; the update is, too.
         options: Inductor settings, likewise.
+        strict: whether a weight without factors is an error.
         copies: how many ranks see the same rows, because they have parts of the same parameters.
         has_sent: whether factors have left since the last :meth:`take`.
         send: starts to send the factors of a graph once backward has made them, and returns what waits for
@@ -142,6 +143,7 @@ class Collector:
     generation: int = 0
     mode: str | None = None
     options: Mapping[str, Any] | None = None
+    strict: bool = False
     copies: int = 1
     send: Send | None = None
     has_sent: bool = False

@@ -68,7 +68,8 @@ def compile(
         mode: as in ``torch.compile``; the update of :class:`thor_fx.Thor` is compiled with it, too.
         options: Inductor settings, as in ``torch.compile``, likewise.
         strict: raise a :class:`~thor_fx.CoverageError` in the first factor step where a weight (a
-            parameter of two or more axes) would take the first-order rule.
+            parameter of two or more axes) would take the first-order rule. Without it, weights that no
+            compiled graph uses are named in a warning.
         **kwargs: further arguments of ``torch.compile`` (``fullgraph``, ``dynamic``, ...).
 
     Returns:
@@ -95,7 +96,7 @@ def compile(
     check_params(dict(model.named_parameters()), parts=True)
     check_type("strict", strict, bool, "True or False")
     inner = unwrapped(model)
-    call = _Call(inner, Collector(backend, factors_by, mode=mode, options=options), strict, kwargs)
+    call = _Call(inner, Collector(backend, factors_by, mode=mode, options=options, strict=strict), kwargs)
     inner._compiled_call_impl = call  # NOTE: the slot nn.Module.compile() uses; dropped when pickled
     return model
 
@@ -122,7 +123,6 @@ class _Call:
         self,
         model: nn.Module,
         collector: Collector,
-        strict: bool,
         kwargs: Mapping[str, Any],
     ) -> None:
         self.collector = collector
@@ -140,7 +140,7 @@ class _Call:
 
         def factor_backend(forward: fx.GraphModule, inputs: Sequence[Any]) -> Runner:
             self._captures_rnn |= has_recurrent_operator(forward)
-            build = _FactorCompiler(model, collector, collector.rules, strict, copy.deepcopy(forward), inputs)
+            build = _FactorCompiler(model, collector, collector.rules, copy.deepcopy(forward), inputs)
             return without_dynamo(_Instances(build, examples_of(forward)))
 
         self._plain = torch.compile(own_code(plain), backend=backend, **settings, **kwargs)
@@ -229,7 +229,6 @@ class _FactorCompiler:
     model: nn.Module
     collector: Collector
     rules: Rules
-    strict: bool
     forward: fx.GraphModule
     inputs: Sequence[Any]
     compiled: dict[Any, Runner] = field(default_factory=dict)
@@ -245,7 +244,7 @@ class _FactorCompiler:
             return [], self._compile(self.forward, self.inputs, lambda _gm, **_: None, key="")
         found = coverage(survey(export_joint(self.forward, described), self.rules), self.rules)
         self.collector.copies = max([self.collector.copies, *(split.size for split in _splits(described))])
-        if self.strict:
+        if self.collector.strict:
             found.check({name: p.dim() for name, p in params.items()})
         slots = {descriptor: make_slot(shape, used[param]) for descriptor, shape, param in _slots(found)}
         form = _form(described, found)

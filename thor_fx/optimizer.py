@@ -49,8 +49,8 @@ from .scaling import Scaler, scales_of
 from .schedule import Schedule, Value
 from .step_norm import StepNorm
 from .transform import Taken, Transform, skip_nonfinite, unscale
+from .unseen import NO_GRAPH, tell_unseen, unseen_weights
 
-NO_GRAPH = "no compiled graph uses it"
 NEEDS_CLOSURE = (
     "damping=LevenbergMarquardt(...) compares the loss of a batch before and after the step: call "
     "step(closure), where closure computes the loss, calls backward and returns the loss"
@@ -239,6 +239,7 @@ class Thor(torch.optim.Optimizer):
         self._schedules: list[dict[str, Schedule]] = []
         self._adapts: list[bool] = []  # whether the damping of a group follows the loss
         self._warned = False
+        self._told = False  # of weights that no graph uses
         self._overdue = False
         self._compared = False  # with the other ranks
         self._known = Readiness()
@@ -322,6 +323,7 @@ class Thor(torch.optim.Optimizer):
         step: int = self.param_groups[0]["step"]
         gradients = {n: here_as(p.grad, p) for n, p in self._params.items() if p.grad is not None}
         unready = self._known.standing(self._found.layers, gradients)
+        self._tell_unseen(moments, gradients)
         if not self._factors_due(step, moments, lost):
             moments = {name: m for name, m in moments.items() if layer_of(name) in unready}
         if moments:
@@ -425,6 +427,16 @@ class Thor(torch.optim.Optimizer):
             self._warned = True
             warnings.warn(NO_LAYERS if none_at_all else NO_FACTORS, stacklevel=3)
         return due
+
+    def _tell_unseen(self, moments: Mapping[str, Moments], gradients: Mapping[str, Tensor]) -> None:
+        """In a factor step, say once which weights have a gradient and no factors, as no graph uses them."""
+        if self._told or not moments:
+            return
+        allowed = self._options.layer_filter or (lambda _: True)
+        names = [name for name in unseen_weights(self._found.fallback, gradients) if allowed(name)]
+        self._told = bool(names)
+        if names:
+            tell_unseen(names, strict=self._collector.strict)
 
     def _between(
         self, step: int, moments: Mapping[str, Moments], unready: set[str], rates: list[Tensor]
