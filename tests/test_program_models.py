@@ -105,7 +105,7 @@ def dropout_masks_of_the_functional_step(backend: str) -> list[Tensor]:
         a = out.aux
         g = 2 * a @ before.T
         expected = before - 0.1 * solve(a, g)
-        torch.testing.assert_close(params["w"], expected, rtol=1e-9, atol=1e-12)
+        assert float((params["w"] - expected).norm() / (expected - before).norm()) < 1e-9  # condition: 2e4
         masks.append(a[0].clone())
     return masks
 
