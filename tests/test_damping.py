@@ -92,7 +92,7 @@ def test_no_inverse_fails():
     x, y = batches(1)[0]
     F.cross_entropy(model(x), y).backward()
     optimizer.step()
-    assert optimizer.metrics() == {"skipped_steps": 0, "failed_inverses": 0}
+    assert optimizer.metrics().items() >= {"skipped_steps": 0, "failed_inverses": 0}.items()
     eye = torch.eye(6, dtype=D) / LAMBDA
     (output,) = optimizer.state[model[0].weight]["inverses"]["0.weight"]["output"]
     torch.testing.assert_close(output[0, 0], eye, rtol=1e-12, atol=1e-14)

@@ -573,7 +573,7 @@ def test_a_bad_batch_changes_nothing_in_the_functional_door(taken):
         assert identical(params, before[0])
         for leaf, old in zip(pytree.tree_leaves(state.inner.inner), before[1], strict=True):
             assert torch.equal(leaf, old)
-        assert thor_fx.metrics(state) == {"skipped_steps": count, "failed_inverses": 0}
+        assert thor_fx.metrics(state).items() >= {"skipped_steps": count, "failed_inverses": 0}.items()
         assert state.step == taken + 1
     params, state, _ = step(params, state, *data[taken])
     assert thor_fx.metrics(state)["skipped_steps"] == len(BAD)
@@ -595,7 +595,7 @@ def test_a_bad_gradient_changes_nothing_in_the_drop_in_door(taken):
         optimizer.zero_grad()
         assert identical(snapshot(dict(model.named_parameters())), before[0])
         assert all(torch.equal(one, other) for one, other in zip(_state(optimizer), before[1], strict=True))
-        assert optimizer.metrics() == {"skipped_steps": count, "failed_inverses": 0}
+        assert optimizer.metrics().items() >= {"skipped_steps": count, "failed_inverses": 0}.items()
     after = train(model, optimizer, data[taken:])
     assert optimizer.metrics()["skipped_steps"] == count
     assert not identical(after[0], before[0])
@@ -614,7 +614,7 @@ def test_a_bad_first_batch():
     x, y = data[0]
     assert identical(train(model, optimizer, [(x * math.nan, y)])[0], start)
     trajectory = train(model, optimizer, data)
-    assert optimizer.metrics() == {"skipped_steps": 1, "failed_inverses": 0}
+    assert optimizer.metrics().items() >= {"skipped_steps": 1, "failed_inverses": 0}.items()
     for step, after in enumerate(trajectory, 1):
         assert {name for name, p in after.items() if not torch.equal(p, start[name])} == set(start), step
     assert all(p.isfinite().all() for p in trajectory[-1].values())
@@ -656,7 +656,8 @@ def test_a_factor_without_inverse_keeps_the_last_one():
             optimizer.step()
             optimizer.zero_grad()
             trajectories[-1].append(snapshot(dict(model.named_parameters())))
-        assert optimizer.metrics() == {"skipped_steps": 0, "failed_inverses": 4 if "damping" in own else 0}
+        failed = 4 if "damping" in own else 0
+        assert optimizer.metrics().items() >= {"skipped_steps": 0, "failed_inverses": failed}.items()
         assert all(inverse.any() for inverse in _inverses(optimizer))
     assert_same(*trajectories)
     start = snapshot(dict(build(one_layer).named_parameters()))
@@ -668,7 +669,7 @@ def test_a_factor_without_inverse_keeps_the_last_one():
     for x, expected in zip(data, trajectories[0], strict=True):
         params, state, _ = step(params, state, x)
         assert_same([params], [expected])
-    assert thor_fx.metrics(state) == {"skipped_steps": 0, "failed_inverses": 4}
+    assert thor_fx.metrics(state).items() >= {"skipped_steps": 0, "failed_inverses": 4}.items()
 
 
 def test_a_loss_that_is_zero_is_no_failure():
@@ -680,4 +681,4 @@ def test_a_loss_that_is_zero_is_no_failure():
         for _ in range(4):
             params, state, _ = step(params, state, x)
         assert identical(params, weights(w=(3, 2)))
-        assert thor_fx.metrics(state) == {"skipped_steps": 0, "failed_inverses": 0}
+        assert thor_fx.metrics(state).items() >= {"skipped_steps": 0, "failed_inverses": 0}.items()

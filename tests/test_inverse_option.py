@@ -84,7 +84,7 @@ def test_a_head_that_starts_at_zero(name):
         params, state, out = step(params, state, *batch)
         assert not torch.equal(params["0.weight"], before)
     assert out.loss.isfinite()
-    assert thor_fx.metrics(state) == {"skipped_steps": 0, "failed_inverses": 0}
+    assert thor_fx.metrics(state).items() >= {"skipped_steps": 0, "failed_inverses": 0}.items()
 
 
 @every_method

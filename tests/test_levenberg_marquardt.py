@@ -259,7 +259,7 @@ def test_gradients_and_factors_are_those_of_the_first_run():
     optimizer.zero_grad()
     before = optimizer.param_groups[0]["damping"]
     optimizer.step(closure)
-    assert optimizer.metrics() == {"skipped_steps": 0, "failed_inverses": 0}
+    assert optimizer.metrics().items() >= {"skipped_steps": 0, "failed_inverses": 0}.items()
     assert optimizer.param_groups[0]["damping"] != before
 
 

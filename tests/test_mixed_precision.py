@@ -56,7 +56,7 @@ def train_under(make: Callable[[], nn.Module], dtype: torch.dtype, enabled: bool
             loss = F.cross_entropy(model(x), y)
         loss.backward()
         take_step(optimizer, len(x))
-    assert optimizer.metrics() == {"skipped_steps": 0, "failed_inverses": 0}
+    assert optimizer.metrics().items() >= {"skipped_steps": 0, "failed_inverses": 0}.items()
     assert optimizer.coverage.layers
     return snapshot(dict(model.named_parameters()))
 
@@ -253,7 +253,7 @@ def test_an_overflow_moves_nothing(before_step, at):
         optimizer.zero_grad()
     assert scaler.get_scale() == 2.0
     assert not identical(state_of(model, optimizer), before)
-    assert optimizer.metrics() == {"skipped_steps": 1, "failed_inverses": 0}
+    assert optimizer.metrics().items() >= {"skipped_steps": 1, "failed_inverses": 0}.items()
 
 
 def state_of(model: nn.Module, optimizer: thor_fx.Thor) -> Parameters:
@@ -313,7 +313,8 @@ def test_no_batch_of_the_first_was_good():
         assert max(errors(ours, expected).values()) < 1e-10
         assert max(errors(params, expected).values()) < 1e-10
     assert state.ready
-    assert thor_fx.metrics(state) == optimizer.metrics() == {"skipped_steps": 3, "failed_inverses": 0}
+    assert thor_fx.metrics(state).items() >= {"skipped_steps": 3, "failed_inverses": 0}.items()
+    assert optimizer.metrics().items() >= {"skipped_steps": 3, "failed_inverses": 0}.items()
 
 
 def classifier() -> Callable[..., Tensor]:

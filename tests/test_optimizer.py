@@ -159,7 +159,7 @@ def test_groups_added_later():
     assert_moved(trajectory[2:], trajectory[1])
     assert not torch.equal(trajectory[0]["2.weight"], before["2.weight"])
     assert sorted(optimizer.coverage.layers) == ["0.weight", "2.weight"]
-    assert optimizer.metrics() == {"skipped_steps": 0, "failed_inverses": 0}
+    assert optimizer.metrics().items() >= {"skipped_steps": 0, "failed_inverses": 0}.items()
 
 
 class WithConvolution(nn.Module):
@@ -375,12 +375,12 @@ def test_what_it_reports():
     model = compiled(MODELS["normalised"])
     optimizer = thor(model)
     assert optimizer.coverage is None
-    assert optimizer.metrics() == {"skipped_steps": 0, "failed_inverses": 0}
+    assert optimizer.metrics().items() >= {"skipped_steps": 0, "failed_inverses": 0}.items()
     train(model, optimizer, batches(1))
     assert sorted(optimizer.coverage.layers) == ["0.weight", "3.weight"]
     assert optimizer.coverage.norms == ("1.weight", "1.bias")
     assert list(optimizer.coverage.fallback) == ["0.bias"]
-    assert optimizer.metrics() == {"skipped_steps": 0, "failed_inverses": 0}
+    assert optimizer.metrics().items() >= {"skipped_steps": 0, "failed_inverses": 0}.items()
 
 
 # --- saving and loading --------------------------------------------------------------------------------

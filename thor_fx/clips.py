@@ -9,14 +9,15 @@ Both look at all groups of parameters: splitting one group into two alike change
 """
 
 from collections.abc import Callable, Mapping
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .layers import Coverage
 from .precision import wide
 from .schedule import Schedule
-from .transform import Hyper, Params, Signals, State, Transform, Updates, stateless
+from .transform import Hyper, Params, Signals, State, Taken, Transform, Updates, after, stateless
 
 Clip = Literal["tensor", "global"]
 
@@ -36,6 +37,18 @@ def _together(norms: list[Tensor], signals: Signals) -> Tensor:
     if signals.world is None:
         return torch.linalg.vector_norm(torch.stack(norms))
     return signals.total([norm.square() for norm in norms]).sqrt()
+
+
+class KLState(NamedTuple):
+    """State of :func:`clip_by_kl`.
+
+    Attributes:
+        inner: that of the preconditioner.
+        kl: twice the divergence that the last step would have had without the clip, 0-D.
+    """
+
+    inner: State
+    kl: Tensor
 
 
 def clip_by_kl(
@@ -58,19 +71,30 @@ def clip_by_kl(
         loss_scale: the gradients carry it, and ``U`` does not.
     """
 
-    def update(updates: Updates, state: State, params: Params, signals: Signals) -> tuple[Updates, State]:
-        new, state = preconditioner.update(updates, state, params, signals)
+    def init(params: Params, coverage: Coverage) -> KLState:
+        some = next(iter(params.values()))
+        unknown = torch.zeros((), dtype=wide(some), device=some.device)
+        return KLState(preconditioner.init(params, coverage), unknown)
+
+    def update(updates: Updates, state: KLState, params: Params, signals: Signals) -> tuple[Updates, KLState]:
+        new, inner = preconditioner.update(updates, state.inner, params, signals)
         terms = [
             lr(signals.hyper, name) ** 2 * (u.to(wide(u)) * updates[name]).sum()
             for name, u in new.items()
             if name in signals.coverage.preconditioned
         ]
         if not terms and signals.world is None:
-            return new, state
+            return new, state._replace(inner=inner)
         square = signals.total(terms) / loss_scale
         within = square <= kappa  # also where rounding makes it negative
         scale = torch.where(within, torch.ones_like(square), (kappa / square).sqrt())
-        return {name: u * scale.to(u.dtype) for name, u in new.items()}, state
+        clipped = {name: u * scale.to(u.dtype) for name, u in new.items()}
+        return clipped, KLState(inner, square.to(state.kl.dtype))
+
+    def between(state: KLState, params: Params, signals: Signals, taken: Taken) -> tuple[KLState, int | None]:
+        inner, due = after(preconditioner, state.inner, params, signals, taken)
+        return state._replace(inner=inner), due
 
     merged = {**preconditioner.schedules, **schedules}
-    return preconditioner._replace(update=update, schedules=merged)
+    hook = None if preconditioner.between is None else between
+    return preconditioner._replace(init=init, update=update, between=hook, schedules=merged)

@@ -36,7 +36,7 @@ from .inverses import METHODS, Inverse
 from .layers import Coverage
 from .levenberg_marquardt import LevenbergMarquardt, loss_again
 from .links import thor_chain
-from .metrics import metrics
+from .metrics import Metrics, metrics, trace
 from .optimizer_state import counters_of, layers_with_inverses, restore, views
 from .options import MAX_DIM, Fallback, MomentumOn, Options, damping_schedule, number_schedule
 from .parameter_groups import ParameterGroups
@@ -373,9 +373,20 @@ class Thor(torch.optim.Optimizer):
             return self._options.block_size
         return self.param_groups[0].get("block_size", "auto")
 
-    def metrics(self) -> dict[str, int]:
-        """What went wrong so far, and was caught: :func:`thor_fx.metrics`."""
-        return metrics(self._inner)
+    def metrics(self) -> Metrics:
+        """Numbers for any logger: ``step``, ``lr`` and ``damping``, and what :func:`thor_fx.metrics` counts.
+
+        Groups of parameters after the first have ``lr/1``, ``damping/1``, ... Where averages of factors are
+        kept, also ``trace``: ``sum over layers of tr(A) tr(G)``. Reading them waits for the device.
+        """
+        found: Metrics = {"step": self.param_groups[0]["step"]}
+        for i, group in enumerate(self.param_groups):
+            found |= {f"{name}/{i}" if i else name: float(group[name]) for name in ("lr", "damping")}
+        found |= metrics(self._inner)
+        if self._inner is None:  # before the first step
+            return found
+        block_size = self.block_size
+        return found | trace(self._inner, self._found.layers, None if block_size == "auto" else block_size)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from a saved state; the momentum and all inverses are restored."""

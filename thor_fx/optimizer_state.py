@@ -71,7 +71,7 @@ def counters_of(state: SkipState) -> dict[str, Entry]:
 
 def _counters(state: SkipState, preconditioning: PreconditionState) -> Entry:
     counters: Entry = {"terms": preconditioning.terms, "failed_inverses": preconditioning.failures}
-    counters["skipped_steps"] = state.skipped
+    counters |= {"refreshes": preconditioning.refreshes, "skipped_steps": state.skipped}
     memory = preconditioning.memory
     if isinstance(memory, Memory) and isinstance(memory.damping, Tensor):
         counters["measured_damping"] = memory.damping

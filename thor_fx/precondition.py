@@ -56,12 +56,14 @@ class PreconditionState(NamedTuple):
         terms: ``n`` of the last factor step, 0-D.
         failures: since the start, 0-D int64: blocks whose inverse failed and was kept, and layers whose
             factors were not finite and did not enter the average.
+        refreshes: steps in which inverses were recomputed, 0-D int64.
         memory: running averages of the factors, and what a refresh rule remembers; () without.
     """
 
     inverses: dict[str, State]
     terms: Tensor
     failures: Tensor
+    refreshes: Tensor
     memory: Memory | tuple[()] = ()
 
 
@@ -142,7 +144,8 @@ class _Preconditioner:
         terms = torch.full_like(any_param, self.batch_size or 1)
         like = {name: _accumulator(params[layer.param]) for name, layer in coverage.layers.items()}
         memory = self.renewal.init(coverage.layers, like) if self.remembers and like else ()
-        return PreconditionState(inverses, terms, torch.zeros_like(terms, dtype=torch.int64), memory)
+        none = torch.zeros_like(terms, dtype=torch.int64)
+        return PreconditionState(inverses, terms, none, none.clone(), memory)
 
     def update(
         self, updates: Updates, state: PreconditionState, params: Params, signals: Signals
@@ -211,7 +214,7 @@ class _Preconditioner:
             return state
         found, failed = invert() if taken.ahead is None else taken.ahead.take(inputs, wanted, invert)
         known = pytree.tree_map(_known, found, inverses)
-        return state._replace(inverses=known, failures=state.failures + failed)
+        return _with(state, known, failed)
 
     def _measured(
         self, state: PreconditionState, groups: dict[str, list[Layer]], signals: Signals
@@ -246,7 +249,7 @@ class _Preconditioner:
         if not wanted:
             return state
         inverses, failed = self._inverted(state.inverses, groups, wanted, factors, lam)
-        return state._replace(inverses=inverses, failures=state.failures + failed)
+        return _with(state, inverses, failed)
 
     def _inverted(
         self,
@@ -279,6 +282,12 @@ def _unknown(part: Tensor) -> Tensor:
 
 def _known(new: Tensor, old: Tensor) -> Tensor:
     return torch.where(new.isnan(), old, new)
+
+
+def _with(state: PreconditionState, inverses: dict[str, State], failed: Tensor | int) -> PreconditionState:
+    """The state with new inverses."""
+    failures, refreshes = state.failures + failed, state.refreshes + 1
+    return state._replace(inverses=inverses, failures=failures, refreshes=refreshes)
 
 
 def _present(signals: Signals) -> set[str]:

@@ -26,7 +26,7 @@ from .hyper import HyperTensors
 from .inductor import Compiled, check_backend, compile_graph, inductor_decompositions
 from .kinds import Kind, kind_of, kinds
 from .layers import Coverage, coverage
-from .metrics import metrics
+from .metrics import Metrics, metrics, trace
 from .parameters import check_params, trainable
 from .passes import accumulate, canonicalize, emit_factors, outputs, pipeline
 from .passes.layout import Rules
@@ -259,6 +259,18 @@ class CompiledStep:
         damping = self._damping(state, loss, call.later)
         new = state._replace(step=state.step + 1, buffers=buffers, ready=ready, due=due, damping=damping)
         return params, new, StepOutput(loss, aux)
+
+    def metrics(self, state: StepState) -> Metrics:
+        """Numbers for any logger: as :meth:`thor_fx.Thor.metrics`. Reading them waits for the device."""
+        rates = self._tx.hyper(max(0, state.step - 1))
+        adapted = {} if state.damping is None else {"damping": state.damping}
+        own = {
+            name: float(value) for name, value in {**rates, **adapted}.items() if name in {"lr", "damping"}
+        }
+        found: Metrics = {"step": state.step, **own, **metrics(state.inner)}
+        if self.coverage is None or self._block_size == "auto":
+            return found
+        return found | trace(state.inner, self.coverage.layers, self._block_size)
 
     def _between(self, params: Params, state: StepState, kind: Kind, hyper: Sequence[Tensor]) -> int | None:
         """What the transform does after the step, in place; when it wants factors next."""
