@@ -6,9 +6,13 @@ from collections.abc import Sequence
 
 from . import __doc__ as description
 from . import demo
+from .commands import bench, blocks, explain
 
 COMMANDS = {
-    "demo": demo
+    "explain": explain,
+    "bench": bench,
+    "blocks": blocks,
+    "demo": demo,
 }  # modules with a docstring, add_arguments(parser) and run(parser, arguments) -> exit code
 
 

@@ -17,9 +17,10 @@ fastest candidate of ``b`` or more. Where times grow with ``b``, that is the rul
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -87,6 +88,11 @@ class BlockSizeReport:
             f"{'' if self.chosen < self.candidates[-1] else ', all factors whole'}\n"
             f"largest losses there: {', '.join(texts) or f'none of {100 * self.threshold:.3g}% or more'}"
         )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, in types that JSON knows; factors are called ``"layer A"``."""
+        losses = {f"{factor.layer} {factor.side}": rows for factor, rows in self.losses.items()}
+        return {field.name: getattr(self, field.name) for field in fields(self)} | {"losses": losses}
 
     def draw(self, path: str | Path) -> None:
         """Draw both curves into a file: ``.svg``, ``.png``, ``.pdf``.

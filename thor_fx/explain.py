@@ -1,19 +1,19 @@
 """What is preconditioned, what is not, and why."""
 
+import difflib
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import networkx as nx
 import torch
 from torch import Tensor, fx, nn
-from torch.func import functional_call
-from torch.utils import _pytree as pytree
 
 from .costs import Cost, cost
 from .flops import count_flops
 from .layers import Coverage, Layer, coverage
+from .loss_functions import loss_function
 from .parameters import trainable
 from .passes import Site, canonicalize, find_sites, pipeline
 from .passes.layout import Rules
@@ -98,6 +98,50 @@ class Report:
         likelihood = [] if self.estimator == "empirical" else [f"fisher: {self.estimator}"]
         return "\n".join([*lines, self.summary, *likelihood])
 
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but the graph, in types that JSON knows."""
+        params = {name: self._facts(name) for name in self.shapes}
+        total = asdict(self.cost) | {"plain_flops": self.plain_flops}
+        numbers = sum(math.prod(shape) for shape in self.shapes.values())
+        return {
+            "parameters": params,
+            "numbers": numbers,
+            "preconditioned_numbers": self.preconditioned,
+            "loss_terms": self.terms,
+            "terms_from": self.coverage.terms,
+            "fisher": self.estimator,
+            "cost": total,
+        }
+
+    def _facts(self, name: str) -> dict[str, Any]:
+        layers = {n: layer for n, layer in self.coverage.layers.items() if name in layer.params}
+        return {
+            "shape": list(self.shapes[name]),
+            "treatment": self._treatment(name),
+            "used_at": self.lines.get(name),
+            "layers": {
+                n: {
+                    "kind": layer.kind,
+                    "A": str(layer.input),
+                    "G": str(layer.output),
+                    "rows": str(layer.rows),
+                    "uses": layer.uses,
+                    **asdict(self.costs[n]),
+                }
+                for n, layer in layers.items()
+            },
+        }
+
+    def diff(self, other: "Report") -> str:
+        """What is different in another report: lines that were (``-``) and are (``+``); empty if nothing is.
+
+        Args:
+            other: of another model, other settings or another version; this one is the old one.
+        """
+        before, after = str(self).splitlines(), str(other).splitlines()
+        lines = difflib.unified_diff(before, after, "before", "after", n=0, lineterm="")
+        return "\n".join(line for line in lines if not line.startswith("@@"))
+
     def _row(self, name: str) -> tuple[str, str, str, str, str]:
         layers = [layer.name for layer in self.coverage.layers.values() if layer.param == name]
         total = sum((self.costs[layer] for layer in layers if layer in self.costs), start=Cost())
@@ -160,18 +204,10 @@ def explain(
         100.0% of 6 parameters preconditioned; loss terms n = 5 (rows of weight)
         a factor step adds 52 B of factors and 0.000165 MFLOP (+138%); inverses keep 52 B, preconditioning ...
     """
-    if isinstance(target, nn.Module):
-        params: Any = dict(target.named_parameters())
-        loss_fn, batch = _loss_of_outputs(target, kwargs), example
-    elif callable(target):
-        if not example:
-            raise TypeError("explain(loss_fn, params, *batch) needs params")
-        loss_fn, params, batch = target, example[0], example[1:]
-    else:
-        raise TypeError(f"explain takes a module or a loss function, got {type(target).__name__}")
+    loss_fn, params, batch, of_module = loss_function(target, *example, **kwargs)
     rules, inverse = (DEFAULTS.rules, DEFAULTS.inverse) if tx is None else (tx.rules, tx.inverse)
     step = pipeline.run(trace_step(loss_fn, params, *batch), [canonicalize])
-    sites, estimator = _surveyed(step, rules, inside=not isinstance(target, nn.Module))
+    sites, estimator = _surveyed(step, rules, inside=not of_module)
     frozen = tuple(name for name, p in params.items() if not trainable(p))
     found = coverage(sites, rules, frozen)
     costs = {
@@ -208,20 +244,6 @@ def to_networkx(gm: fx.GraphModule) -> nx.DiGraph:
         graph.add_node(node.name, op=node.op, operator=str(node.target), **facts)
         graph.add_edges_from((source.name, node.name) for source in node.all_input_nodes)
     return graph
-
-
-def _loss_of_outputs(model: nn.Module, kwargs: Mapping[str, Any]) -> Callable[..., Any]:
-    def loss_fn(params: Mapping[str, Tensor], *args: Any) -> Tensor:
-        out = functional_call(model, dict(params), args, dict(kwargs))
-        loss = out.get("loss") if isinstance(out, Mapping) else None
-        if isinstance(loss, Tensor):
-            return loss
-        leaves = [leaf for leaf in pytree.tree_leaves(out) if isinstance(leaf, Tensor)]
-        if leaves and leaves[0].dim() == 0:
-            return leaves[0]
-        return torch.stack([leaf.sum() for leaf in leaves if leaf.is_floating_point()]).sum()
-
-    return loss_fn
 
 
 def describe(layer: Layer, param: str) -> str:

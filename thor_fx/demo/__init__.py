@@ -7,12 +7,12 @@ rate chosen by the same search. Prints a table and saves a picture of the loss a
 
 import argparse
 import importlib.util
-import os
 import time
 from pathlib import Path
 
 import torch
 
+from ..commands.arguments import device, file, positive
 from ..inductor import BACKENDS
 
 NEEDS = {"sklearn": "scikit-learn", "matplotlib": "matplotlib"}
@@ -21,14 +21,15 @@ PICTURES = (".png", ".svg", ".pdf")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of this command."""
-    parser.add_argument("--out", type=_picture, default=Path("demo.png"), help="the picture (demo.png)")
-    parser.add_argument("--steps", type=_positive, default=400, help="steps of every run (400)")
+    out = Path("demo.png")
+    parser.add_argument("--out", type=file(*PICTURES), default=out, help=f"the picture ({out})")
+    parser.add_argument("--steps", type=positive, default=400, help="steps of every run (400)")
     parser.add_argument("--seed", type=int, default=0, help="of weights, batches and the test set (0)")
-    parser.add_argument("--device", type=_device, default=torch.device("cpu"), help="e.g. cuda (cpu)")
+    parser.add_argument("--device", type=device, default=torch.device("cpu"), help="e.g. cuda (cpu)")
     parser.add_argument("--backend", choices=BACKENDS, default=BACKENDS[0], help=f"({BACKENDS[0]})")
     parser.add_argument(
         "--threads",
-        type=_positive,
+        type=positive,
         default=1,
         help="CPU threads (1: so small a model gains little from more)",
     )
@@ -64,32 +65,3 @@ def run(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
     draw(results, arguments.out)
     print(f"\n{time.perf_counter() - started:.0f} s in all. The picture: {arguments.out}")
     return 0
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is not positive")
-    return number
-
-
-_positive.__name__ = "number"  # argparse: "invalid number value: 'x'"
-
-
-def _device(text: str) -> torch.device:
-    try:
-        device = torch.device(text)
-        torch.zeros((), device=device).item()
-    except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
-        reason = str(error).splitlines()[0]
-        raise argparse.ArgumentTypeError(f"cannot use device {text!r}: {reason}") from None
-    return device
-
-
-def _picture(text: str) -> Path:
-    path = Path(text)
-    if path.suffix not in PICTURES:
-        raise argparse.ArgumentTypeError(f"{text!r} must end in one of {', '.join(PICTURES)}")
-    if not os.access(path.absolute().parent, os.W_OK):
-        raise argparse.ArgumentTypeError(f"cannot write to the folder of {text!r}")
-    return path
