@@ -97,6 +97,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="two rounds: to see that it works")
     parser.add_argument("--backend", default="inductor", choices=BACKENDS, help="for all that is compiled")
     parser.add_argument("--options", action="store_true", help="what every option of thor_fx.thor costs")
+    parser.add_argument("--only", action="append", metavar="ROW", help="beside AdamW; may be repeated")
     parser.add_argument(
         "--kfac-jax-python", type=Path, help="the Python that has kfac-jax; without it, no rows of it"
     )
@@ -143,10 +144,14 @@ def report(name: str, settings: argparse.Namespace) -> Report:
 def chosen(settings: argparse.Namespace) -> list[Entrant]:
     """Who takes part; AdamW always does."""
     if settings.options:
-        return list(WITH_OPTIONS)
-    groups = {"baseline", *(settings.group or GROUPS)}
+        return [e for e in WITH_OPTIONS if e.group == "baseline" or wanted(e, settings)]
+    groups = settings.group or GROUPS
     everybody = (*OURS, *PEERS, *kfac_jax(settings.kfac_jax_python, settings.device))
-    return [entrant for entrant in everybody if entrant.group in groups]
+    return [e for e in everybody if e.group == "baseline" or (e.group in groups and wanted(e, settings))]
+
+
+def wanted(entrant: Entrant, settings: argparse.Namespace) -> bool:
+    return settings.only is None or entrant.label in settings.only
 
 
 def started(

@@ -72,12 +72,21 @@ def step_time(folder: Path, *further: str, **environment: str):
     return run("step_time.py", folder, *tiny, *further, **environment)
 
 
-def test_step_time_reports_every_option(tmp_path: Path, on_path: None):
-    from contenders import OPTIONS
+def test_step_time_reports_options(tmp_path: Path, on_path: None):
+    some = ["the defaults", "refresh=Every(50)", "damping=LevenbergMarquardt"]
+    chosen = [word for label in some for word in ("--only", label)]
+    shown, reports = step_time(tmp_path, "--options", *chosen)
+    assert list(reports["tiny-options"]["rows"]) == ["torch.compile + fused AdamW", *some]
+    assert all(f"| {label} |" in shown for label in some)
 
-    shown, reports = step_time(tmp_path, "--options")
-    assert list(reports["tiny-options"]["rows"]) == ["torch.compile + fused AdamW", *OPTIONS]
-    assert all(f"| {label} |" in shown for label in OPTIONS)
+
+def test_every_option_of_the_table_is_one_of_thor(on_path: None):
+    from contenders import DAMPING, FREQUENCY, OPTIONS, WITH_OPTIONS
+
+    assert [entrant.label for entrant in WITH_OPTIONS[1:]] == list(OPTIONS)
+    for settings in OPTIONS.values():
+        known = {"lr": 0.1, "damping": DAMPING, "momentum": 0.9, "frequency": FREQUENCY}
+        assert isinstance(thor_fx.thor(**{**known, **settings}), thor_fx.Transform)
 
 
 def test_step_time_reports_every_contender(tmp_path: Path):
