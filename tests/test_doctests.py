@@ -8,15 +8,16 @@ import pytest
 
 import thor_fx
 import thor_fx.distributed
+import thor_fx.graphs
 import thor_fx.inverses
 import thor_fx.passes
 
 # An editable install does not list passes/ under thor_fx: look into both.
 MODULES = [
     f"{package.__name__}.{module.name}".removesuffix(".__init__")
-    for package in (thor_fx, thor_fx.distributed, thor_fx.inverses, thor_fx.passes)
+    for package in (thor_fx, thor_fx.distributed, thor_fx.graphs, thor_fx.inverses, thor_fx.passes)
     for module in [pkgutil.ModuleInfo(None, "__init__", False), *pkgutil.iter_modules(package.__path__)]
-    if module.name not in {"__main__", "distributed", "inverses", "passes"}
+    if module.name not in {"__main__", "distributed", "graphs", "inverses", "passes"}
 ]
 
 NEEDS = {"thor_fx.passes.symmetric_kernel": "triton"}
