@@ -6,6 +6,7 @@ from .dependencies import Dependencies, dependencies, factor_dependencies
 from .fusible import Region, fusible_regions
 from .live_ranges import LiveRange, LiveRanges, live_ranges
 from .networks import Facts, to_networkx
+from .picture import draw, picture
 
 __all__ = [
     "CriticalPath",
@@ -17,10 +18,12 @@ __all__ = [
     "Region",
     "critical_path",
     "dependencies",
+    "draw",
     "factor_dependencies",
     "floor",
     "forward_backward_cut",
     "fusible_regions",
     "live_ranges",
+    "picture",
     "to_networkx",
 ]

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from torch import fx
 
 from ..passes.nodes import downstream, upstream
-from ..passes.outputs import KEY, Factor, Grad, OutputDescriptor, Rows, output_node, output_nodes
+from ..passes.outputs import KEY, Factor, Grad, OutputDescriptor, Rows, Terms, output_node, output_nodes
 from ..passes.walk import Site
 
 
@@ -31,7 +31,7 @@ def described_results(gm: fx.GraphModule) -> dict[OutputDescriptor, fx.Node]:
 
 
 def _of_factors(results: dict[OutputDescriptor, fx.Node]) -> Iterable[tuple[str, set[fx.Node]]]:
-    needed = upstream(node for d, node in results.items() if not isinstance(d, Factor | Rows))
+    needed = upstream(node for d, node in results.items() if not isinstance(d, Factor | Rows | Terms))
     for descriptor, node in results.items():
         if isinstance(descriptor, Factor | Rows):
             yield descriptor.layer, _until([node], needed)
