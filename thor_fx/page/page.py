@@ -23,8 +23,9 @@ from .tree import tree
 
 SCRIPTS = ("elements.js", "table.js", "tree.js", "stages.js", "costs.js", "timeline.js", "page.js")
 
+COLUMNS = ("parameter", "shape", "bytes", "MFLOP", "treatment")
 Row = tuple[str, str, str, str, str]
-"""Of the table: parameter, shape, bytes, MFLOP and treatment, as text."""
+"""Of the table: the text of its columns."""
 
 
 @dataclass(frozen=True)
@@ -65,10 +66,8 @@ def write_page(path: str | Path, page: Page) -> None:
     if Path(path).suffix.lower() not in {".html", ".htm"}:
         raise ValueError(f"path must end in .html, got {str(path)!r}")
     for row in page.table_rows:
-        if len(row) != len(Row.__args__):
-            raise ValueError(
-                f"a row of table_rows must be (parameter, shape, bytes, MFLOP, treatment), got {row!r}"
-            )
+        if len(row) != len(COLUMNS):
+            raise ValueError(f"a row of table_rows must be ({', '.join(COLUMNS)}), got {row!r}")
     Path(path).write_text(html(page), encoding="utf-8")
 
 

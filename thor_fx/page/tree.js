@@ -61,19 +61,19 @@ function matches(module, query) {
   return [module.path, ...module.layers].some((name) => name.toLowerCase().includes(query));
 }
 
-// A module stays if it, one above it or one below it has the name; those above it are opened.
+// A module stays if it, one above it or one below it has the name. Those above the first that has it are opened.
 function filterTree(query) {
   for (const entry of modules) {
-    entry.found = query !== "" && matches(entry.module, query);
-    entry.kept = query === "" || entry.found || Boolean(entry.parent && entry.parent.kept && entry.parent.inside);
-    entry.inside = entry.found || Boolean(entry.parent && entry.parent.inside);
+    const around = Boolean(entry.parent && entry.parent.inside);
+    entry.first = query !== "" && !around && matches(entry.module, query);
+    entry.inside = around || entry.first;
     entry.above = false;
   }
-  for (const entry of modules.filter((one) => one.found)) {
+  for (const entry of modules.filter((one) => one.first)) {
     for (let up = entry.parent; up; up = up.parent) up.above = true;
   }
-  for (const { details: made, kept, above, parent } of modules) {
-    made.hidden = !(kept || above);
+  for (const { details: made, inside, above, parent } of modules) {
+    made.hidden = query !== "" && !inside && !above;
     if (query) made.open = above;
     else if (!parent) made.open = true;
   }
