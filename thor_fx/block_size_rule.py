@@ -20,6 +20,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -29,6 +30,9 @@ from .block_size_picture import draw
 from .inversion_time import Timer, inversion, milliseconds
 from .passes.outputs import Factor
 from .spectral_loss import spectral_losses
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 CANDIDATES = (1, 16, 32, 64, 128, 256, 512, 1024, 2048)
 THRESHOLD = 0.01  # what a factor may lose, as a share of its spectral norm
@@ -88,13 +92,16 @@ class BlockSizeReport:
             f"largest losses there: {', '.join(texts) or f'none of {100 * self.threshold:.3g}% or more'}"
         )
 
-    def draw(self, path: str | Path) -> None:
-        """Draw both curves into a file: ``.svg``, ``.png``, ``.pdf``.
+    def draw(self, path: str | Path | None = None) -> "Figure":
+        """Draw both curves, where there is a ``path``, into that file: ``.svg``, ``.png``, ``.pdf``.
+
+        Returns:
+            The figure.
 
         Raises:
             ImportError: matplotlib is not installed.
         """
-        draw(
+        return draw(
             path,
             candidates=self.candidates,
             performance=self.performance,
