@@ -43,7 +43,7 @@ def test_rows_list_modules_parameters_and_factors():
     found, _ = blocks(network())
     rows = {row.name: row for row in found[1].rows}
     assert set(rows) == {"norm", "mlp.0", "mlp.1", "mlp.2", "own operators"}
-    assert rows["mlp.0"].params == {"weight": (16, 8), "bias": (16,)}
+    assert rows["mlp.0"].params == {"layers.0.mlp.0.weight": (16, 8), "layers.0.mlp.0.bias": (16,)}
     assert rows["mlp.0"].factors == (("A", (8, 8)), ("G", (16, 16)))
     assert [name for name, row in rows.items() if row.has_site] == ["mlp.0", "mlp.2"]
     assert rows["mlp.0"].cells["forward"].flops == 2 * 6 * 8 * 16

@@ -6,47 +6,16 @@ are the modules in it.
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import networkx as nx
 
-from ..passes.outputs import Factor, Frozen, Param
 from ..passes.phases import Phase
 from .live_ranges import memory_of
 from .places import places
+from .rows import OWN, Row, Shapes, factors_of, rows_of, runs
 
-MOST_ROWS = 16
 OUTSIDE = "outside of modules"
-OWN = "own operators"
-
-
-@dataclass(frozen=True)
-class Cell:
-    """What one phase of a step does in a row."""
-
-    operators: int
-    flops: int
-    bytes: int
-
-
-@dataclass(frozen=True)
-class Row:
-    """One module of a block.
-
-    Attributes:
-        name: its path in the block.
-        cells: what is computed, by phase.
-        params: the shapes of its parameters, by name.
-        factors: the shapes of its Kronecker factors, by side; of several layers, one after the other.
-        has_site: whether it has a preconditioned weight.
-    """
-
-    name: str
-    cells: Mapping[Phase | None, Cell]
-    params: Mapping[str, tuple[int, ...]]
-    factors: tuple[tuple[str, tuple[int, ...]], ...]
-    has_site: bool
 
 
 @dataclass(frozen=True)
@@ -89,21 +58,43 @@ def blocks(graph: nx.DiGraph) -> tuple[tuple[Block, ...], dict[str, int]]:
     for node, name in home.items():
         if name in inside:
             inside[name].append(node)
+    inner = {node: inside_of(home[node], path or "") for node, path in place.items()}
+    factors: dict[str, dict[str, Shapes]] = {}
+    for path, shapes in factors_of(graph).items():
+        name = block_of(path, lists)
+        factors.setdefault(name, {})[inside_of(name, path)] = shapes
     found: list[Block] = []
     position: dict[str, int] = {}
     forms: list[object] = []
     for name, nodes in inside.items():
-        rows, form = _rows(graph, name, nodes, place)
+        paths = {node: inner[node] for node in nodes}
+        form = _form(graph, paths)
         if found and _follow(found[-1].names[-1], name) and form == forms[-1]:
-            found[-1] = Block((*found[-1].names, name), found[-1].rows, found[-1].phases)
+            found[-1] = replace(found[-1], names=(*found[-1].names, name))
         else:
-            phases = frozenset(
-                graph.nodes[n]["phase"] for n in nodes if graph.nodes[n]["op"] != "placeholder"
-            )
-            found.append(Block((name,), rows, phases))
+            phases = frozenset(graph.nodes[n]["phase"] for n in nodes if runs(graph.nodes[n]))
+            found.append(Block((name,), rows_of(graph, paths, factors.get(name, {})), phases))
             forms.append(form)
         position |= dict.fromkeys(nodes, len(found) - 1)
     return tuple(found), position
+
+
+def _form(graph: nx.DiGraph, paths: Mapping[str, str]) -> object:
+    """What equal blocks have in common."""
+    facts = [(path, graph.nodes[node]) for node, path in paths.items()]
+    return Counter((path, f["operator"] if runs(f) else f["op"], f["phase"], f["shape"]) for path, f in facts)
+
+
+def inside_of(block: str, path: str) -> str:
+    """The path of a module in its block; of what comes from outside of the block, that of the block.
+
+    Example:
+        >>> inside_of("h.0", "h.0.attn.q"), inside_of("h.0", "h.0"), inside_of("h.0", "h")
+        ('attn.q', '', '')
+    """
+    if not block:
+        return path
+    return path.removeprefix(block + ".") if path.startswith(block + ".") else ""
 
 
 def _homes(graph: nx.DiGraph, place: Mapping[str, str | None], lists: set[str]) -> dict[str, str]:
@@ -111,7 +102,7 @@ def _homes(graph: nx.DiGraph, place: Mapping[str, str | None], lists: set[str]) 
     home: dict[str, str] = {}
     for node, path in place.items():
         source = memory_of(graph, node)
-        between = (path is None or path in lists) and graph.nodes[source]["op"] == "call_function"
+        between = (path is None or path in lists) and runs(graph.nodes[source])
         home[node] = home[source] if between and source != node else block_of(path, lists)
     return home
 
@@ -146,7 +137,7 @@ def _lists(paths: Iterable[str]) -> set[str]:
 
 def _in_order(graph: nx.DiGraph, home: Mapping[str, str]) -> list[str]:
     """The blocks that compute anything: as forward reaches them, then the others; the loss at the end."""
-    operators = [n for n in home if graph.nodes[n]["op"] == "call_function"]
+    operators = [n for n in home if runs(graph.nodes[n])]
     forward = [n for n in operators if graph.nodes[n]["phase"] in {"forward", None}]
     names = dict.fromkeys(home[node] for node in forward + operators)
     return sorted(names, key=lambda name: name == OUTSIDE)
@@ -156,42 +147,3 @@ def _follow(one: str, other: str) -> bool:
     """Whether two blocks are neighbours in a list of modules."""
     (parent, _, number), (other_parent, _, next_) = one.rpartition("."), other.rpartition(".")
     return parent == other_parent and number.isdigit() and next_.isdigit() and int(next_) == int(number) + 1
-
-
-def _rows(
-    graph: nx.DiGraph, name: str, nodes: list[str], place: Mapping[str, str | None]
-) -> tuple[tuple[Row, ...], object]:
-    """The rows of a block, and what tells it from blocks that are not equal to it."""
-    inner = {node: _inner(place[node] or "", name) for node in nodes}
-    if len(set(inner.values())) > MOST_ROWS:
-        inner = {node: path.split(".")[0] for node, path in inner.items()}
-    order = sorted(nodes, key=lambda node: graph.nodes[node]["op"] == "placeholder")
-    by_row: dict[str, list[str]] = {}
-    for node in order:
-        by_row.setdefault(inner[node], []).append(node)
-    rows = tuple(_row(row, [graph.nodes[node] for node in own]) for row, own in by_row.items())
-    facts = [(inner[node], graph.nodes[node]) for node in nodes]
-    form = Counter(
-        (row, f["op"] == "placeholder" or f["operator"], f["phase"], f["shape"]) for row, f in facts
-    )
-    return rows, form
-
-
-def _inner(path: str, block: str) -> str:
-    """The row of a node: its module, as it is called in the block; a view may come from outside of it."""
-    within = not block or path.startswith(block + ".")
-    return path.removeprefix(block).lstrip(".") or OWN if within else OWN
-
-
-def _row(name: str, nodes: list[dict[str, Any]]) -> Row:
-    computed = [facts for facts in nodes if facts["op"] != "placeholder"]
-    phases = dict.fromkeys(facts["phase"] for facts in computed)
-    descriptors = [(descriptor, facts) for facts in nodes for descriptor in facts["descriptors"]]
-    params = {d.name.rpartition(".")[2]: f["shape"] for d, f in descriptors if isinstance(d, Param | Frozen)}
-    factors = [(d.side, f["shape"]) for d, f in descriptors if isinstance(d, Factor)]
-    cells = {phase: _cell([f for f in computed if f["phase"] == phase]) for phase in phases}
-    return Row(name, cells, params, tuple(sorted(factors)), any(facts["site"] for facts in nodes))
-
-
-def _cell(nodes: list[dict[str, Any]]) -> Cell:
-    return Cell(len(nodes), sum(f["flops"] for f in nodes), sum(f["bytes"] for f in nodes if not f["view"]))

@@ -12,13 +12,14 @@ import networkx as nx
 from ..passes.phases import Phase
 from . import svg
 from .block_edges import Edge, block_edges
-from .blocks import OWN, Block, Row, blocks
+from .blocks import Block, blocks
 from .colors import color
 from .layout import LINE, MARGIN, NAMES, Layout, Rectangle, arrange, phases_of, row_baseline
 from .routes import Router, gaps_of, kind_of
+from .rows import OWN, Row
 from .units import counted, scaled, times
 
-NAME_WIDTH = 42  # letters that fit beside the columns
+NAME_WIDTH = 38  # letters that fit beside the columns
 TITLE = "One step of training"
 
 
@@ -133,7 +134,8 @@ def _band(block: Block, band: Rectangle) -> list[str]:
 
 
 def _name(row: Row, title: str, y: float, band: Rectangle) -> list[str]:
-    name = (title or row.name)[:NAME_WIDTH]
+    name = title or row.name
+    name = name if len(name) <= NAME_WIDTH else f"{name[: NAME_WIDTH - 1]}\N{HORIZONTAL ELLIPSIS}"
     shapes = ", ".join(times(shape) for shape in row.params.values())
     parts = []
     if row.has_site:
@@ -141,7 +143,7 @@ def _name(row: Row, title: str, y: float, band: Rectangle) -> list[str]:
         parts.append(svg.diamond(MARGIN + (NAMES - 4 if title else 16), y - 5))
     style = "block" if title else "faint" if row.name == OWN else ""
     parts.append(svg.text(MARGIN + (12 if title else 28), y, name, style))
-    if len(shapes) + len(name) <= NAME_WIDTH:
+    if len(shapes) + len(name) <= NAME_WIDTH + 2:
         parts.append(svg.text(MARGIN + NAMES - 14, y, shapes, "faint", "end"))
     return parts
 
