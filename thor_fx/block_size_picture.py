@@ -2,12 +2,16 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 PALE = 0.4
 
 
 def draw(
-    path: str | Path,
+    path: str | Path | None,
     *,
     candidates: Sequence[int],
     performance: Sequence[float],
@@ -15,17 +19,20 @@ def draw(
     crossing: float,
     chosen: int,
     labels: tuple[str, str],
-) -> None:
+) -> "Figure":
     """Draw both curves over the block size, their crossing and the choice.
 
     Args:
-        path: the file; its suffix says in which format.
+        path: the file; its suffix says in which format. None: no file.
         candidates: block sizes.
         performance: the falling curve.
         spectral: the rising curve.
         crossing: where they cross.
         chosen: the block size that was chosen.
         labels: of the two curves.
+
+    Returns:
+        The figure.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -47,4 +54,6 @@ def draw(
     axes.set_ylim(-0.03, 1.03)
     axes.grid(alpha=PALE)
     axes.legend(loc="best")
-    figure.savefig(path)
+    if path is not None:
+        figure.savefig(path)
+    return figure

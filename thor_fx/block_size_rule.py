@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -30,6 +30,9 @@ from .block_size_picture import draw
 from .inversion_time import Timer, inversion, milliseconds
 from .passes.outputs import Factor
 from .spectral_loss import spectral_losses
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 CANDIDATES = (1, 16, 32, 64, 128, 256, 512, 1024, 2048)
 THRESHOLD = 0.01  # what a factor may lose, as a share of its spectral norm
@@ -94,13 +97,16 @@ class BlockSizeReport:
         losses = {f"{factor.layer} {factor.side}": rows for factor, rows in self.losses.items()}
         return {field.name: getattr(self, field.name) for field in fields(self)} | {"losses": losses}
 
-    def draw(self, path: str | Path) -> None:
-        """Draw both curves into a file: ``.svg``, ``.png``, ``.pdf``.
+    def draw(self, path: str | Path | None = None) -> "Figure":
+        """Draw both curves, where there is a ``path``, into that file: ``.svg``, ``.png``, ``.pdf``.
+
+        Returns:
+            The figure.
 
         Raises:
             ImportError: matplotlib is not installed.
         """
-        draw(
+        return draw(
             path,
             candidates=self.candidates,
             performance=self.performance,

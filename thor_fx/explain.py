@@ -8,10 +8,11 @@ from typing import Any
 
 import networkx as nx
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from .costs import Cost, cost
 from .flops import count_flops
+from .graphs.networks import to_networkx
 from .layers import Coverage, Layer, coverage
 from .loss_functions import loss_function
 from .parameters import trainable
@@ -53,8 +54,8 @@ class Report:
 
     @property
     def graph(self) -> nx.DiGraph:
-        """The step graph as a ``networkx.DiGraph``: operator, shape and dtype on the nodes."""
-        return to_networkx(self.step)
+        """The step graph as a ``networkx.DiGraph`` with :class:`thor_fx.graphs.Facts` on the nodes."""
+        return to_networkx(self.step, self.sites)
 
     @property
     def cost(self) -> Cost:
@@ -233,17 +234,6 @@ def _surveyed(step: fx.GraphModule, rules: Rules, *, inside: bool) -> tuple[Site
     heads = " and ".join(dict.fromkeys(str(head) for head in report.heads))
     count = f", {directions(report.heads)} backward passes" if rules.fisher == "exact" else ""
     return report, f"{rules.fisher}, {heads}{count}"
-
-
-def to_networkx(gm: fx.GraphModule) -> nx.DiGraph:
-    """A graph as a ``networkx.DiGraph`` with an edge from every value to its users."""
-    graph = nx.DiGraph()
-    for node in gm.graph.nodes:
-        value = node.meta.get("val")
-        facts = {"shape": tuple(value.shape), "dtype": value.dtype} if isinstance(value, Tensor) else {}
-        graph.add_node(node.name, op=node.op, operator=str(node.target), **facts)
-        graph.add_edges_from((source.name, node.name) for source in node.all_input_nodes)
-    return graph
 
 
 def describe(layer: Layer, param: str) -> str:
