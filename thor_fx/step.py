@@ -21,19 +21,19 @@ from .blocks import BlockSize
 from .capture import Captured, LossCapture, LossFn, Runner
 from .distributed.agreement import agreed, check_ranks
 from .distributed.faults import waiting_for_others
-from .distributed.start_early import start_early
 from .hyper import HyperTensors
 from .inductor import Compiled, check_backend, compile_graph, inductor_decompositions
 from .kinds import Kind, kind_of, kinds
 from .layers import Coverage, coverage
 from .metrics import metrics
 from .parameters import check_params, trainable
-from .passes import accumulate, canonicalize, emit_factors, outputs, pipeline
+from .passes import canonicalize, outputs, pipeline
 from .passes.layout import Rules
 from .passes.survey import survey
 from .recompute import recompute
 from .transform import Params, State, Taken, Transform
-from .update import append_update, fixed_arguments, loss_alone, return_forward
+from .update import fixed_arguments, loss_alone
+from .whole_step import whole_step
 
 
 class StepState(NamedTuple):
@@ -364,16 +364,10 @@ class CompiledStep:
 
     def _compile_kind(self, graph: fx.GraphModule, captured: Captured, kind: Kind) -> Compiled:
         assert self.coverage is not None
-        plain = kind.factors == "plain"
-        compiler = self._compiler if plain else self._factor_compiler
-        measures = [] if plain else [partial(emit_factors, rules=self._tx.rules)]
-        whole = pipeline.run(graph, [*measures, *compiler.recomputes])
-        refreshes: frozenset[str] | None = frozenset() if kind.factors == "measure" else None
+        compiler = self._compiler if kind.factors == "plain" else self._factor_compiler
         trained = list(_trained(self._params, self.coverage))
-        append_update(whole, self._tx, self.coverage, trained, refreshes=refreshes, compares=kind.compares)
-        start_early(whole, trained, self.coverage)
-        accumulate(whole)
-        return_forward(whole, _forward_outputs(captured))
+        traced = graph, _forward_outputs(captured)
+        whole = whole_step(*traced, self._tx, self.coverage, trained, kind, compiler.recomputes)
         fakes = [node.meta["val"] for node in whole.graph.find_nodes(op="placeholder")]
         return compiler(whole, fakes, fixed_arguments(whole) if self._donate else ())
 
