@@ -20,11 +20,12 @@ aten = torch.ops.aten
 
 def count_flops(gm: fx.GraphModule) -> int:
     """The floating-point operations of a graph's products, convolutions and attentions."""
-    return sum(_flops_of(node) for node in gm.graph.nodes if hasattr(node.target, "overloadpacket"))
+    return sum(flops_of(node) for node in gm.graph.nodes)
 
 
-def _flops_of(node: fx.Node) -> int:
-    packet = target(node).overloadpacket
+def flops_of(node: fx.Node) -> int:
+    """The floating-point operations of one node; 0 where it is none of these."""
+    packet = getattr(target(node), "overloadpacket", None)
     formula = _OURS.get(packet) or flop_registry.get(packet)
     if formula is None:
         return 0
