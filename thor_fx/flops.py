@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from .passes.nodes import target
 
@@ -47,4 +47,16 @@ def _convolution_backward(g: Tensor, x: Tensor, weight: Tensor, *settings: Any, 
     return forward * sum(wanted[:2])
 
 
-_OURS: dict[Any, Callable[..., int]] = {aten.convolution_backward: _convolution_backward}
+def _attention(q: Tensor, k: Tensor, v: Tensor, *_settings: Any, **_result: Any) -> int:
+    return int(sdpa_flop_count(q.shape, k.shape, v.shape))
+
+
+def _attention_backward(g: Tensor, q: Tensor, k: Tensor, v: Tensor, *_settings: Any, **_result: Any) -> int:
+    return int(sdpa_backward_flop_count(g.shape, q.shape, k.shape, v.shape))
+
+
+_OURS: dict[Any, Callable[..., int]] = {
+    aten.convolution_backward: _convolution_backward,
+    aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+}

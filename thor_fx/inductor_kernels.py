@@ -117,7 +117,7 @@ def profiled(run: Any, device: torch.device) -> list[Event]:
     kinds = [torch.profiler.ProfilerActivity.CPU]
     if device.type == "cuda":
         kinds.append(torch.profiler.ProfilerActivity.CUDA)
-    with torch.profiler.profile(activities=kinds) as profile:
+    with torch.profiler.profile(activities=kinds, acc_events=True) as profile:
         run()
         if device.type == "cuda":
             torch.cuda.synchronize(device)

@@ -4,8 +4,8 @@ A kernel is what generated code calls. On a CPU that may be a function with seve
 that have nothing to do with each other; on a GPU it is one launch.
 
 What a kernel is for follows from the nodes of the given graph that it computes, and not from its name. Cheap
-ones of these may be computed once more in other kernels, in front of a sum, say. So the phases of a kernel are
-those of the values that it makes, whatever they come from.
+ones may be computed once more in another kernel, in front of a sum, say. So the phases of a kernel are those
+of the values that it makes, whatever they come from.
 """
 
 import copy
