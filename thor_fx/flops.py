@@ -1,7 +1,8 @@
 """How many floating-point operations a graph's products, convolutions and attentions take.
 
-Torch's formulas, and one of our own: its formula for the backward pass of a convolution (torch 2.11,
-2.13 and 2.15) counts the gradient of a grouped weight as if there were no groups, E times too much.
+Torch's formulas, and some of our own. Its formula for the backward pass of a convolution (torch 2.11, 2.13
+and 2.15) counts the gradient of a grouped weight as if there were no groups, E times too much; and it has
+none for the attention of a CPU.
 """
 
 import math

@@ -24,16 +24,14 @@ from .distributed.faults import waiting_for_others
 from .hyper import HyperTensors
 from .inductor import Compiled, check_backend, compile_graph, inductor_decompositions
 from .kinds import Kind, kind_of, kinds
-from .layers import Coverage, coverage
+from .layers import Coverage
 from .metrics import metrics
 from .parameters import check_params, trainable
-from .passes import canonicalize, outputs, pipeline
-from .passes.layout import Rules
-from .passes.survey import survey
+from .passes import canonicalize, pipeline
 from .recompute import recompute
 from .transform import Params, State, Taken, Transform
 from .update import fixed_arguments, loss_alone
-from .whole_step import whole_step
+from .whole_step import covered, results_of, whole_step
 
 
 class StepState(NamedTuple):
@@ -331,7 +329,7 @@ class CompiledStep:
     def _compile(self, captured: Captured) -> Runner:
         """Called by Dynamo when no guard fits: all kinds of step, from one trace."""
         graph = pipeline.run(captured.graph, [canonicalize])
-        found = _coverage(graph, self._params, self._tx.rules)
+        found = covered(graph, self._params, self._tx.rules)
         if self._strict:
             found.check({name: p.dim() for name, p in self._params.items()})
         self._accept(found)
@@ -366,8 +364,8 @@ class CompiledStep:
         assert self.coverage is not None
         compiler = self._compiler if kind.factors == "plain" else self._factor_compiler
         trained = list(_trained(self._params, self.coverage))
-        traced = graph, _forward_outputs(captured)
-        whole = whole_step(*traced, self._tx, self.coverage, trained, kind, compiler.recomputes)
+        results = results_of(captured.forward)
+        whole = whole_step(graph, results, self._tx, self.coverage, trained, kind, compiler.recomputes)
         fakes = [node.meta["val"] for node in whole.graph.find_nodes(op="placeholder")]
         return compiler(whole, fakes, fixed_arguments(whole) if self._donate else ())
 
@@ -391,15 +389,3 @@ def _copies(params: Params, state: StepState) -> tuple[Params, StepState, Mappin
 
 def _trained(params: Params, found: Coverage) -> dict[str, Tensor]:
     return {name: p for name, p in params.items() if name in found.trained}
-
-
-def _coverage(graph: fx.GraphModule, params: Params, rules: Rules) -> Coverage:
-    found = coverage(survey(graph, rules), rules)
-    seen = found.trained | set(found.unused)
-    unused = tuple(name for name, p in params.items() if name not in seen and trainable(p))
-    frozen = tuple(name for name, p in params.items() if not trainable(p))
-    return Coverage(found.layers, found.norms, found.fallback, found.terms, found.unused + unused, frozen)
-
-
-def _forward_outputs(captured: Captured) -> int:
-    return len(outputs.output_node(captured.forward.graph).args[0])  # type: ignore[arg-type]

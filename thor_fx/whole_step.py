@@ -7,9 +7,12 @@ from torch import fx
 
 from .distributed.start_early import start_early
 from .kinds import Kind
-from .layers import Coverage
-from .passes import accumulate, emit_factors, pipeline
-from .transform import Transform
+from .layers import Coverage, coverage
+from .parameters import trainable
+from .passes import accumulate, emit_factors, outputs, pipeline
+from .passes.layout import Rules
+from .passes.survey import survey
+from .transform import Params, Transform
 from .update import append_update, return_forward
 
 
@@ -41,3 +44,17 @@ def whole_step(
     accumulate(whole)
     return_forward(whole, results)
     return whole
+
+
+def covered(graph: fx.GraphModule, params: Params, rules: Rules) -> Coverage:
+    """What becomes of every one of ``params``, those that the graph does not have among them."""
+    found = coverage(survey(graph, rules), rules)
+    seen = found.trained | set(found.unused)
+    unused = tuple(name for name, p in params.items() if name not in seen and trainable(p))
+    frozen = tuple(name for name, p in params.items() if not trainable(p))
+    return Coverage(found.layers, found.norms, found.fallback, found.terms, found.unused + unused, frozen)
+
+
+def results_of(forward: fx.GraphModule) -> int:
+    """How many values a forward graph returns."""
+    return len(outputs.output_node(forward.graph).args[0])  # type: ignore[arg-type]
