@@ -2,7 +2,7 @@
 
 A floor is the larger of two times: the floating-point operations over the rate of one large matrix product,
 and the bytes that have to be read and written once over the rate of a large copy. Both rates are measured
-in the same run, with its threads. What fits into a cache can be read faster than that.
+in the same run, with its threads: :mod:`thor_fx.rates`. What fits into a cache can be read faster than that.
 
 ==========  ==================================================  ========================================
 work        operations                                          bytes
@@ -18,8 +18,7 @@ update      of preconditioning                                  parameters and m
 """
 
 import math
-import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from typing import Any
@@ -32,6 +31,7 @@ from workloads import Batch, Workload
 
 import thor_fx
 from thor_fx.inverses import METHODS
+from thor_fx.rates import Rates
 
 Rows = Mapping[str, Mapping[str, Any]]
 
@@ -45,47 +45,6 @@ class Work:
 
     def __add__(self, other: "Work") -> "Work":
         return Work(self.flops + other.flops, self.bytes + other.bytes)
-
-
-@dataclass(frozen=True)
-class Rates:
-    """What the machine does in a second: operations of a matrix product, bytes of a copy."""
-
-    flops: float
-    bytes: float
-
-    def floor(self, work: Work) -> float:
-        """The least ms that ``work`` takes."""
-        return 1e3 * max(work.flops / self.flops, work.bytes / self.bytes)
-
-
-# --- this machine ----------------------------------------------------------------------------------
-
-
-def rates(device: torch.device, scale: int = 1) -> Rates:
-    """Measure both rates, the best of several; ``scale`` divides the sizes."""
-    # NOTE: on a CPU each takes about 10 ms, so that some of them run between the turns of other processes
-    side, numbers = (8192, 2**28) if device.type == "cuda" else (768, 2**24)
-    side, numbers = max(8, side // scale), max(64, numbers // scale)
-    a, b, c = (torch.randn(side, side, device=device) for _ in range(3))
-    source, target = (torch.zeros(numbers, device=device) for _ in range(2))
-    product = best_seconds(lambda: torch.mm(a, b, out=c), device)
-    copying = best_seconds(lambda: target.copy_(source), device)
-    return Rates(2 * side**3 / product, 2 * source.nbytes / copying)
-
-
-def best_seconds(function: Callable[[], object], device: torch.device, repeats: int = 20) -> float:
-    function()
-    return min(seconds(function, device) for _ in range(repeats))
-
-
-def seconds(function: Callable[[], object], device: torch.device) -> float:
-    wait = torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
-    wait()
-    start = time.perf_counter()
-    function()
-    wait()
-    return time.perf_counter() - start
 
 
 # --- the work --------------------------------------------------------------------------------------
@@ -208,6 +167,6 @@ def _median(rows: Rows, span: Span) -> float | None:
 def _line(extra: Extra, works: Mapping[str, Work], rows: Rows, machine: Rates) -> dict[str, Any]:
     work = sum((works[part] for part in extra.parts), start=Work(0, 0))
     ms = _median(rows, extra.longer) - (_median(rows, extra.shorter) if extra.shorter else 0.0)
-    least = machine.floor(work)
+    least = 1e3 * machine.seconds(work.flops, work.bytes)
     facts = {"contender": extra.contender, "work": " + ".join(extra.parts), **asdict(work)}
     return {**facts, "floor_ms": least, "ms": ms, "share": least / ms if ms > 0 else None}

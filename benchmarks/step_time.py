@@ -23,13 +23,15 @@ from pathlib import Path
 
 import torch
 from contenders import FREQUENCY, OURS, WITH_OPTIONS, Contender, Entrant
-from floors import floors, rates
+from floors import floors
 from from_study import WithLoss, classifier
 from kfac_jax_rows import Elsewhere
 from kfac_jax_rows import rows as kfac_jax
 from peers import PEERS
 from tables import Report, Timing, publish, summarise
 from workloads import WORKLOADS, Batch, Workload
+
+from thor_fx.rates import measured_rates
 
 HERE = Path(__file__).parent
 DEFAULT = ("mlp", "cnn", "transformer")
@@ -115,7 +117,7 @@ def report(name: str, settings: argparse.Namespace) -> Report:
     workload, device = WORKLOADS[name], torch.device(settings.device)
     before, beginning = os.getloadavg()[0], time.monotonic()
     x, y = (part.to(device) for part in workload.batch())
-    speed = rates(device, scale=16 if settings.quick else 1)
+    speed = measured_rates(device, scale=16 if settings.quick else 1)
     last_start = beginning + COMPILING * settings.budget
     entered = started(chosen(settings), workload, (x, y), settings.backend, last_start)
     contenders = {label: entry for label, entry in entered.items() if not isinstance(entry, str)}

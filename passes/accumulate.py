@@ -3,7 +3,7 @@
 ``beta S + alpha_1 (x^T x) + alpha_2 (y^T y) + ...``, where ``S`` is an input of the graph, the products are
 (parts of) a factor that the graph returns and all scales are numbers, becomes ``addmm`` (``baddbmm`` for a
 stack of products) with ``beta`` and ``alpha``: one call instead of a product, a scaling and a sum. It takes
-the product's place, so no operand has to live longer.
+the product's place, and is of its phase, so no operand has to live longer.
 
 Afterwards every such sum is computed that way, equal up to rounding; every node that the graph returned is
 computed by the same nodes as before. Where a scale is data (a symbolic number of rows, say) nothing changes.
@@ -18,6 +18,7 @@ from torch import fx
 
 from .nodes import RESHAPES, arguments, shape, source, target
 from .outputs import Factor, output_nodes
+from .phases import phase_of, set_phase
 
 aten = torch.ops.aten
 
@@ -80,6 +81,8 @@ def _fold(total: fx.Node) -> None:
             into = INTO[target(product)]
             so_far = graph.call_function(into, operands, {"beta": beta, "alpha": alpha})
         so_far.meta["val"] = total.meta["val"]
+        if (phase := phase_of(product)) is not None:
+            set_phase(so_far, phase)
         beta = 1
     total.replace_all_uses_with(so_far)
     _erase(total)

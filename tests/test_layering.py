@@ -13,6 +13,7 @@ PACKAGE = {"passes": "thor_fx.passes", "thor_fx": "thor_fx"}
 ADAPTERS = {
     "thor_fx/capture.py",  # Dynamo, and the export of joint graphs
     "thor_fx/inductor.py",
+    "thor_fx/inductor_kernels.py",  # what Inductor generates, and what a profiler sees of it
     "thor_fx/joint_graphs.py",  # AOTAutograd's descriptors
     "thor_fx/partitioner.py",  # AOTAutograd's min-cut
     "thor_fx/recurrent.py",  # decompositions of recurrent layers

@@ -1,7 +1,8 @@
 """How many floating-point operations a graph's products, convolutions and attentions take.
 
-Torch's formulas, and one of our own: its formula for the backward pass of a convolution (torch 2.11,
-2.13 and 2.15) counts the gradient of a grouped weight as if there were no groups, E times too much.
+Torch's formulas, and some of our own. Its formula for the backward pass of a convolution (torch 2.11, 2.13
+and 2.15) counts the gradient of a grouped weight as if there were no groups, E times too much; and it has
+none for the attention of a CPU.
 """
 
 import math
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from .passes.nodes import target
 
@@ -24,7 +25,7 @@ def count_flops(gm: fx.GraphModule) -> int:
 
 
 def flops_of(node: fx.Node) -> int:
-    """Those of one node: 0 for all that is no product, no convolution and no attention."""
+    """The floating-point operations of one node; 0 where it is none of these."""
     packet = getattr(target(node), "overloadpacket", None)
     formula = _OURS.get(packet) or flop_registry.get(packet)
     if formula is None:
@@ -47,4 +48,16 @@ def _convolution_backward(g: Tensor, x: Tensor, weight: Tensor, *settings: Any, 
     return forward * sum(wanted[:2])
 
 
-_OURS: dict[Any, Callable[..., int]] = {aten.convolution_backward: _convolution_backward}
+def _attention(q: Tensor, k: Tensor, v: Tensor, *_settings: Any, **_result: Any) -> int:
+    return int(sdpa_flop_count(q.shape, k.shape, v.shape))
+
+
+def _attention_backward(g: Tensor, q: Tensor, k: Tensor, v: Tensor, *_settings: Any, **_result: Any) -> int:
+    return int(sdpa_backward_flop_count(g.shape, q.shape, k.shape, v.shape))
+
+
+_OURS: dict[Any, Callable[..., int]] = {
+    aten.convolution_backward: _convolution_backward,
+    aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+}

@@ -21,19 +21,17 @@ from .blocks import BlockSize
 from .capture import Captured, LossCapture, LossFn, Runner
 from .distributed.agreement import agreed, check_ranks
 from .distributed.faults import waiting_for_others
-from .distributed.start_early import start_early
 from .hyper import HyperTensors
 from .inductor import Compiled, check_backend, compile_graph, inductor_decompositions
 from .kinds import Kind, kind_of, kinds
-from .layers import Coverage, coverage
+from .layers import Coverage
 from .metrics import Metrics, metrics, trace
 from .parameters import check_params, trainable
-from .passes import accumulate, canonicalize, emit_factors, outputs, pipeline
-from .passes.layout import Rules
-from .passes.survey import survey
+from .passes import canonicalize, pipeline
 from .recompute import recompute
 from .transform import Params, State, Taken, Transform
-from .update import append_update, fixed_arguments, loss_alone, return_forward
+from .update import fixed_arguments, loss_alone
+from .whole_step import covered, results_of, whole_step
 
 
 class StepState(NamedTuple):
@@ -343,7 +341,7 @@ class CompiledStep:
     def _compile(self, captured: Captured) -> Runner:
         """Called by Dynamo when no guard fits: all kinds of step, from one trace."""
         graph = pipeline.run(captured.graph, [canonicalize])
-        found = _coverage(graph, self._params, self._tx.rules)
+        found = covered(graph, self._params, self._tx.rules)
         if self._strict:
             found.check({name: p.dim() for name, p in self._params.items()})
         self._accept(found)
@@ -376,16 +374,10 @@ class CompiledStep:
 
     def _compile_kind(self, graph: fx.GraphModule, captured: Captured, kind: Kind) -> Compiled:
         assert self.coverage is not None
-        plain = kind.factors == "plain"
-        compiler = self._compiler if plain else self._factor_compiler
-        measures = [] if plain else [partial(emit_factors, rules=self._tx.rules)]
-        whole = pipeline.run(graph, [*measures, *compiler.recomputes])
-        refreshes: frozenset[str] | None = frozenset() if kind.factors == "measure" else None
+        compiler = self._compiler if kind.factors == "plain" else self._factor_compiler
         trained = list(_trained(self._params, self.coverage))
-        append_update(whole, self._tx, self.coverage, trained, refreshes=refreshes, compares=kind.compares)
-        start_early(whole, trained, self.coverage)
-        accumulate(whole)
-        return_forward(whole, _forward_outputs(captured))
+        results = results_of(captured.forward)
+        whole = whole_step(graph, results, self._tx, self.coverage, trained, kind, compiler.recomputes)
         fakes = [node.meta["val"] for node in whole.graph.find_nodes(op="placeholder")]
         return compiler(whole, fakes, fixed_arguments(whole) if self._donate else ())
 
@@ -409,15 +401,3 @@ def _copies(params: Params, state: StepState) -> tuple[Params, StepState, Mappin
 
 def _trained(params: Params, found: Coverage) -> dict[str, Tensor]:
     return {name: p for name, p in params.items() if name in found.trained}
-
-
-def _coverage(graph: fx.GraphModule, params: Params, rules: Rules) -> Coverage:
-    found = coverage(survey(graph, rules), rules)
-    seen = found.trained | set(found.unused)
-    unused = tuple(name for name, p in params.items() if name not in seen and trainable(p))
-    frozen = tuple(name for name, p in params.items() if not trainable(p))
-    return Coverage(found.layers, found.norms, found.fallback, found.terms, found.unused + unused, frozen)
-
-
-def _forward_outputs(captured: Captured) -> int:
-    return len(outputs.output_node(captured.forward.graph).args[0])  # type: ignore[arg-type]

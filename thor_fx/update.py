@@ -18,6 +18,7 @@ from .hyper import HyperTensors
 from .layers import Coverage
 from .passes import outputs
 from .passes.outputs import Grad, Input, InputDescriptor, Loss, Mutation, Opaque, Output, Param, Terms
+from .passes.phases import mark, mark_update
 from .passes.splice import splice
 from .scaling import SCALES
 from .transform import Signals, Transform, apply_updates
@@ -41,7 +42,8 @@ def append_update(
 
     The graph gets the leaves of the transform's state and its hyper-parameters (sorted by name) as
     further inputs, and writes the new values into parameters, state and mutated inputs. Its own
-    results stay. A parameter that forward itself changes is updated from its changed value.
+    results stay. A parameter that forward itself changes is updated from its changed value. All nodes get
+    their phase (:mod:`thor_fx.passes.phases`).
 
     Args:
         gm: a step graph, with or without factors.
@@ -52,6 +54,8 @@ def append_update(
         refreshes: of the layers that the graph measures, those to invert; None: all.
         compares: whether the update says what it should change (``Signals.compares``).
     """
+    mark(gm)
+    step_nodes = set(gm.graph.nodes)
     returned = outputs.output_nodes(gm)
     inputs = gm.graph.find_nodes(op="placeholder")
     mutated = {inputs[d.index]: node for d, node in returned.items() if isinstance(d, Mutation)}
@@ -81,6 +85,7 @@ def append_update(
     written |= dict(zip(pytree.tree_leaves(state), pytree.tree_leaves(new_state), strict=True))
     for target, value in written.items():
         _write(out, target, value)
+    mark_update(gm, [node for node in gm.graph.nodes if node not in step_nodes])
     gm.recompile()
 
 

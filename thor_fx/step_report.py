@@ -1,0 +1,123 @@
+"""Training steps before they are taken: their graphs, what these cost, their kernels, what those take."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from .block_size import choose_by_step
+from .capture import LossFn
+from .cost_model import Predicted, predicted
+from .hyper import HyperTensors
+from .inductor import inductor_decompositions
+from .kernels import Generated, Kernel, generate
+from .kinds import Kind, kinds
+from .layers import Coverage
+from .passes import canonicalize, pipeline
+from .passes.phases import mark
+from .rates import Rates, measured_rates
+from .recompute import recompute
+from .step_cost import StepCost, step_cost
+from .step_time import MeasuredStep, measure
+from .trace import capture_once
+from .transform import Params, Transform
+from .whole_step import covered, results_of, whole_step
+
+StepKind = Literal["plain", "factor"]
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """The whole steps of the functional door.
+
+    Attributes:
+        graphs: by kind; every node says its phase (:mod:`thor_fx.passes.phases`). A graph takes what the loss
+            function reads, the state of the transform, and its hyper-parameters, and writes new values there.
+        costs: by kind, as the graphs say.
+        predicted: what training will cost at best.
+        coverage: of the model.
+        rates: of the machine.
+    """
+
+    graphs: Mapping[StepKind, fx.GraphModule]
+    costs: Mapping[StepKind, StepCost]
+    predicted: Predicted
+    coverage: Coverage
+    rates: Rates
+    _arguments: Sequence[Any] = field(repr=False)
+    _generated: dict[StepKind, Generated] = field(default_factory=dict, repr=False)
+
+    def kernels(self, kind: StepKind) -> list[Kernel]:
+        """The kernels that Inductor makes of a step, in their order. The first call compiles."""
+        return self._compiled(kind).kernels
+
+    def measured(self, kind: StepKind) -> MeasuredStep:
+        """A step that runs several times, on copies of everything. The first call compiles."""
+        arguments = [value.clone() if isinstance(value, Tensor) else value for value in self._arguments]
+        return measure(self.graphs[kind], self._compiled(kind), self.costs[kind], arguments)
+
+    def _compiled(self, kind: StepKind) -> Generated:
+        if kind not in self.graphs:
+            raise ValueError(f"kind must be one of {list(self.graphs)}, got {kind!r}")
+        if kind not in self._generated:
+            self._generated[kind] = generate(self.graphs[kind])
+        return self._generated[kind]
+
+
+def step_report(
+    loss_fn: LossFn, params: Params, batch: Sequence[Any], tx: Transform, *, rates: Rates | None = None
+) -> StepReport:
+    """Look at the steps that :func:`thor_fx.compile_step` would compile. Nothing is compiled yet.
+
+    Args:
+        loss_fn: ``loss_fn(params, *batch)``, returns a scalar loss or ``(loss, aux)``.
+        params: floating-point tensors by name.
+        batch: the other arguments, tensors and nests of tensors.
+        tx: what to train with: ``thor_fx.thor(...)``.
+        rates: of the machine; None: they are measured, on the device of the parameters.
+
+    Raises:
+        TypeError: ``params`` is no mapping of tensors.
+        ValueError: ``tx`` wants no factors, or the loss does not depend on ``params`` or is no scalar.
+
+    Example:
+        >>> import thor_fx
+        >>> def loss_fn(params, x):
+        ...     return (x @ params["w"]).square().mean()
+        >>> tx = thor_fx.thor(lr=0.1, damping=0.1, momentum=0.9)
+        >>> report = step_report(loss_fn, {"w": torch.ones(3, 2)}, [torch.ones(5, 3)], tx)
+        >>> {phase: cost.flops for phase, cost in report.costs["plain"].phases.items()}
+        {'forward': 60, 'backward': 60, 'update': 60}
+    """
+    if tx.resolve is not None:
+        found = choose_by_step(loss_fn, params, batch, tx.rules)
+        tx = tx.resolve(None if found is None else found.chosen)
+    rates = rates or measured_rates(next(iter(params.values())).device)
+    captured, flat = capture_once(loss_fn, params, *batch)
+    graph = pipeline.run(captured.graph, [canonicalize, mark])
+    coverage = covered(graph, params, tx.rules)
+    trained = {name: p for name, p in params.items() if name in coverage.trained}
+    again = [partial(recompute, decompositions=inductor_decompositions())]
+    graphs = {
+        name: whole_step(graph, results_of(captured.forward), tx, coverage, list(trained), kind, again)
+        for name, kind in _kinds(tx).items()
+    }
+    costs = {name: step_cost(gm, name, rates) for name, gm in graphs.items()}
+    foretold = predicted(graph, coverage, tx, rates)
+    return StepReport(graphs, costs, foretold, coverage, rates, [*flat, *_further(tx, trained, coverage)])
+
+
+def _kinds(tx: Transform) -> dict[StepKind, Kind]:
+    compares = kinds(tx)[0].compares
+    return {"plain": Kind("plain", compares), "factor": Kind("refresh", compares)}
+
+
+def _further(tx: Transform, trained: Params, coverage: Coverage) -> list[Tensor]:
+    """The arguments of a whole step beyond those of the loss function."""
+    with torch.no_grad():
+        state = tx.init(trained, coverage)
+    return [*pytree.tree_leaves(state), *HyperTensors()(tx.hyper(0), trained)]
