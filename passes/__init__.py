@@ -10,10 +10,11 @@ from .canonicalize import canonicalize
 from .emit_factors import drop_factors, emit_factors
 from .operands import Operand
 from .outputs import Factor, Grad, Input, Loss, Mutation, Output, Param, Rows, Tangent, Terms
-from .pipeline import Pass, PassError, run
+from .pipeline import Pass, PassError, observe, run
 from .sites import SiteReport, find_sites
 from .spec import SpecError, check
 from .splice import splice
+from .stages import Stage
 from .walk import Site
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "Site",
     "SiteReport",
     "SpecError",
+    "Stage",
     "Tangent",
     "Terms",
     "accumulate",
@@ -39,6 +41,7 @@ __all__ = [
     "drop_factors",
     "emit_factors",
     "find_sites",
+    "observe",
     "run",
     "splice",
 ]
