@@ -9,7 +9,7 @@ from .accumulate import accumulate
 from .canonicalize import canonicalize
 from .emit_factors import drop_factors, emit_factors
 from .operands import Operand
-from .outputs import Factor, Grad, Input, Loss, Mutation, Output, Param, Rows, Tangent, Terms
+from .outputs import Factor, Grad, Input, Loss, Mutation, Output, Param, Rows, Statistic, Tangent, Terms
 from .pipeline import Pass, PassError, observe, run
 from .sites import SiteReport, find_sites
 from .spec import SpecError, check
@@ -33,6 +33,7 @@ __all__ = [
     "SiteReport",
     "SpecError",
     "Stage",
+    "Statistic",
     "Tangent",
     "Terms",
     "accumulate",

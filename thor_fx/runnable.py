@@ -1,8 +1,8 @@
 """Step graphs as Python files that run on their own.
 
-A file has the code of the graph and builds its arguments by itself: random numbers of the right shapes, strides,
-dtypes and devices, where sizes are symbolic those that were traced. Whole numbers are 0 or 1, so that they are
-indices of nearly everything. Small constants of the graph are written out, larger ones are random as well.
+A file has the code of the graph and builds its arguments by itself: random numbers of the right shapes,
+strides, dtypes and devices; symbolic sizes are those that were traced. Whole numbers are 0 or 1, so that they
+are indices of nearly everything. Small constants are written out; larger ones of the graph are random, too.
 """
 
 import functools
@@ -23,7 +23,6 @@ from .passes.stages import code_of
 
 SMALL = 64  # elements of a constant that is written out
 OF_TORCH = {"aten", "prim", "prims", "rngprims", "higher_order", "quantized", "_quantized"}
-OURS = "thor_fx"
 
 HEAD = '''"""A step graph of thor_fx that runs on its own: {title}."""
 
@@ -44,7 +43,7 @@ def tensor(shape, stride, dtype, device):
 
 '''
 
-MAIN = '''
+MAIN = """
 
 ARGUMENTS = [
 {arguments}]
@@ -60,7 +59,7 @@ if __name__ == "__main__":
         results = Graph()(*arguments)
     for name, result in zip(RESULTS, results, strict=True):
         print(name, tuple(result.shape) if isinstance(result, torch.Tensor) else result)
-'''
+"""
 
 
 class NotRunnable(ValueError):
@@ -84,7 +83,8 @@ def write_stage(gm: fx.GraphModule, path: str | Path) -> Path:
 
     Example:
         >>> import tempfile, thor_fx
-        >>> gm = thor_fx.trace_step(lambda p, x: (x @ p["w"]).mean(), {"w": torch.ones(3, 2)}, torch.ones(5, 3))
+        >>> params, x = {"w": torch.ones(3, 2)}, torch.ones(5, 3)
+        >>> gm = thor_fx.trace_step(lambda params, x: (x @ params["w"]).mean(), params, x)
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     path = write_stage(gm, f"{folder}/stage.py")
         ...     "class Graph" in path.read_text()
@@ -130,22 +130,19 @@ def _class(gm: fx.GraphModule, name: str) -> str:
 
 
 def _flat(code: str, targets: list[str]) -> str:
-    """The code with every attribute of the graph one of the class, for the dots in its name are no modules."""
+    """The code, where names of constants with dots in them are no modules."""
     for target in targets:
-        code = code.replace(f"self.{target}", f"getattr(self, {target!r})")
+        code = re.sub(rf"\bself\.{re.escape(target)}\b", f"getattr(self, {target!r})", code)
     return code
 
 
 def _constant(value: Any, target: str) -> str:
     if not isinstance(value, Tensor):
-        raise NotRunnable(f"constant {target!r} is a {type(value).__name__}: only tensors and graphs can be written")
-    if _is_fake(value) or value.numel() > SMALL:
+        kind = type(value).__name__
+        raise NotRunnable(f"constant {target!r} is a {kind}: only tensors and graphs can be written")
+    if hasattr(value, "fake_mode") or value.numel() > SMALL:
         return _random(value)
     return f"torch.tensor({value.tolist()!r}, dtype={value.dtype}, device={str(value.device)!r})"
-
-
-def _is_fake(value: Tensor) -> bool:
-    return isinstance(value, torch.utils.data.Sampler) if False else type(value).__name__ == "FakeTensor"
 
 
 def _maker(node: fx.Node) -> str:
@@ -170,12 +167,13 @@ def _number(value: Any) -> Any:
 def _imports(gm: fx.GraphModule) -> Iterator[str]:
     """The lines of imports that the code of a graph, and of those that it holds, needs."""
     for node in gm.graph.nodes:
+        library = getattr(node.target, "namespace", "aten")
         if is_collective(node):
             raise NotRunnable(f"node {node.name!r} sends to other ranks ({node.target}): a file has none")
-        if isinstance(node.target, torch._ops.OpOverload) and node.target.namespace not in OF_TORCH:
-            if node.target.namespace != OURS:
-                raise NotRunnable(f"node {node.name!r} calls {node.target}, an operator of another library")
+        if library == "thor_fx":
             yield "import thor_fx"
+        elif library not in OF_TORCH:
+            raise NotRunnable(f"node {node.name!r} calls {node.target}, an operator of another library")
     for name, value in gm.graph.python_code("self").globals.items():
         yield from _import(name, value)
     for part in gm.children():
