@@ -1,7 +1,7 @@
 """Passes of the user's own: functions of the graph of a factor step, which may measure more in it.
 
-A pass is ``f(gm) -> None``. It finds the graph with factors and without an update, and may rewrite it in place:
-what the graph returns stays at its place, and :class:`~thor_fx.passes.Statistic` outputs may follow. It may run
+A pass is ``f(gm) -> None``. It finds the graph with factors and without an update, and may rewrite it in
+place: what the graph returns stays first, :class:`~thor_fx.passes.Statistic` outputs may follow. It may run
 several times for one graph, so it must depend on nothing but the graph.
 """
 
@@ -38,8 +38,8 @@ def apply_own(gm: fx.GraphModule, passes: Sequence[Pass], *, watch: Watch | None
     """Run the user's passes on a graph with factors, in place.
 
     Raises:
-        PassError: one of them raised, broke the rules of graphs, or returns what cannot be delivered; names it
-            and the passes before it.
+        PassError: one of them raised, broke the rules of graphs, or returns what cannot be delivered; names
+            it and the passes before it.
     """
     done = ["emit_factors"]
     for one in passes:

@@ -4,7 +4,7 @@ Loss, gradients, factors, refresh and parameter update are nodes of one ATen gra
 """
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -13,7 +13,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from .ahead import Ahead
-from .arguments import check_type
+from .arguments import check_type, checked_disabled
 from .between import run_between
 from .block_size import choose_by_step
 from .block_size_rule import BlockSizeReport
@@ -27,11 +27,17 @@ from .inductor import Compiled, check_backend, compile_graph, inductor_decomposi
 from .kinds import Kind, kind_of, kinds
 from .layers import Coverage, coverage
 from .metrics import metrics
+from .own_passes import Statistics, apply_own, checked_passes, statistics_of
 from .parameters import check_params, trainable
 from .passes import accumulate, canonicalize, emit_factors, outputs, pipeline
 from .passes.layout import Rules
+from .passes.outputs import Statistic
+from .passes.pipeline import Pass, name_of
+from .passes.stages import run_watched
 from .passes.survey import survey
+from .passes.switches import without
 from .recompute import recompute
+from .trace_log import tracer
 from .transform import Params, State, Taken, Transform
 from .update import append_update, fixed_arguments, loss_alone, return_forward
 
@@ -59,10 +65,18 @@ class StepState(NamedTuple):
 
 
 class StepOutput(NamedTuple):
-    """What a training step returns besides parameters and state: the loss (0-D) and ``aux``."""
+    """What a training step returns besides parameters and state.
+
+    Attributes:
+        loss: 0-D.
+        aux: what the loss function returned beside it.
+        statistics: what the caller's ``passes`` have measured, by the name of the statistic and that of the
+            parameter; empty in steps without factors.
+    """
 
     loss: Tensor
     aux: Any
+    statistics: Mapping[tuple[str, str], Tensor] = {}
 
 
 def compile_step(
@@ -76,6 +90,8 @@ def compile_step(
     options: Mapping[str, Any] | None = None,
     dynamic: bool | None = None,
     strict: bool = False,
+    passes: Sequence[Pass] = (),
+    disable_passes: Collection[str] = (),
 ) -> "CompiledStep":
     """Compile loss, gradient, factors and update into one function.
 
@@ -92,14 +108,18 @@ def compile_step(
         options: Inductor settings, as in ``torch.compile``.
         dynamic: as in ``torch.compile``: by default a second batch size recompiles once, for all sizes.
         strict: raise where a weight (a parameter of two or more axes) would take the first-order rule.
+        passes: passes of your own over the graph of a factor step: ``docs/passes.md``. What they measure is
+            in the ``statistics`` of the output.
+        disable_passes: optimisations to go without, by name; the results are the same up to rounding:
+            ``docs/passes.md``.
 
     Returns:
         A step with ``state = step.init(params, *batch)`` and
         ``params, state, out = step(params, state, *batch)``.
 
     Raises:
-        TypeError: ``loss_fn`` is not callable or ``tx`` is no transform.
-        ValueError: a backend is unknown.
+        TypeError: ``loss_fn`` is not callable, ``tx`` is no transform, or a pass is not callable.
+        ValueError: a backend or an optimisation is unknown.
 
     Example:
         >>> import torch, thor_fx
@@ -124,7 +144,8 @@ def compile_step(
     check_backend(factors_by, "factor_backend")
     check_type("strict", strict, bool, "True or False")
     compilers = _Compiler(backend, mode, options), _Compiler(factors_by, mode, options)
-    return CompiledStep(loss_fn, tx, donate, *compilers, dynamic, strict)
+    own, disabled = checked_passes(passes), checked_disabled(disable_passes)
+    return CompiledStep(loss_fn, tx, donate, *compilers, dynamic, strict, own, disabled)
 
 
 @dataclass(frozen=True)
@@ -147,11 +168,27 @@ class _Compiler:
 
 @dataclass
 class _Call:
-    """What the runner is told besides Dynamo's arguments, and the loss after the step if it compares."""
+    """What the runner is told besides Dynamo's arguments, and what it says besides the forward results.
+
+    Attributes:
+        kind: of the step.
+        extra: further arguments.
+        later: the loss after the step, if it compares.
+        statistics: what the caller's passes have measured.
+    """
 
     kind: Kind
     extra: list[Tensor]
     later: Tensor | None = None
+    statistics: Statistics = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A compiled step, and what it returns behind the results of the loss function."""
+
+    compiled: Compiled
+    statistics: tuple[Statistic, ...]
 
 
 class _Traced(Exception):
@@ -178,6 +215,8 @@ class CompiledStep:
         factor_compiler: _Compiler,
         dynamic: bool | None,
         strict: bool,
+        passes: Sequence[Pass],
+        disabled: tuple[str, ...],
     ) -> None:
         self.coverage: Coverage | None = None
         self.block_size_report: BlockSizeReport | None = None
@@ -187,6 +226,7 @@ class CompiledStep:
         self._block_size: BlockSize = given if tx.resolve is None else "auto"
         self._donate = donate
         self._strict = strict
+        self._passes, self._disabled = passes, disabled
         self._compiler, self._factor_compiler = compiler, factor_compiler
         self._hyper = HyperTensors()
         self._loss_fn, self._dynamic = loss_fn, dynamic
@@ -258,7 +298,7 @@ class CompiledStep:
         due = self._between(params, state, kind, hyper)
         damping = self._damping(state, loss, call.later)
         new = state._replace(step=state.step + 1, buffers=buffers, ready=ready, due=due, damping=damping)
-        return params, new, StepOutput(loss, aux)
+        return params, new, StepOutput(loss, aux, call.statistics)
 
     def _between(self, params: Params, state: StepState, kind: Kind, hyper: Sequence[Tensor]) -> int | None:
         """What the transform does after the step, in place; when it wants factors next."""
@@ -330,7 +370,7 @@ class CompiledStep:
 
     def _compile(self, captured: Captured) -> Runner:
         """Called by Dynamo when no guard fits: all kinds of step, from one trace."""
-        graph = pipeline.run(captured.graph, [canonicalize])
+        graph = pipeline.run(captured.graph, [canonicalize], watch=tracer("step"))
         found = _coverage(graph, self._params, self._tx.rules)
         if self._strict:
             found.check({name: p.dim() for name, p in self._params.items()})
@@ -342,10 +382,14 @@ class CompiledStep:
             if self._call is None:
                 raise _Traced(found)
             with torch.no_grad():
-                results = runs[self._call.kind](*flat, *self._call.extra)
+                run = runs[self._call.kind]
+                results = run.compiled(*flat, *self._call.extra)
+                behind = len(results) - len(run.statistics)
+                measured = zip(run.statistics, results[behind:], strict=True)
+                self._call.statistics = {(one.name, one.param): value for one, value in measured}
                 if self._call.kind.compares and again is not None:
                     (self._call.later,) = again(*flat)
-                return results
+                return results[:behind]
 
         return runner
 
@@ -362,20 +406,44 @@ class CompiledStep:
             )
         self.coverage = found
 
-    def _compile_kind(self, graph: fx.GraphModule, captured: Captured, kind: Kind) -> Compiled:
+    def _compile_kind(self, graph: fx.GraphModule, captured: Captured, kind: Kind) -> _Run:
         assert self.coverage is not None
         plain = kind.factors == "plain"
         compiler = self._compiler if plain else self._factor_compiler
-        measures = [] if plain else [partial(emit_factors, rules=self._tx.rules)]
-        whole = pipeline.run(graph, [*measures, *compiler.recomputes])
+        watch = tracer(f"{kind.factors} step")
+        rules = replace(self._tx.rules, disabled=self._disabled)
+        whole = pipeline.run(graph, [] if plain else [partial(emit_factors, rules=rules)], watch=watch)
+        own = () if plain else self._passes
+        apply_own(whole, own, watch=watch)
+        done = [] if plain else ["emit_factors", *map(name_of, own)]
+        pipeline.apply(whole, self._without_disabled(compiler.recomputes), after=done, watch=watch)
+        for graph_pass in self._without_disabled(self._behind_gradients(captured, kind)):
+            run_watched(graph_pass, whole, name_of(graph_pass), watch)
+        fakes = [node.meta["val"] for node in whole.graph.find_nodes(op="placeholder")]
+        compiled = compiler(whole, fakes, fixed_arguments(whole) if self._donate else ())
+        return _Run(compiled, tuple(statistics_of(whole)))
+
+    def _behind_gradients(self, captured: Captured, kind: Kind) -> list[Pass]:
+        """The passes that make a whole step of a graph with gradients."""
+        assert self.coverage is not None
         refreshes: frozenset[str] | None = frozenset() if kind.factors == "measure" else None
         trained = list(_trained(self._params, self.coverage))
-        append_update(whole, self._tx, self.coverage, trained, refreshes=refreshes, compares=kind.compares)
-        start_early(whole, trained, self.coverage)
-        accumulate(whole)
-        return_forward(whole, _forward_outputs(captured))
-        fakes = [node.meta["val"] for node in whole.graph.find_nodes(op="placeholder")]
-        return compiler(whole, fakes, fixed_arguments(whole) if self._donate else ())
+        about = {"tx": self._tx, "found": self.coverage, "trained": trained}
+
+        def update(gm: fx.GraphModule) -> None:
+            with without(self._disabled):
+                append_update(gm, **about, refreshes=refreshes, compares=kind.compares)
+
+        update.__name__ = append_update.__name__
+        return [
+            update,
+            partial(start_early, trained=trained, found=self.coverage),
+            accumulate,
+            partial(return_forward, results=_forward_outputs(captured)),
+        ]
+
+    def _without_disabled(self, passes: Sequence[Pass]) -> list[Pass]:
+        return [one for one in passes if name_of(one) not in self._disabled]
 
     def _compile_loss(self, graph: fx.GraphModule) -> Compiled:
         """The forward pass alone: what it changes besides (running statistics) is not written."""
