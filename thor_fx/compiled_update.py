@@ -100,7 +100,7 @@ class CompiledUpdate:
                 )
         gradients, moments, terms, scales, refreshes, compares = given
         measured = gradients, moments, terms, scales
-        kind = {"refreshes": refreshes, "compares": compares}
+        kind: dict[str, Any] = {"refreshes": refreshes, "compares": compares}
         with without(self.disabled):
             gm = update_graph(self.tx, self.found, self.params, *measured, **kind)
         fakes = [node.meta["val"] for node in gm.graph.find_nodes(op="placeholder")]

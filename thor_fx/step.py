@@ -4,7 +4,7 @@ Loss, gradients, factors, refresh and parameter update are nodes of one ATen gra
 """
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -21,25 +21,23 @@ from .blocks import BlockSize
 from .capture import Captured, LossCapture, LossFn, Runner
 from .distributed.agreement import agreed, check_ranks
 from .distributed.faults import waiting_for_others
-from .distributed.start_early import start_early
 from .hyper import HyperTensors
 from .inductor import Compiled, check_backend, compile_graph, inductor_decompositions
 from .kinds import Kind, kind_of, kinds
 from .layers import Coverage, coverage
 from .metrics import metrics
-from .own_passes import Statistics, apply_own, checked_passes, statistics_of
+from .own_passes import Statistics, checked_passes, statistics_of
 from .parameters import check_params, trainable
-from .passes import accumulate, canonicalize, emit_factors, outputs, pipeline
+from .passes import canonicalize, outputs, pipeline
 from .passes.layout import Rules
 from .passes.outputs import Statistic
-from .passes.pipeline import Pass, name_of
-from .passes.stages import run_watched
+from .passes.pipeline import Pass
 from .passes.survey import survey
-from .passes.switches import without
 from .recompute import recompute
 from .trace_log import tracer
 from .transform import Params, State, Taken, Transform
-from .update import append_update, fixed_arguments, loss_alone, return_forward
+from .update import fixed_arguments, loss_alone
+from .whole_step import WholeStep
 
 
 class StepState(NamedTuple):
@@ -215,7 +213,7 @@ class CompiledStep:
         factor_compiler: _Compiler,
         dynamic: bool | None,
         strict: bool,
-        passes: Sequence[Pass],
+        passes: tuple[Pass, ...],
         disabled: tuple[str, ...],
     ) -> None:
         self.coverage: Coverage | None = None
@@ -408,42 +406,13 @@ class CompiledStep:
 
     def _compile_kind(self, graph: fx.GraphModule, captured: Captured, kind: Kind) -> _Run:
         assert self.coverage is not None
-        plain = kind.factors == "plain"
-        compiler = self._compiler if plain else self._factor_compiler
-        watch = tracer(f"{kind.factors} step")
-        rules = replace(self._tx.rules, disabled=self._disabled)
-        whole = pipeline.run(graph, [] if plain else [partial(emit_factors, rules=rules)], watch=watch)
-        own = () if plain else self._passes
-        apply_own(whole, own, watch=watch)
-        done = [] if plain else ["emit_factors", *map(name_of, own)]
-        pipeline.apply(whole, self._without_disabled(compiler.recomputes), after=done, watch=watch)
-        for graph_pass in self._without_disabled(self._behind_gradients(captured, kind)):
-            run_watched(graph_pass, whole, name_of(graph_pass), watch)
+        compiler = self._compiler if kind.factors == "plain" else self._factor_compiler
+        about = self._tx, self.coverage, list(_trained(self._params, self.coverage))
+        assembly = WholeStep(*about, _forward_outputs(captured), self._passes, self._disabled)
+        whole = assembly.graph(graph, kind, compiler.recomputes)
         fakes = [node.meta["val"] for node in whole.graph.find_nodes(op="placeholder")]
         compiled = compiler(whole, fakes, fixed_arguments(whole) if self._donate else ())
         return _Run(compiled, tuple(statistics_of(whole)))
-
-    def _behind_gradients(self, captured: Captured, kind: Kind) -> list[Pass]:
-        """The passes that make a whole step of a graph with gradients."""
-        assert self.coverage is not None
-        refreshes: frozenset[str] | None = frozenset() if kind.factors == "measure" else None
-        trained = list(_trained(self._params, self.coverage))
-        about = {"tx": self._tx, "found": self.coverage, "trained": trained}
-
-        def update(gm: fx.GraphModule) -> None:
-            with without(self._disabled):
-                append_update(gm, **about, refreshes=refreshes, compares=kind.compares)
-
-        update.__name__ = append_update.__name__
-        return [
-            update,
-            partial(start_early, trained=trained, found=self.coverage),
-            accumulate,
-            partial(return_forward, results=_forward_outputs(captured)),
-        ]
-
-    def _without_disabled(self, passes: Sequence[Pass]) -> list[Pass]:
-        return [one for one in passes if name_of(one) not in self._disabled]
 
     def _compile_loss(self, graph: fx.GraphModule) -> Compiled:
         """The forward pass alone: what it changes besides (running statistics) is not written."""
