@@ -67,9 +67,9 @@ def backward(model, batch):
     F.cross_entropy(model(batch[0]), batch[1]).backward()
 
 
-@pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
-def test_both_doors_return_the_same_statistics_in_factor_steps_and_none_in_others(make):
-    passes = [second_moments, largest_activations]
+@pytest.mark.parametrize("name", ["mlp", "tied", "attention"])
+def test_both_doors_return_the_same_statistics_in_factor_steps_and_none_in_others(name):
+    make, passes = MODELS[name], [second_moments, largest_activations]
     model, optimizer = drop_in(make, passes)
     step, params, state = functional(make, passes)
     for number, batch in enumerate(batches(3)):
