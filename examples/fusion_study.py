@@ -26,7 +26,7 @@ MOVES_NOTHING = (
     "slice",
     "detach",
 )
-THOR = {"lr": 0.01, "damping": 0.1, "momentum": 0.9, "frequency": 1, "factor_decay": 0.9, "block_size": None}
+THOR = {"lr": 0.01, "damping": 0.1, "momentum": 0.9, "frequency": 1, "factor_decay": 0.9}
 
 
 class Net(nn.Module):
@@ -67,13 +67,13 @@ def kernels(seen):
     return sum(not any(f".{name}" in line for name in MOVES_NOTHING) for line in operators(seen))
 
 
-def functional_step(model, batch, backend, disabled):
+def functional_step(model, batch, settings, backend, disabled):
     """Loss, gradients, factors and update in one graph."""
 
     def loss_fn(params, x, y):
         return nn.functional.cross_entropy(functional_call(model, params, (x,)), y)
 
-    step = thor_fx.compile_step(loss_fn, thor_fx.thor(**THOR), backend=backend, disable_passes=disabled)
+    step = thor_fx.compile_step(loss_fn, thor_fx.thor(**settings), backend=backend, disable_passes=disabled)
     params = {name: p.detach().clone() for name, p in model.named_parameters()}
     state = step.init(params, *batch)
 
@@ -84,10 +84,10 @@ def functional_step(model, batch, backend, disabled):
     return run
 
 
-def drop_in_step(model, batch, backend, disabled):
+def drop_in_step(model, batch, settings, backend, disabled):
     """The same in graphs of their own: forward, backward with factors, and update."""
     model = thor_fx.compile(model, backend=backend, disable_passes=disabled)
-    opt = thor_fx.Thor(model, **THOR)
+    opt = thor_fx.Thor(model, **settings)
 
     def run():
         nn.functional.cross_entropy(model(batch[0]), batch[1]).backward()
@@ -132,15 +132,16 @@ def main():
     parser.add_argument("--quick", action="store_true", help="a small model, interpreted, few repeats")
     given = parser.parse_args()
     backend = "aot_eager" if given.quick else given.backend
-    rows, channels, width, repeats = (512, 8, 64, 3) if given.quick else (1024, 16, 512, 20)
+    rows, channels, width, repeats = (64, 4, 32, 3) if given.quick else (1024, 16, 512, 20)
+    settings = THOR | {"block_size": 128 if given.quick else None}  # only whole factors have halves
     batch = torch.randn(rows, 3, 8, 8), torch.randint(10, (rows,))
     print("{:<28}{:>10}{:>10}{:>10}{:>10}".format("factor step", "operators", "kernels", "ms", "peak MB"))
     names = [name for name in OPTIMISATIONS if name != "start_early"]  # is for several ranks
     names = [name for name in names if name != "recompute" or backend == "inductor"]
     off = [("nothing off", []), *((f"without {name}", [name]) for name in names)]
     for label, disabled in [*off, ("without all of these", names)]:
-        row(label, functional_step, (Net(channels, width), batch, backend, disabled), repeats)
-    row("drop-in, nothing off", drop_in_step, (Net(channels, width), batch, backend, []), repeats)
+        row(label, functional_step, (Net(channels, width), batch, settings, backend, disabled), repeats)
+    row("drop-in, nothing off", drop_in_step, (Net(channels, width), batch, settings, backend, []), repeats)
 
 
 if __name__ == "__main__":
