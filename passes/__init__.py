@@ -9,11 +9,12 @@ from .accumulate import accumulate
 from .canonicalize import canonicalize
 from .emit_factors import drop_factors, emit_factors
 from .operands import Operand
-from .outputs import Factor, Grad, Input, Loss, Mutation, Output, Param, Rows, Tangent, Terms
-from .pipeline import Pass, PassError, run
+from .outputs import Factor, Grad, Input, Loss, Mutation, Output, Param, Rows, Statistic, Tangent, Terms
+from .pipeline import Pass, PassError, observe, run
 from .sites import SiteReport, find_sites
 from .spec import SpecError, check
 from .splice import splice
+from .stages import Stage
 from .walk import Site
 
 __all__ = [
@@ -31,6 +32,8 @@ __all__ = [
     "Site",
     "SiteReport",
     "SpecError",
+    "Stage",
+    "Statistic",
     "Tangent",
     "Terms",
     "accumulate",
@@ -39,6 +42,7 @@ __all__ = [
     "drop_factors",
     "emit_factors",
     "find_sites",
+    "observe",
     "run",
     "splice",
 ]

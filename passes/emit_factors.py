@@ -28,6 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from . import switches
 from .layout import Rules, Use, arrange, one_hot
 from .operands import Matrix, Operand
 from .outputs import Factor, OutputDescriptor, Rows, Terms, append, select
@@ -55,7 +56,13 @@ def emit_factors(
         report: what :func:`~thor_fx.passes.survey.survey` says of ``gm``, where the caller knows it already.
         decompositions: the table that ``gm`` was traced with.
     """
-    report = report or survey(gm, rules)
+    with switches.without(rules.disabled):
+        _emit(gm, rules, report or survey(gm, rules), decompositions)
+
+
+def _emit(
+    gm: fx.GraphModule, rules: Rules, report: SiteReport, decompositions: Decompositions | None
+) -> None:
     insert = partial(splice, decompositions=decompositions)
     uses = [use for layout in arrange(report, rules).values() for use in layout.uses]
     terms = None
@@ -107,7 +114,7 @@ class _Shared:
         """The node of a function of the operands' values, which ``what`` tells from other functions."""
         nodes = _nodes(operands)
         key = repr((what, operands))  # nodes have names of their own; sizes may be symbolic
-        if key not in self._known:
+        if key not in self._known or not switches.is_on("shared_inputs"):
             form = _form(key, nodes)
             again = form in self._traced
             if not again:

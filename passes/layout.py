@@ -52,6 +52,7 @@ class Rules:
         layer_filter: ``name of weight -> bool``, which weights have factors; None: all that can.
         every: k, for factors of every k-th row, where rows can be left out (:mod:`thor_fx.passes.sampling`).
         dtype: what rows are rounded to in products (:mod:`thor_fx.passes.rounding`); None: nothing.
+        disabled: optimisations to go without, sorted (:mod:`thor_fx.passes.switches`).
     """
 
     sharing: Sharing = "expand"
@@ -66,6 +67,7 @@ class Rules:
     layer_filter: Callable[[str], bool] | None = None
     every: int = 1
     dtype: torch.dtype | None = None
+    disabled: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

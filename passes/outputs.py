@@ -117,6 +117,14 @@ class Terms:
 
 
 @dataclass(frozen=True)
+class Statistic:
+    """What a pass of the user's measures: ``name`` of the parameter ``param``."""
+
+    name: str
+    param: str
+
+
+@dataclass(frozen=True)
 class Opaque:
     """An output that means something to the caller only."""
 
@@ -124,7 +132,7 @@ class Opaque:
 
 
 InputDescriptor = Param | Frozen | Input | Tangent
-OutputDescriptor = Loss | Output | Mutation | Grad | Factor | Rows | Terms | Opaque
+OutputDescriptor = Loss | Output | Mutation | Grad | Factor | Rows | Terms | Statistic | Opaque
 
 
 def output_node(graph: fx.Graph) -> fx.Node:

@@ -34,6 +34,7 @@ def patch_gram(
     output_padding: list[int],
     transposed: bool,
     at_once: int,
+    shifts: bool = True,
 ) -> Tensor:
     """``sum_nq patch patch^T`` of every group, by correlation.
 
@@ -47,13 +48,14 @@ def patch_gram(
         output_padding: of a transposed convolution.
         transposed: whether it is one.
         at_once: how many taps are taken together.
+        shifts: whether shifts may be used where they pay.
 
     Returns:
         (E, C K, C K), in the dtype of ``x``.
     """
     sizes = (kernel, stride, padding, dilation, output_padding)
     geometry = Geometry(*(tuple(size) for size in sizes), transposed)  # type: ignore[arg-type,call-arg]
-    if shifts_pay(x.shape, geometry):
+    if shifts and shifts_pay(x.shape, geometry):
         upper = gram_by_shifts(x, groups, geometry)
     else:
         upper = gram_by_taps(x, groups, geometry, at_once)

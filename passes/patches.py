@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import switches
 from .geometry import Geometry, padded_input, positions_of, seen_by
 from .nodes import shape
 from .operands import Operand, Reduction, widened
@@ -204,7 +205,8 @@ class Patches(Operand):
         """``sum_nq patch patch^T`` of every group: (groups, C K, C K)."""
         g = self.geometry
         sizes = [list(g.kernel), list(g.stride), list(g.padding), list(g.dilation), list(g.output_padding)]
-        return patch_gram(widened(x), groups, *sizes, g.transposed, self._at_once(x))
+        settings = (*sizes, g.transposed, self._at_once(x))
+        return patch_gram(widened(x), groups, *settings, shifts=switches.is_on("shifts"))
 
 
 class _Windows(NamedTuple):

@@ -7,6 +7,7 @@ from functools import partial
 from torch import fx
 
 from . import spec
+from .stages import Stage, Watch, run_watched
 
 Pass = Callable[[fx.GraphModule], None]
 """Rewrites a step graph in place. Options are bound with :func:`functools.partial`."""
@@ -23,12 +24,13 @@ def name_of(graph_pass: Pass) -> str:
     return getattr(graph_pass, "__name__", type(graph_pass).__name__)
 
 
-def run(gm: fx.GraphModule, passes: Sequence[Pass]) -> fx.GraphModule:
+def run(gm: fx.GraphModule, passes: Sequence[Pass], *, watch: Watch | None = None) -> fx.GraphModule:
     """Apply ``passes`` in order to a copy of ``gm``.
 
     Args:
         gm: a step graph; it is left as it is.
         passes: functions that rewrite a step graph in place.
+        watch: is told of every pass once it has run, ``watch(stage, graph)``.
 
     Returns:
         The rewritten copy.
@@ -39,15 +41,48 @@ def run(gm: fx.GraphModule, passes: Sequence[Pass]) -> fx.GraphModule:
     """
     spec.check(gm)
     result = copy.deepcopy(gm)
-    done: list[str] = []
+    apply(result, passes, watch=watch)
+    result.recompile()
+    return result
+
+
+def apply(
+    gm: fx.GraphModule, passes: Sequence[Pass], *, after: Sequence[str] = (), watch: Watch | None = None
+) -> None:
+    """Apply ``passes`` in order, in place.
+
+    Args:
+        gm: a step graph.
+        passes: functions that rewrite a step graph in place.
+        after: the names of passes that have been applied before.
+        watch: as in :func:`run`.
+
+    Raises:
+        PassError: a pass raised or broke the rules; names it and the passes before it.
+    """
+    done = list(after)
     for graph_pass in passes:
         name = name_of(graph_pass)
         try:
-            graph_pass(result)
-            spec.check(result)
+            run_watched(graph_pass, gm, name, watch)
+            spec.check(gm)
         except Exception as error:
             before = ", ".join(done) or "no other pass"
             raise PassError(f"pass {name!r} failed (after {before}): {error}") from error
         done.append(name)
-    result.recompile()
-    return result
+
+
+def observe(gm: fx.GraphModule, passes: Sequence[Pass]) -> tuple[fx.GraphModule, list[Stage]]:
+    """What :func:`run` returns, and what every pass did.
+
+    Args:
+        gm: a step graph; it is left as it is.
+        passes: functions that rewrite a step graph in place.
+
+    Returns:
+        The rewritten copy, and one stage for every pass; ``print(stage)`` shows the operators that it added
+        and removed.
+    """
+    stages: list[Stage] = []
+    result = run(gm, passes, watch=lambda stage, _: stages.append(stage))
+    return result, stages

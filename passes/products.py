@@ -12,6 +12,7 @@ Legend: R rows, F features; any axes in front.
 import torch
 from torch import Tensor
 
+from . import switches
 from .symmetric import by_kernel, gram_by_kernel
 
 PANEL = 128  # features
@@ -25,6 +26,8 @@ def gram(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         x: the rows.
         dtype: what the rows are rounded to for the product; None: as they are.
     """
+    if not switches.is_on("symmetric_products"):
+        return product(x.mT, x, dtype)
     rounded = x.dtype if dtype is None or x.dtype == torch.float64 else dtype
     if by_kernel(x, rounded):
         return gram_by_kernel(x.to(rounded)).to(x.dtype)

@@ -1,6 +1,8 @@
 """Write inserted computation as Python; trace it; insert its nodes."""
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
@@ -9,6 +11,18 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 Decompositions = Mapping[Any, Callable[..., Any]]
+
+_of_host: ContextVar[Decompositions | None] = ContextVar("decompositions of the host graph", default=None)
+
+
+@contextlib.contextmanager
+def inside(decompositions: Decompositions) -> Iterator[None]:
+    """What is spliced inside goes into graphs that were traced with this table, unless it says another."""
+    token = _of_host.set(decompositions)
+    try:
+        yield
+    finally:
+        _of_host.reset(token)
 
 
 class Traced(NamedTuple):
@@ -61,7 +75,8 @@ def trace(fn: Callable[..., Any], *operands: fx.Node, decompositions: Decomposit
     with mode, torch.no_grad():
         values = [in_mode(mode, node.meta["val"]) for node in operands]
         try:
-            traced = make_fx(flat, dict(decompositions or {}), tracing_mode)(*values)
+            table = dict((_of_host.get() if decompositions is None else decompositions) or {})
+            traced = make_fx(flat, table, tracing_mode)(*values)
         except AssertionError as error:
             if "convert all Tensors to FakeTensors" in str(error):
                 raise ValueError("the spliced function captures a tensor: pass it as an operand") from error

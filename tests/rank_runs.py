@@ -8,7 +8,7 @@ import datetime
 import os
 import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -146,10 +146,12 @@ def by_ddp(make: str, options: str = "defaults", **how: Any) -> list[Parameters]
     return train_by_closures(model, thor_fx.Thor(model, **settings(options)), data)
 
 
-def by_functional(make: str, options: str = "defaults", backend: str = "eager") -> list[Parameters]:
+def by_functional(
+    make: str, options: str = "defaults", backend: str = "eager", disable_passes: Sequence[str] = ()
+) -> list[Parameters]:
     data = [shard(batch) for batch in batches(STEPS, ROWS)]
-    ranks = {"process_group": dist.group.WORLD}
-    return by_functional_door(build(MODELS[make]), data, backend, **settings(options), **ranks)
+    more = {"process_group": dist.group.WORLD, "disable_passes": disable_passes}
+    return by_functional_door(build(MODELS[make]), data, backend, **settings(options), **more)
 
 
 def unequal(loss_of: Callable[[Tensor, Tensor], Tensor]) -> list[Parameters]:
@@ -283,11 +285,7 @@ def index_out_of_range() -> None:
 
 def late() -> list[Parameters]:
     """Collectives start behind the whole backward, as the update has them."""
-    early, thor_fx.step.start_early = thor_fx.step.start_early, lambda *_: None
-    try:
-        return by_functional("normalised", "split")
-    finally:
-        thor_fx.step.start_early = early
+    return by_functional("normalised", "split", disable_passes=["start_early"])
 
 
 DOORS: dict[str, Callable[..., list[Parameters]]] = {"ddp": by_ddp, "functional": by_functional}

@@ -13,13 +13,14 @@ from ranks import launched
 
 FOLDER = Path(__file__).parents[1] / "examples"
 ON_RANKS = FOLDER / "ddp_digits.py"
-EXAMPLES = sorted({*FOLDER.glob("*.py")} - {ON_RANKS})
+CUSTOM, STUDY = FOLDER / "custom_pass.py", FOLDER / "fusion_study.py"
+EXAMPLES = sorted({*FOLDER.glob("*.py")} - {ON_RANKS, CUSTOM, STUDY})
 
 
-def run(path: Path, backend: str, cwd: Path) -> str:
+def run(path: Path, argument: str, cwd: Path) -> str:
     # NOTE: one thread: threads that wait for each other are slow where other tests run beside
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(path), backend]
+    command = [sys.executable, str(path), argument]
     done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -35,6 +36,28 @@ def test_example(path: Path, backend: str, tmp_path: Path):
     losses = [float(loss) for loss in re.findall(r"loss (\d+\.\d+)", run(path, backend, tmp_path))]
     assert len(losses) == 2
     assert losses[1] < losses[0] / 5
+
+
+def test_a_pass_of_ones_own(tmp_path: Path):
+    printed = run(CUSTOM, "aot_eager", tmp_path)
+    losses = [float(loss) for loss in re.findall(r"loss (\d+\.\d+)", printed)]
+    assert losses[1] < losses[0] / 5
+    rows = re.findall(r"^ +(\d+)  (\d\.weight)  (\S+)  (\S+)$", printed, re.MULTILINE)
+    assert [(int(step), weight) for step, weight, *_ in rows] == [
+        (step, weight) for step in range(0, 140, 25) for weight in ("0.weight", "2.weight")
+    ]
+    assert all(0 < float(median) < float(largest) for *_, median, largest in rows)
+
+
+def test_the_study_of_optimisations(tmp_path: Path):
+    header, *lines = run(STUDY, "--quick", tmp_path).splitlines()
+    assert header.split() == ["factor", "step", "operators", "kernels", "ms", "peak", "MB"]
+    table = {label.strip(): int(count) for label, count in (re.split(r" {2,}", line)[:2] for line in lines)}
+    everything = table.pop("nothing off")
+    assert {"without accumulate", "without shared_inputs", "drop-in, nothing off"} <= table.keys()
+    assert table["without accumulate"] > everything
+    assert table["without shared_inputs"] != everything
+    assert table["without batched_inverses"] > everything
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="no torch.distributed here")

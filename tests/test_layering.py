@@ -16,6 +16,7 @@ ADAPTERS = {
     "thor_fx/inductor_kernels.py",  # what Inductor generates, and what a profiler sees of it
     "thor_fx/joint_graphs.py",  # AOTAutograd's descriptors
     "thor_fx/partitioner.py",  # AOTAutograd's min-cut
+    "thor_fx/trace_log.py",  # torch's structured log
     "thor_fx/recurrent.py",  # decompositions of recurrent layers
     "thor_fx/distributed/dtensors.py",
 }

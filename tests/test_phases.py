@@ -25,7 +25,7 @@ from thor_fx.passes.stitch import BACKWARD, SIDE
 from thor_fx.passes.survey import survey
 from thor_fx.recompute import recompute
 from thor_fx.update import update_graph
-from thor_fx.whole_step import whole_step
+from thor_fx.whole_step import WholeStep
 
 SETTINGS: dict[str, Any] = {"lr": 0.1, "damping": 0.1, "momentum": 0.9, "frequency": 4}
 ROWS, IN, HIDDEN, OUT = 7, 6, 5, 4
@@ -46,7 +46,7 @@ def traced() -> tuple[fx.GraphModule, list[str]]:
 def whole(kind: Kind, **settings: Any) -> fx.GraphModule:
     graph, names = traced()
     tx = thor_fx.thor(**SETTINGS | settings)
-    return whole_step(graph, 1, tx, coverage(survey(graph, tx.rules), tx.rules), names, kind)
+    return WholeStep(tx, coverage(survey(graph, tx.rules), tx.rules), names, 1).graph(graph, kind)
 
 
 def of(gm: fx.GraphModule, phase: str) -> Counter[str]:

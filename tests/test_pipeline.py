@@ -83,6 +83,14 @@ def test_a_graph_that_breaks_the_rules_is_no_fault_of_a_pass():
         run(gm, [negate_loss])
 
 
+def test_in_place_and_after_others():
+    gm = tiny()
+    pipeline.apply(gm, [negate_loss], after=["emit_factors"])
+    assert "neg" in str(gm.graph)
+    with pytest.raises(PassError, match=r"pass 'crash' failed \(after emit_factors, negate_loss\)"):
+        pipeline.apply(gm, [partial(crash, message="")], after=["emit_factors", "negate_loss"])
+
+
 def test_names():
     nested = partial(partial(crash, message="a"), message="b")
     names = [pipeline.name_of(p) for p in (emit_factors, nested, Renamer())]

@@ -1,7 +1,7 @@
 """Sums over ranks start beside backward; :mod:`test_distributed` has their results."""
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -41,7 +41,9 @@ def three_layers() -> nn.Module:
     return nn.Sequential(*(layer for i, o in pairs for layer in (nn.Linear(i, o), nn.Tanh())))
 
 
-def step_of(group: Any, backend: str) -> tuple[thor_fx.CompiledStep, dict[str, torch.Tensor], torch.Tensor]:
+def step_of(
+    group: Any, backend: str, disabled: Sequence[str] = ()
+) -> tuple[thor_fx.CompiledStep, dict[str, torch.Tensor], torch.Tensor]:
     """A step in which the factors of each layer travel alone, its parameters and a batch."""
     model = three_layers()
     params = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -51,15 +53,18 @@ def step_of(group: Any, backend: str) -> tuple[thor_fx.CompiledStep, dict[str, t
 
     settings: dict[str, Any] = {"lr": 0.1, "damping": 0.1, "momentum": 0.9, "frequency": 2}
     tx = thor_fx.thor(**settings, split_indices=[0, 1, 2], process_group=group)
-    return thor_fx.compile_step(loss_fn, tx, backend=backend), params, torch.ones(3, WIDTHS[0])
+    compiled = thor_fx.compile_step(loss_fn, tx, backend=backend, disable_passes=disabled)
+    return compiled, params, torch.ones(3, WIDTHS[0])
 
 
-def step_graphs(monkeypatch: pytest.MonkeyPatch, group: Any) -> list[fx.GraphModule]:
+def step_graphs(
+    monkeypatch: pytest.MonkeyPatch, group: Any, disabled: Sequence[str] = ()
+) -> list[fx.GraphModule]:
     """The graphs of a plain step and of a factor step."""
     made: list[fx.GraphModule] = []
     monkeypatch.setattr(step, "check_ranks", lambda *_: None)
     monkeypatch.setattr(step, "compile_graph", lambda gm, *_, **__: made.append(gm) or gm)
-    compiled, params, x = step_of(group, "eager")
+    compiled, params, x = step_of(group, "eager", disabled)
     compiled.init(params, x)
     return sorted(made, key=lambda gm: len(gm.graph.nodes))
 
@@ -99,8 +104,7 @@ def test_nothing_is_waited_for_before_backward_is_over(monkeypatch, two_ranks):
 
 def test_everything_else_stays_in_its_order(monkeypatch, two_ranks):
     early = step_graphs(monkeypatch, two_ranks)
-    monkeypatch.setattr(step, "start_early", lambda *_: None)
-    late = step_graphs(monkeypatch, two_ranks)
+    late = step_graphs(monkeypatch, two_ranks, ["start_early"])
     for one, other in zip(early, late, strict=True):
         first = _packing(one)
         names = [[n.name for n in gm.graph.nodes if n.name not in first] for gm in (one, other)]

@@ -130,11 +130,13 @@ def by_functional_door(
     backend: str = "eager",
     dynamic: bool | None = None,
     factor_backend: str | None = None,
+    disable_passes: Sequence[str] = (),
     **settings: Any,
 ) -> list[Parameters]:
     """The parameters after every step."""
     loss_fn = classifier_loss(model, settings.get("loss_scale", 1.0))
     how: dict[str, Any] = {"backend": backend, "factor_backend": factor_backend, "dynamic": dynamic}
+    how["disable_passes"] = disable_passes
     step = thor_fx.compile_step(loss_fn, thor_fx.thor(**settings), **how)
     params: Mapping[str, Tensor] = snapshot(dict(model.named_parameters()))
     state = step.init(params, *data[0])

@@ -3,7 +3,7 @@
 from . import presets
 from .block_size import block_size_report
 from .block_size_rule import BlockSizeReport
-from .compile import compile
+from .compile import compile, statistics
 from .explain import Report, explain
 from .factors import Kronecker, factors
 from .layers import Coverage, CoverageError, Layer
@@ -11,6 +11,7 @@ from .levenberg_marquardt import LevenbergMarquardt
 from .metrics import metrics
 from .optimizer import Thor
 from .refresh_rules import ByTrace, Every, Staggered
+from .runnable import NotRunnable, write_stage
 from .step import CompiledStep, StepOutput, StepState, compile_step
 from .thor import decay_all_but_beta_gamma, thor
 from .trace import trace_step
@@ -28,6 +29,7 @@ __all__ = [
     "Kronecker",
     "Layer",
     "LevenbergMarquardt",
+    "NotRunnable",
     "Report",
     "Signals",
     "Staggered",
@@ -46,7 +48,9 @@ __all__ = [
     "factors",
     "metrics",
     "presets",
+    "statistics",
     "thor",
     "trace_step",
     "verify",
+    "write_stage",
 ]

@@ -2,9 +2,11 @@
 
 import math
 import numbers
+from collections.abc import Collection
 from typing import Any, get_args
 
 from .passes.layout import LikelihoodName
+from .passes.switches import OPTIMISATIONS
 
 
 def check_number(name: str, value: Any, *, positive: bool = False) -> None:
@@ -61,6 +63,22 @@ def check_likelihood(name: str, value: Any) -> None:
         raise TypeError(f"{name} must be one of {allowed} or a callable z -> score, got {shown(value)}")
     if value not in allowed:
         raise ValueError(f"{name} must be one of {allowed} or a callable z -> score, got {value!r}")
+
+
+def checked_disabled(names: Any) -> tuple[str, ...]:
+    """The value of the argument ``disable_passes``, sorted.
+
+    Raises:
+        TypeError: it is no list of texts.
+        ValueError: it names no optimisation.
+    """
+    if isinstance(names, str) or not isinstance(names, Collection):
+        raise TypeError(f"disable_passes must be a list of names, got {shown(names)}")
+    for name in names:
+        check_type("disable_passes", name, str, "a list of names")
+        if name not in OPTIMISATIONS:
+            raise ValueError(f"disable_passes must name some of {list(OPTIMISATIONS)}, got {name!r}")
+    return tuple(sorted(set(names)))
 
 
 def shown(value: Any) -> str:

@@ -22,7 +22,8 @@ from .capture import current_backward, new_leaf
 from .factors import Moments, moments_of
 from .layers import Coverage, Layer, turned_name
 from .passes.layout import Rules, layer_of
-from .passes.outputs import Factor, OutputDescriptor, Rows, Terms
+from .passes.outputs import Factor, OutputDescriptor, Rows, Statistic, Terms
+from .passes.pipeline import Pass
 from .passes.reindex import disjoint, simplify
 
 Awaited = Callable[[], Mapping[Factor, Tensor]]
@@ -129,6 +130,8 @@ class Collector:
         strict: whether a weight without factors is an error.
         copies: how many ranks see the same rows, because they have parts of the same parameters.
         has_sent: whether factors have left since the last :meth:`take`.
+        passes: the user's own, over factor graphs.
+        disabled: optimisations that factor graphs and updates go without.
         send: starts to send the factors of a graph once backward has made them, and returns what waits for
             those to keep in their place. None: all are kept.
     """
@@ -145,6 +148,8 @@ class Collector:
     options: Mapping[str, Any] | None = None
     strict: bool = False
     copies: int = 1
+    passes: tuple[Pass, ...] = ()
+    disabled: tuple[str, ...] = ()
     send: Send | None = None
     has_sent: bool = False
 
@@ -155,6 +160,7 @@ class Collector:
 
     def use(self, rules: Rules) -> None:
         """Collect the factors that these rules ask for; what was compiled for others is forgotten."""
+        rules = replace(rules, disabled=self.disabled)
         if rules != self.rules:
             self.clear()
             self.rules, self.graphs, self.coverage = rules, [], None
@@ -207,6 +213,15 @@ class Collector:
         for graph in self.graphs:
             _add(sums, graph.take())
         return moments_of(sums), self._terms.take()
+
+    def statistics(self) -> dict[tuple[str, str], Tensor]:
+        """What the user's passes have measured and no step has used, summed over passes and graphs."""
+        found: dict[tuple[str, str], Tensor] = {}
+        for descriptor, slot in ((d, s) for graph in self.graphs for d, s in graph.slots.items()):
+            if isinstance(descriptor, Statistic) and slot.grad is not None:
+                key = descriptor.name, descriptor.param
+                found[key] = found[key] + slot.grad if key in found else slot.grad
+        return found
 
     def _watch(self, graph: SlottedGraph) -> None:
         self._watched[graph] = set()

@@ -6,14 +6,15 @@ mode runs a second compiled form of the model, whose joint graph has been rewrit
 """
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
 
-from .arguments import check_type
+from .arguments import check_type, checked_disabled
 from .capture import (
     CompilationFailed,
     GraphBreak,
@@ -33,14 +34,18 @@ from .distributed.wrappers import unwrapped
 from .inductor import JointPass, check_backend, compile_differentiable
 from .joint_graphs import describe_joint
 from .layers import Coverage, CoverageError, coverage
+from .own_passes import Statistics, apply_own, checked_passes, fixed_shape, key_of, statistics_of
 from .parameters import check_params
-from .passes import emit_factors, outputs
+from .passes import PassError, emit_factors, outputs
 from .passes.layout import Rules
 from .passes.likelihoods import LikelihoodError
-from .passes.outputs import Factor, Input, InputDescriptor, Param, Rows, Split, Terms
-from .passes.splice import Decompositions
+from .passes.outputs import Factor, Input, InputDescriptor, Param, Rows, Split, Statistic, Terms
+from .passes.pipeline import Pass
+from .passes.splice import Decompositions, inside
+from .passes.stages import run_watched
 from .passes.survey import survey
 from .recurrent import has_recurrent_operator, trainable_rnns
+from .trace_log import tracer
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -53,6 +58,8 @@ def compile(
     mode: str | None = None,
     options: Mapping[str, Any] | None = None,
     strict: bool = False,
+    passes: Sequence[Pass] = (),
+    disable_passes: Collection[str] = (),
     **kwargs: Any,
 ) -> Module:
     """Compile a model so that :class:`thor_fx.Thor` can read its Kronecker factors.
@@ -70,14 +77,19 @@ def compile(
         strict: raise a :class:`~thor_fx.CoverageError` in the first factor step where a weight (a
             parameter of two or more axes) would take the first-order rule. Without it, weights that no
             compiled graph uses are named in a warning.
+        passes: passes of your own over the graph of a factor step: ``docs/passes.md``. What they measure is
+            read with :func:`thor_fx.statistics`.
+        disable_passes: optimisations to go without, by name; the results are the same up to rounding:
+            ``docs/passes.md``.
         **kwargs: further arguments of ``torch.compile`` (``fullgraph``, ``dynamic``, ...).
 
     Returns:
         ``model`` itself; call it, not its ``forward``.
 
     Raises:
-        TypeError: ``model`` is no module, or has a parameter that is not floating-point.
-        ValueError: ``model`` has no trainable parameter, or a backend is unknown.
+        TypeError: ``model`` is no module, or has a parameter that is not floating-point; or a pass is not
+            callable.
+        ValueError: ``model`` has no trainable parameter, or a backend or an optimisation is unknown.
 
     Example:
         >>> import torch, thor_fx
@@ -95,8 +107,12 @@ def compile(
     check_backend(factors_by, "factor_backend")
     check_params(dict(model.named_parameters()), parts=True)
     check_type("strict", strict, bool, "True or False")
+    own, disabled = checked_passes(passes), checked_disabled(disable_passes)
     inner = unwrapped(model)
-    call = _Call(inner, Collector(backend, factors_by, mode=mode, options=options, strict=strict), kwargs)
+    settings: dict[str, Any] = {"mode": mode, "options": options, "strict": strict}
+    collector = Collector(backend, factors_by, **settings, passes=own, disabled=disabled)
+    collector.use(collector.rules)
+    call = _Call(inner, collector, kwargs)
     inner._compiled_call_impl = call  # NOTE: the slot nn.Module.compile() uses; dropped when pickled
     return model
 
@@ -114,6 +130,37 @@ def collector_of(model: Any) -> Collector:
             "model = thor_fx.compile(model) first (instead of torch.compile)"
         )
     return call.collector
+
+
+def statistics(model: nn.Module) -> Statistics:
+    """What the ``passes`` of a compiled model have measured since the last step.
+
+    To be read after ``backward`` and before the optimizer's ``step`` or ``zero_grad``, which clear it.
+    Micro-batches add up, as gradients do.
+
+    Args:
+        model: compiled with ``thor_fx.compile(model, passes=[...])``.
+
+    Returns:
+        Tensors by the name of the statistic and that of the parameter; nothing after backward passes without
+        factors.
+
+    Raises:
+        TypeError: ``model`` is not compiled by us.
+
+    Example:
+        >>> import torch, thor_fx
+        >>> from thor_fx.passes import Grad, Statistic, outputs, splice
+        >>> def norms(gm):
+        ...     gradient = outputs.output_nodes(gm)[Grad("weight")]
+        ...     norm = splice(gradient, torch.linalg.vector_norm, gradient)
+        ...     outputs.append(gm, [(Statistic("norm", "weight"), norm)])
+        >>> model = thor_fx.compile(torch.nn.Linear(3, 2), backend="aot_eager", passes=[norms])
+        >>> model(torch.eye(3)).sum().backward()
+        >>> round(float(thor_fx.statistics(model)["norm", "weight"]), 3)
+        2.449
+    """
+    return collector_of(model).statistics()
 
 
 class _Call:
@@ -166,7 +213,7 @@ class _Call:
             try:
                 return self._factor(*args, **kwargs)
             except CompilationFailed as error:
-                if isinstance(error.inner_exception, CoverageError | LikelihoodError):
+                if isinstance(error.inner_exception, CoverageError | LikelihoodError | PassError):
                     raise error.inner_exception from None
                 raise
             except GraphBreak as error:
@@ -242,17 +289,28 @@ class _FactorCompiler:
         places = [place for place, descriptor in enumerate(described) if isinstance(descriptor, Param)]
         if not places:
             return [], self._compile(self.forward, self.inputs, lambda _gm, **_: None, key="")
-        found = coverage(survey(export_joint(self.forward, described), self.rules), self.rules)
+        joint = export_joint(self.forward, described)
+        found = coverage(survey(joint, self.rules), self.rules)
         self.collector.copies = max([self.collector.copies, *(split.size for split in _splits(described))])
         if self.collector.strict:
             found.check({name: p.dim() for name, p in params.items()})
         slots = {descriptor: make_slot(shape, used[param]) for descriptor, shape, param in _slots(found)}
-        form = _form(described, found)
+        measured = self._statistics(joint)
+        slots |= {one: make_slot(fixed_shape(one, value), value) for one, value in measured.items()}
+        form = _form(described, found, measured)
         if form not in self.compiled:
             self.compiled[form] = self._compile_slotted(described, found, slots)
         owners = {name: used[name] for layer in found.layers.values() for name in layer.params}
         graph = self.collector.add(SlottedGraph(found, slots, owners))
         return places, _runner(self.compiled[form], graph, self.collector)
+
+    def _statistics(self, joint: fx.GraphModule) -> dict[Statistic, Tensor]:
+        """What the user's passes measure, as fake values: slots are there before the graph is compiled."""
+        if not self.collector.passes:
+            return {}
+        emit_factors(joint, rules=self.rules)
+        apply_own(joint, self.collector.passes)
+        return {one: node.meta["val"] for one, node in statistics_of(joint).items()}
 
     def _compile_slotted(
         self,
@@ -262,7 +320,7 @@ class _FactorCompiler:
     ) -> Runner:
         slotted, fakes = add_slots(self.forward, list(slots.values()))
         described += tuple(Input(len(described) + i) for i in range(len(slots)))
-        fill = _FillSlots(described, tuple(slots), self.rules)
+        fill = _FillSlots(described, tuple(slots), self.rules, self.collector.passes)
         return self._compile(slotted, [*self.inputs, *fakes], fill, key=_key(fill, found))
 
     def _compile(
@@ -280,7 +338,9 @@ def _splits(described: Sequence[InputDescriptor]) -> list[Split]:
     return [split for split in splits if split is not None]
 
 
-def _form(described: Sequence[InputDescriptor], found: Coverage) -> tuple[Any, ...]:
+def _form(
+    described: Sequence[InputDescriptor], found: Coverage, measured: Mapping[Statistic, Tensor]
+) -> tuple[Any, ...]:
     """What tells apart the compiled graphs of modules of one class, whose parameters have other names."""
     places = {d.name: place for place, d in enumerate(described) if isinstance(d, Param)}
     kinds = tuple(type(descriptor) for descriptor in described)
@@ -289,16 +349,18 @@ def _form(described: Sequence[InputDescriptor], found: Coverage) -> tuple[Any, .
         (places[layer.param], layer.path, layer.sharing, places.get(layer.bias or ""), layer.bias_path, *own)
         for layer, own in zip(found.layers.values(), sums, strict=True)
     ]
-    return kinds, *layers
+    statistics = [(d.name, places.get(d.param, d.param), *map(int, v.shape)) for d, v in measured.items()]
+    return kinds, *layers, *statistics
 
 
 def _key(fill: "_FillSlots", found: Coverage) -> str | None:
     """All that the compiled graph depends on, without the address of a function in it; None: not known."""
-    if callable(fill.rules.likelihood):
+    own = key_of(fill.passes)
+    if callable(fill.rules.likelihood) or own is None:
         return None
     sharing = tuple(layer.sharing for layer in found.layers.values())
     rules = replace(fill.rules, sharing="expand", layer_filter=None)
-    return repr((fill.inputs, _splits(fill.inputs), fill.slots, rules, sharing))
+    return repr((fill.inputs, _splits(fill.inputs), fill.slots, rules, sharing, own))
 
 
 def _runner(compiled: Callable[..., Any], graph: SlottedGraph, collector: Collector) -> Runner:
@@ -329,15 +391,21 @@ class _FillSlots:
     inputs: tuple[InputDescriptor, ...]
     slots: tuple[outputs.OutputDescriptor, ...]
     rules: Rules
+    passes: tuple[Pass, ...]
 
     def __call__(self, gm: fx.GraphModule, *, decompositions: Decompositions) -> None:
         describe_joint(gm, self.inputs)
-        out, before = outputs.output_node(gm.graph), outputs.results(gm)
-        emit_factors(gm, rules=self.rules, decompositions=decompositions)
+        before = len(outputs.results(gm))
+        watch = tracer("factor graph")
+        emit = partial(emit_factors, rules=self.rules, decompositions=decompositions)
+        run_watched(emit, gm, emit_factors.__name__, watch)
+        with inside(decompositions):
+            apply_own(gm, self.passes, watch=watch)
         emitted = outputs.output_nodes(gm)
         missing = [descriptor for descriptor in self.slots if descriptor not in emitted]
         if missing:
             raise RuntimeError(f"the compiled graph has no {missing}: please report this model")
-        first = len(before) - len(self.slots)
-        assert all(node is None for node in before[first:]), "a slot has a gradient already"
-        out.args = ([*before[:first], *(emitted[descriptor] for descriptor in self.slots)],)
+        first, returned = before - len(self.slots), outputs.results(gm)
+        assert all(node is None for node in returned[first:before]), "a slot has a gradient already"
+        out = outputs.output_node(gm.graph)
+        out.args = ([*returned[:first], *(emitted[descriptor] for descriptor in self.slots)],)

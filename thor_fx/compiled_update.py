@@ -12,6 +12,7 @@ from .capture import without_dynamo
 from .factors import Moments, flat_moments
 from .inductor import Compiled, compile_graph
 from .layers import Coverage
+from .passes.switches import without
 from .transform import State, Transform
 from .update import fixed_arguments, update_graph
 
@@ -62,6 +63,7 @@ class CompiledUpdate:
         factor_backend: compiles that of factor steps.
         mode: as in ``torch.compile``.
         options: Inductor settings, as in ``torch.compile``.
+        disabled: optimisations to go without.
         state: of the transform.
     """
 
@@ -72,6 +74,7 @@ class CompiledUpdate:
     factor_backend: str
     mode: str | None = None
     options: Mapping[str, Any] | None = None
+    disabled: tuple[str, ...] = ()
     state: State = None
     _leaves: list[Tensor] = field(default_factory=list)
     _compiled: dict[Any, Compiled] = field(default_factory=dict)
@@ -97,7 +100,9 @@ class CompiledUpdate:
                 )
         gradients, moments, terms, scales, refreshes, compares = given
         measured = gradients, moments, terms, scales
-        gm = update_graph(self.tx, self.found, self.params, *measured, refreshes=refreshes, compares=compares)
+        kind: dict[str, Any] = {"refreshes": refreshes, "compares": compares}
+        with without(self.disabled):
+            gm = update_graph(self.tx, self.found, self.params, *measured, **kind)
         fakes = [node.meta["val"] for node in gm.graph.find_nodes(op="placeholder")]
         backend = self.factor_backend if moments else self.backend
         settings: dict[str, Any] = {"backend": backend, "mode": self.mode, "options": self.options}

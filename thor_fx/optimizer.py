@@ -39,6 +39,7 @@ from .links import thor_chain
 from .metrics import Metrics, metrics, trace
 from .optimizer_state import counters_of, layers_with_inverses, restore, views
 from .options import MAX_DIM, Fallback, MomentumOn, Options, damping_schedule, number_schedule
+from .own_passes import Statistics
 from .parameter_groups import ParameterGroups
 from .passes.layout import BiasRule, Fisher, Likelihood, LongSide, Sharing, layer_of
 from .presets import Preset, takes_preset
@@ -373,6 +374,10 @@ class Thor(torch.optim.Optimizer):
             return self._options.block_size
         return self.param_groups[0].get("block_size", "auto")
 
+    def statistics(self) -> Statistics:
+        """What the model's ``passes`` have measured since the last step: :func:`thor_fx.statistics`."""
+        return self._collector.statistics()
+
     def metrics(self) -> Metrics:
         """Numbers for any logger: ``step``, ``lr`` and ``damping``, and what :func:`thor_fx.metrics` counts.
 
@@ -530,7 +535,8 @@ class Thor(torch.optim.Optimizer):
         self._tx = self._transform()
         mode, options = self._collector.mode, self._collector.options
         params = {name: here(p) for name, p in self._params.items()}
-        self._update = CompiledUpdate(self._tx, self._found, params, *self._backends, mode, options)
+        how = (*self._backends, mode, options, self._collector.disabled)
+        self._update = CompiledUpdate(self._tx, self._found, params, *how)
         self._start()
         if self._owners is not None and self.block_size != "auto":
             self._collector.send = self._owners.send

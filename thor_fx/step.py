@@ -4,7 +4,7 @@ Loss, gradients, factors, refresh and parameter update are nodes of one ATen gra
 """
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -13,7 +13,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from .ahead import Ahead
-from .arguments import check_type
+from .arguments import check_type, checked_disabled
 from .between import run_between
 from .block_size import choose_by_step
 from .block_size_rule import BlockSizeReport
@@ -26,12 +26,16 @@ from .inductor import Compiled, check_backend, compile_graph, inductor_decomposi
 from .kinds import Kind, kind_of, kinds
 from .layers import Coverage
 from .metrics import Metrics, metrics, trace
+from .own_passes import Statistics, checked_passes, statistics_of
 from .parameters import check_params, trainable
 from .passes import canonicalize, pipeline
+from .passes.outputs import Statistic
+from .passes.pipeline import Pass
 from .recompute import recompute
+from .trace_log import tracer
 from .transform import Params, State, Taken, Transform
 from .update import fixed_arguments, loss_alone
-from .whole_step import covered, results_of, whole_step
+from .whole_step import WholeStep, covered, results_of
 
 
 class StepState(NamedTuple):
@@ -57,10 +61,18 @@ class StepState(NamedTuple):
 
 
 class StepOutput(NamedTuple):
-    """What a training step returns besides parameters and state: the loss (0-D) and ``aux``."""
+    """What a training step returns besides parameters and state.
+
+    Attributes:
+        loss: 0-D.
+        aux: what the loss function returned beside it.
+        statistics: what the caller's ``passes`` have measured, by the name of the statistic and that of the
+            parameter; empty in steps without factors.
+    """
 
     loss: Tensor
     aux: Any
+    statistics: Mapping[tuple[str, str], Tensor] = {}
 
 
 def compile_step(
@@ -74,6 +86,8 @@ def compile_step(
     options: Mapping[str, Any] | None = None,
     dynamic: bool | None = None,
     strict: bool = False,
+    passes: Sequence[Pass] = (),
+    disable_passes: Collection[str] = (),
 ) -> "CompiledStep":
     """Compile loss, gradient, factors and update into one function.
 
@@ -90,14 +104,18 @@ def compile_step(
         options: Inductor settings, as in ``torch.compile``.
         dynamic: as in ``torch.compile``: by default a second batch size recompiles once, for all sizes.
         strict: raise where a weight (a parameter of two or more axes) would take the first-order rule.
+        passes: passes of your own over the graph of a factor step: ``docs/passes.md``. What they measure is
+            in the ``statistics`` of the output.
+        disable_passes: optimisations to go without, by name; the results are the same up to rounding:
+            ``docs/passes.md``.
 
     Returns:
         A step with ``state = step.init(params, *batch)`` and
         ``params, state, out = step(params, state, *batch)``.
 
     Raises:
-        TypeError: ``loss_fn`` is not callable or ``tx`` is no transform.
-        ValueError: a backend is unknown.
+        TypeError: ``loss_fn`` is not callable, ``tx`` is no transform, or a pass is not callable.
+        ValueError: a backend or an optimisation is unknown.
 
     Example:
         >>> import torch, thor_fx
@@ -122,7 +140,8 @@ def compile_step(
     check_backend(factors_by, "factor_backend")
     check_type("strict", strict, bool, "True or False")
     compilers = _Compiler(backend, mode, options), _Compiler(factors_by, mode, options)
-    return CompiledStep(loss_fn, tx, donate, *compilers, dynamic, strict)
+    own, disabled = checked_passes(passes), checked_disabled(disable_passes)
+    return CompiledStep(loss_fn, tx, donate, *compilers, dynamic, strict, own, disabled)
 
 
 @dataclass(frozen=True)
@@ -145,11 +164,27 @@ class _Compiler:
 
 @dataclass
 class _Call:
-    """What the runner is told besides Dynamo's arguments, and the loss after the step if it compares."""
+    """What the runner is told besides Dynamo's arguments, and what it says besides the forward results.
+
+    Attributes:
+        kind: of the step.
+        extra: further arguments.
+        later: the loss after the step, if it compares.
+        statistics: what the caller's passes have measured.
+    """
 
     kind: Kind
     extra: list[Tensor]
     later: Tensor | None = None
+    statistics: Statistics = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A compiled step, and what it returns behind the results of the loss function."""
+
+    compiled: Compiled
+    statistics: tuple[Statistic, ...]
 
 
 class _Traced(Exception):
@@ -176,6 +211,8 @@ class CompiledStep:
         factor_compiler: _Compiler,
         dynamic: bool | None,
         strict: bool,
+        passes: tuple[Pass, ...],
+        disabled: tuple[str, ...],
     ) -> None:
         self.coverage: Coverage | None = None
         self.block_size_report: BlockSizeReport | None = None
@@ -185,6 +222,7 @@ class CompiledStep:
         self._block_size: BlockSize = given if tx.resolve is None else "auto"
         self._donate = donate
         self._strict = strict
+        self._passes, self._disabled = passes, disabled
         self._compiler, self._factor_compiler = compiler, factor_compiler
         self._hyper = HyperTensors()
         self._loss_fn, self._dynamic = loss_fn, dynamic
@@ -256,7 +294,7 @@ class CompiledStep:
         due = self._between(params, state, kind, hyper)
         damping = self._damping(state, loss, call.later)
         new = state._replace(step=state.step + 1, buffers=buffers, ready=ready, due=due, damping=damping)
-        return params, new, StepOutput(loss, aux)
+        return params, new, StepOutput(loss, aux, call.statistics)
 
     def metrics(self, state: StepState) -> Metrics:
         """Numbers for any logger: as :meth:`thor_fx.Thor.metrics`. Reading them waits for the device."""
@@ -340,7 +378,7 @@ class CompiledStep:
 
     def _compile(self, captured: Captured) -> Runner:
         """Called by Dynamo when no guard fits: all kinds of step, from one trace."""
-        graph = pipeline.run(captured.graph, [canonicalize])
+        graph = pipeline.run(captured.graph, [canonicalize], watch=tracer("step"))
         found = covered(graph, self._params, self._tx.rules)
         if self._strict:
             found.check({name: p.dim() for name, p in self._params.items()})
@@ -352,10 +390,14 @@ class CompiledStep:
             if self._call is None:
                 raise _Traced(found)
             with torch.no_grad():
-                results = runs[self._call.kind](*flat, *self._call.extra)
+                run = runs[self._call.kind]
+                results = run.compiled(*flat, *self._call.extra)
+                behind = len(results) - len(run.statistics)
+                measured = zip(run.statistics, results[behind:], strict=True)
+                self._call.statistics = {(one.name, one.param): value for one, value in measured}
                 if self._call.kind.compares and again is not None:
                     (self._call.later,) = again(*flat)
-                return results
+                return results[:behind]
 
         return runner
 
@@ -372,14 +414,15 @@ class CompiledStep:
             )
         self.coverage = found
 
-    def _compile_kind(self, graph: fx.GraphModule, captured: Captured, kind: Kind) -> Compiled:
+    def _compile_kind(self, graph: fx.GraphModule, captured: Captured, kind: Kind) -> _Run:
         assert self.coverage is not None
         compiler = self._compiler if kind.factors == "plain" else self._factor_compiler
-        trained = list(_trained(self._params, self.coverage))
-        results = results_of(captured.forward)
-        whole = whole_step(graph, results, self._tx, self.coverage, trained, kind, compiler.recomputes)
+        about = self._tx, self.coverage, list(_trained(self._params, self.coverage))
+        assembly = WholeStep(*about, results_of(captured.forward), self._passes, self._disabled)
+        whole = assembly.graph(graph, kind, compiler.recomputes)
         fakes = [node.meta["val"] for node in whole.graph.find_nodes(op="placeholder")]
-        return compiler(whole, fakes, fixed_arguments(whole) if self._donate else ())
+        compiled = compiler(whole, fakes, fixed_arguments(whole) if self._donate else ())
+        return _Run(compiled, tuple(statistics_of(whole)))
 
     def _compile_loss(self, graph: fx.GraphModule) -> Compiled:
         """The forward pass alone: what it changes besides (running statistics) is not written."""

@@ -25,7 +25,7 @@ from .step_cost import StepCost, step_cost
 from .step_time import MeasuredStep, measure
 from .trace import capture_once
 from .transform import Params, Transform
-from .whole_step import covered, results_of, whole_step
+from .whole_step import WholeStep, covered, results_of
 
 StepKind = Literal["plain", "factor"]
 
@@ -102,10 +102,8 @@ def step_report(
     coverage = covered(graph, params, tx.rules)
     trained = {name: p for name, p in params.items() if name in coverage.trained}
     again = [partial(recompute, decompositions=inductor_decompositions())]
-    graphs = {
-        name: whole_step(graph, results_of(captured.forward), tx, coverage, list(trained), kind, again)
-        for name, kind in _kinds(tx).items()
-    }
+    whole = WholeStep(tx, coverage, list(trained), results_of(captured.forward))
+    graphs = {name: whole.graph(graph, kind, again) for name, kind in _kinds(tx).items()}
     costs = {name: step_cost(gm, name, rates) for name, gm in graphs.items()}
     foretold = predicted(graph, coverage, tx, rates)
     return StepReport(graphs, costs, foretold, coverage, rates, [*flat, *_further(tx, trained, coverage)])

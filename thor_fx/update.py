@@ -6,6 +6,7 @@ What it changes is written into the tensors that came in, so nothing is kept twi
 import copy
 import itertools
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,10 +18,24 @@ from .factors import Moments, flat_moments, moments_of
 from .hyper import HyperTensors
 from .layers import Coverage
 from .passes import outputs
-from .passes.outputs import Grad, Input, InputDescriptor, Loss, Mutation, Opaque, Output, Param, Terms
+from .passes.outputs import (
+    Grad,
+    Input,
+    InputDescriptor,
+    Loss,
+    Mutation,
+    Opaque,
+    Output,
+    OutputDescriptor,
+    Param,
+    Statistic,
+    Terms,
+)
 from .passes.phases import mark, mark_update
 from .passes.splice import splice
+from .passes.stages import run_watched
 from .scaling import SCALES
+from .trace_log import tracer
 from .transform import Signals, Transform, apply_updates
 
 aten = torch.ops.aten
@@ -95,9 +110,10 @@ def fixed_arguments(gm: fx.GraphModule) -> set[fx.Node]:
 
 
 def return_forward(gm: fx.GraphModule, results: int) -> None:
-    """Return what the forward graph returned, ``results`` values in its order, and nothing else."""
+    """Return what the forward graph returned, ``results`` values in its order, and statistics behind them."""
     returned = outputs.output_nodes(gm)
-    order = [Output(i) if Output(i) in returned else Loss() for i in range(results)]
+    order: list[OutputDescriptor] = [Output(i) if Output(i) in returned else Loss() for i in range(results)]
+    order += [descriptor for descriptor in returned if isinstance(descriptor, Statistic)]
     out = outputs.output_node(gm.graph)
     out.args = (tuple(returned[descriptor] for descriptor in order),)
     out.meta[outputs.KEY] = tuple(order)
@@ -151,7 +167,9 @@ def update_graph(
     nodes = [add(f"value_{i}", v, Input(len(params) + i)) for i, v in enumerate(values.values())]
     graph.output(tuple(nodes)).meta[outputs.KEY] = tuple(values)
     gm = fx.GraphModule(torch.nn.Module(), graph)
-    append_update(gm, tx, found, list(params), refreshes=refreshes, compares=compares)
+    how: dict[str, Any] = {"tx": tx, "found": found, "refreshes": refreshes, "compares": compares}
+    append = partial(append_update, trained=list(params), **how)
+    run_watched(append, gm, append_update.__name__, tracer("update"))
     outputs.select(gm, lambda _: False)
     gm.recompile()
     return gm

@@ -5,6 +5,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from ..passes import switches
+
 Job = tuple[Tensor, ...]
 """Tensors with N matrices in front; the first tells the size."""
 
@@ -22,9 +24,11 @@ def in_batches(
     Returns:
         What the function returned, cut up by job; and how many failed altogether.
     """
-    alike: dict[tuple[int, int, torch.dtype], list[int]] = {}
+    alike: dict[tuple[int, int, torch.dtype, int], list[int]] = {}
+    batched = switches.is_on("batched_inverses")
     for index, (first, *_) in enumerate(jobs):
-        alike.setdefault((first.dim(), first.shape[-1], first.dtype), []).append(index)
+        apart = 0 if batched else index
+        alike.setdefault((first.dim(), first.shape[-1], first.dtype, apart), []).append(index)
     results: dict[int, Job] = {}
     failures = []
     for members in alike.values():
