@@ -102,5 +102,4 @@ def test_nothing_is_left_patched(both):
     from torch._inductor import config, debug
 
     assert debug.set_kernel_post_grad_provenance_tracing.__module__ == "torch._inductor.debug"
-    assert not config.force_disable_caches
     assert not config.cpp.enable_kernel_profile

@@ -112,32 +112,31 @@ def test_an_unknown_kind_is_refused(report):
         report.kernels("refresh")
 
 
+def fit_matrix(params: dict[str, Tensor], x: Tensor) -> Tensor:
+    return (x @ params["w"]).tanh().square().mean()
+
+
 @pytest.mark.inductor
-def test_a_measured_factor_step(report):
+def test_a_measured_factor_step():
     """Kernels of every phase, all of them seen; nothing of the caller's is written to."""
-    before = [value.clone() for value in report._arguments]
+    tx, rows, matrix = thor_fx.thor(**SETTINGS), torch.randn(R, I), torch.randn(I, O)
+    report = step_report(fit_matrix, {"w": matrix.clone()}, [rows], tx, rates=RATES)
     measured = report.measured("factor")
-    assert all(torch.equal(a, b) for a, b in zip(before, report._arguments, strict=True))
+    assert torch.equal(report._arguments[0], matrix) or torch.equal(report._arguments[1], matrix)
     assert {phase for kernel in measured.kernels for phase in kernel.phases} == set(PHASES)
-    assert sum(kernel.flops for kernel in measured.kernels) == sum(
-        cost.flops for cost in measured.cost.phases.values()
-    )
-    assert all(cost.seconds > 0 for cost in measured.cost.phases.values())
-    assert sum(cost.seconds for cost in measured.cost.phases.values()) < 10 * measured.seconds
-    assert report.kernels("factor") == [
-        replace(kernel, start=None, seconds=None) for kernel in measured.kernels
-    ]
+    costs = measured.cost.phases.values()
+    assert sum(kernel.flops for kernel in measured.kernels) == sum(cost.flops for cost in costs)
+    assert all(cost.seconds > 0 for cost in costs)
+    seconds = sum(kernel.seconds for kernel in measured.kernels)
+    assert sum(cost.seconds for cost in costs) == pytest.approx(seconds)
+    untimed = [replace(kernel, start=None, seconds=None) for kernel in measured.kernels]
+    assert report.kernels("factor") == untimed, "compiled once"
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_a_measured_step_on_a_gpu():
-    params = {"w": torch.randn(64, 64, device="cuda")}
-
-    def loss_fn(params: dict[str, Tensor], x: Tensor) -> Tensor:
-        return (x @ params["w"]).tanh().square().mean()
-
-    batch = [torch.randn(128, 64, device="cuda")]
-    measured = step_report(loss_fn, params, batch, thor_fx.thor(**SETTINGS)).measured("factor")
+    batch, params = [torch.randn(128, 64, device="cuda")], {"w": torch.randn(64, 64, device="cuda")}
+    measured = step_report(fit_matrix, params, batch, thor_fx.thor(**SETTINGS)).measured("factor")
     assert all(kernel.seconds is not None for kernel in measured.kernels)
     assert all(cost.seconds > 0 for cost in measured.cost.phases.values())

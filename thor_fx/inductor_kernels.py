@@ -20,7 +20,12 @@ from torch._inductor.virtualized import V
 
 TOLD = "set_kernel_post_grad_provenance_tracing"
 
-TIMED = {"force_disable_caches": True, "cpp.enable_kernel_profile": True, "triton.unique_kernel_names": True}
+TIMED = {
+    "fx_graph_cache": False,
+    "fx_graph_remote_cache": False,
+    "cpp.enable_kernel_profile": True,
+    "triton.unique_kernel_names": True,
+}
 """Inductor settings: code that has just been generated, whose calls a profiler can see by name."""
 
 AROUND = "## Call CompiledFxGraph"
