@@ -132,7 +132,7 @@ def main():
     parser.add_argument("--quick", action="store_true", help="a small model, interpreted, few repeats")
     given = parser.parse_args()
     backend = "aot_eager" if given.quick else given.backend
-    rows, channels, width, repeats = (64, 4, 32, 3) if given.quick else (1024, 16, 512, 20)
+    rows, channels, width, repeats = (64, 4, 32, 3) if given.quick else (1024, 8, 256, 20)
     settings = THOR | {"block_size": 128 if given.quick else None}  # only whole factors have halves
     batch = torch.randn(rows, 3, 8, 8), torch.randint(10, (rows,))
     print("{:<28}{:>10}{:>10}{:>10}{:>10}".format("factor step", "operators", "kernels", "ms", "peak MB"))

@@ -261,8 +261,9 @@ def test_a_measuring_step_inverts_nothing(monkeypatch):
     compile_kind = thor_fx.CompiledStep._compile_kind
 
     def spy(self: Any, graph: Any, captured: Any, kind: Kind) -> Any:
-        seen[kind.factors] = compile_kind(self, graph, captured, kind)
-        return seen[kind.factors]
+        run = compile_kind(self, graph, captured, kind)
+        seen[kind.factors] = run.compiled
+        return run
 
     monkeypatch.setattr(thor_fx.CompiledStep, "_compile_kind", spy)
     make_step(Every(4), factor_decay=DECAY)
