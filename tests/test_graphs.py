@@ -88,6 +88,12 @@ def test_symbolic_sizes_are_those_of_the_traced_batch():
     assert graph.nodes["relu"]["bytes"] == 60
 
 
+def test_sizes_that_the_data_decide_count_as_none():
+    gm = make_fx(lambda x: x.nonzero() * 2, tracing_mode="symbolic")(torch.ones(5))
+    graph = to_networkx(gm)
+    assert (graph.nodes["mul"]["shape"], graph.nodes["mul"]["bytes"]) == ((0, 1), 0)
+
+
 @pytest.mark.parametrize(
     ("path", "names"),
     [
