@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import thor_fx
-from thor_fx.explain import readable
+from thor_fx.units import scaled
 
 SETTINGS: dict[str, Any] = {"lr": 0.1, "damping": 0.1, "momentum": 0.9}
 WORDS, WIDTH, CHANNELS, LENGTH, BATCH = 50, 8, 12, 6, 4
@@ -115,7 +115,7 @@ def test_the_summary_counts_numbers_terms_and_costs():
     assert found.coverage.terms == "head.weight"
     assert f"{layers / total:.1%} of {total:,} parameters preconditioned" in found.summary
     assert f"loss terms n = {BATCH * LENGTH} (rows of head.weight)" in found.summary
-    assert f"a factor step adds {readable(found.cost.factor_bytes)} of factors" in found.summary
+    assert f"a factor step adds {scaled(found.cost.factor_bytes, 'B')} of factors" in found.summary
     assert f"({found.cost.factor_flops / found.plain_flops:+.0%})" in found.summary
     assert set(found.costs) == set(found.coverage.layers)
 
@@ -266,4 +266,4 @@ def test_the_graph_of_a_report():
     ("count", "text"), [(0, "0 B"), (999, "999 B"), (1000, "1 kB"), (2_560_000, "2.56 MB"), (3e12, "3 TB")]
 )
 def test_bytes_in_a_unit_that_fits(count, text):
-    assert readable(count) == text
+    assert scaled(count, "B") == text

@@ -4,13 +4,14 @@ from . import presets
 from .block_size import block_size_report
 from .block_size_rule import BlockSizeReport
 from .compile import compile, statistics
-from .explain import Report, explain
+from .explain import explain
 from .factors import Kronecker, factors
 from .layers import Coverage, CoverageError, Layer
 from .levenberg_marquardt import LevenbergMarquardt
 from .metrics import metrics
 from .optimizer import Thor
 from .refresh_rules import ByTrace, Every, Staggered
+from .report import Report
 from .runnable import NotRunnable, write_stage
 from .step import CompiledStep, StepOutput, StepState, compile_step
 from .thor import decay_all_but_beta_gamma, thor

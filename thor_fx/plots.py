@@ -4,6 +4,7 @@ All take ``path``, a file to write that ends in ``.png``, ``.svg`` or ``.pdf``, 
 the ``matplotlib`` figure. matplotlib is optional: ``pip install "thor-fx[examples]"``.
 """
 
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -119,6 +120,15 @@ def damping_history(history: History, path: str | Path | None = None) -> "Figure
         ValueError: no step has a ``"damping"``, or ``path`` has another suffix.
     """
     return _over_steps(history, "damping", path)
+
+
+def as_svg(plot: "Figure | str") -> str:
+    """A figure as SVG text; what is text stays as it is."""
+    if isinstance(plot, str):
+        return plot
+    text = io.StringIO()
+    plot.savefig(text, format="svg")
+    return text.getvalue()
 
 
 def _over_steps(history: History, key: str, path: str | Path | None) -> "Figure":

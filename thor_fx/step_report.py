@@ -1,9 +1,9 @@
 """Training steps before they are taken: their graphs, what these cost, their kernels, what those take."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, fx
@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 from .block_size import choose_by_step
 from .capture import LossFn
 from .cost_model import Predicted, predicted
+from .cost_table import cost_table
 from .hyper import HyperTensors
 from .inductor import inductor_decompositions
 from .kernels import Generated, Kernel, generate
@@ -19,6 +20,7 @@ from .kinds import Kind, kinds
 from .layers import Coverage
 from .passes import canonicalize, pipeline
 from .passes.phases import mark
+from .passes.stages import Stage
 from .rates import Rates, measured_rates
 from .recompute import recompute
 from .step_cost import StepCost, step_cost
@@ -37,6 +39,7 @@ class StepReport:
     Attributes:
         graphs: by kind; every node says its phase (:mod:`thor_fx.passes.phases`). A graph takes what the loss
             function reads, the state of the transform, and its hyper-parameters, and writes new values there.
+        stages: by kind, what every pass did, in order.
         costs: by kind, as the graphs say.
         predicted: what training will cost at best.
         coverage: of the model.
@@ -44,12 +47,16 @@ class StepReport:
     """
 
     graphs: Mapping[StepKind, fx.GraphModule]
+    stages: Mapping[StepKind, Sequence[Stage]]
     costs: Mapping[StepKind, StepCost]
     predicted: Predicted
     coverage: Coverage
     rates: Rates
     _arguments: Sequence[Any] = field(repr=False)
     _generated: dict[StepKind, Generated] = field(default_factory=dict, repr=False)
+
+    def __str__(self) -> str:
+        return f"{self.predicted}\n{cost_table(list(self.costs.values()))}"
 
     def kernels(self, kind: StepKind) -> list[Kernel]:
         """The kernels that Inductor makes of a step, in their order. The first call compiles."""
@@ -59,6 +66,16 @@ class StepReport:
         """A step that runs several times, on copies of everything. The first call compiles."""
         arguments = [value.clone() if isinstance(value, Tensor) else value for value in self._arguments]
         return measure(self.graphs[kind], self._compiled(kind), self.costs[kind], arguments)
+
+    def to_dict(self, measured: Mapping[StepKind, MeasuredStep] | None = None) -> dict[str, Any]:
+        """Costs and what is foretold of them, with what was measured, in types that JSON knows."""
+        known = measured or {}
+        found: dict[str, Any] = {"predicted": asdict(self.predicted), "rates": asdict(self.rates)}
+        for kind, cost in self.costs.items():
+            found[kind] = asdict(known[kind].cost if kind in known else cost)
+        for kind, run in known.items():
+            found[kind] |= {"seconds": run.seconds, "kernels": [asdict(kernel) for kernel in run.kernels]}
+        return found
 
     def _compiled(self, kind: StepKind) -> Generated:
         if kind not in self.graphs:
@@ -98,15 +115,25 @@ def step_report(
         tx = tx.resolve(None if found is None else found.chosen)
     rates = rates or measured_rates(next(iter(params.values())).device)
     captured, flat = capture_once(loss_fn, params, *batch)
-    graph = pipeline.run(captured.graph, [canonicalize, mark])
+    graph, beginning = pipeline.observe(captured.graph, [canonicalize, mark])
     coverage = covered(graph, params, tx.rules)
     trained = {name: p for name, p in params.items() if name in coverage.trained}
     again = [partial(recompute, decompositions=inductor_decompositions())]
     whole = WholeStep(tx, coverage, list(trained), results_of(captured.forward))
-    graphs = {name: whole.graph(graph, kind, again) for name, kind in _kinds(tx).items()}
+    stages: dict[StepKind, list[Stage]] = {name: list(beginning) for name in get_args(StepKind)}
+    graphs = {
+        name: whole.graph(graph, kind, again, watch=partial(_remember, stages[name]))
+        for name, kind in _kinds(tx).items()
+    }
     costs = {name: step_cost(gm, name, rates) for name, gm in graphs.items()}
     foretold = predicted(graph, coverage, tx, rates)
-    return StepReport(graphs, costs, foretold, coverage, rates, [*flat, *_further(tx, trained, coverage)])
+    return StepReport(
+        graphs, stages, costs, foretold, coverage, rates, [*flat, *_further(tx, trained, coverage)]
+    )
+
+
+def _remember(stages: list[Stage], stage: Stage, _gm: fx.GraphModule) -> None:
+    stages.append(stage)
 
 
 def _kinds(tx: Transform) -> dict[StepKind, Kind]:

@@ -51,8 +51,6 @@ from .schedule import Schedule, Value
 from .step_norm import StepNorm
 from .transform import Transform, skip_nonfinite
 
-DEFAULTS = Options()
-
 
 @takes_preset
 def thor(

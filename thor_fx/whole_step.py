@@ -14,7 +14,7 @@ from .parameters import trainable
 from .passes import accumulate, emit_factors, outputs, pipeline
 from .passes.layout import Rules
 from .passes.pipeline import Pass, name_of
-from .passes.stages import run_watched
+from .passes.stages import Watch, run_watched
 from .passes.survey import survey
 from .passes.switches import without
 from .trace_log import tracer
@@ -42,15 +42,22 @@ class WholeStep:
     own: tuple[Pass, ...] = ()
     disabled: tuple[str, ...] = ()
 
-    def graph(self, step: fx.GraphModule, kind: Kind, recomputes: Sequence[Pass] = ()) -> fx.GraphModule:
+    def graph(
+        self,
+        step: fx.GraphModule,
+        kind: Kind,
+        recomputes: Sequence[Pass] = (),
+        watch: Watch | None = None,
+    ) -> fx.GraphModule:
         """A copy of ``step`` that does what a step of this kind does.
 
         Args:
             step: a step graph, canonicalized.
             kind: of the step.
             recomputes: what comes between factors and update.
+            watch: is told of every pass; None: torch's structured log is, where there is one.
         """
-        plain, watch = kind.factors == "plain", tracer(f"{kind.factors} step")
+        plain, watch = kind.factors == "plain", watch or tracer(f"{kind.factors} step")
         rules = replace(self.tx.rules, disabled=self.disabled)
         whole = pipeline.run(step, [] if plain else [partial(emit_factors, rules=rules)], watch=watch)
         own = () if plain else self.own

@@ -10,6 +10,7 @@ from typing import Protocol
 import networkx as nx
 
 from ..passes.phases import Phase
+from ..units import counted, scaled, times
 from . import svg
 from .block_edges import Edge, block_edges
 from .blocks import Block, blocks
@@ -17,7 +18,6 @@ from .colors import color
 from .layout import LINE, MARGIN, NAMES, Layout, Rectangle, arrange, phases_of, row_baseline
 from .routes import Router, gaps_of, kind_of
 from .rows import OWN, Row
-from .units import counted, scaled, times
 
 NAME_WIDTH = 38  # letters that fit beside the columns
 TITLE = "One step of training"

@@ -6,8 +6,8 @@ import networkx as nx
 
 from ..graphs.blocks import OUTSIDE
 from ..graphs.places import places
-from ..graphs.units import times
 from ..passes.outputs import Frozen, Param
+from ..units import times
 
 COLUMNS = ("name", "operator", "shape", "dtype", "phase", "flops", "bytes", "kernel")
 
