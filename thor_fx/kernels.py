@@ -36,7 +36,8 @@ class Kernel:
         phases: of the values that it computes, each once, in the order of a step.
         flops: floating-point operations of products, convolutions and attentions.
         bytes: read and written; what no other kernel sees does not count.
-        start: when it ran in the measured step, in seconds from the start of the step; None: not measured.
+        start: when it ran in the measured step, in seconds from the start of the step; on a GPU, when it was
+            launched; None: not measured.
         seconds: how long it ran there; None: not measured.
     """
 
