@@ -13,6 +13,7 @@ from torch.profiler import profile
 
 import thor_fx
 from thor_fx.passes.switches import OPTIMISATIONS
+from thor_fx.step_report import step_report
 
 LOG = logging.getLogger("thor_fx.passes")
 MOVES_NOTHING = (
@@ -62,18 +63,28 @@ def operators(seen):
     return [line for code in ends for line in code.splitlines() if " = torch.ops." in line]
 
 
-def kernels(seen):
-    """How many of them compute something: the calls of an interpreted step, before any are fused."""
+def calls(seen):
+    """How many of them compute something: what an interpreted step calls, as nothing is fused."""
     return sum(not any(f".{name}" in line for name in MOVES_NOTHING) for line in operators(seen))
+
+
+def kernels(model, batch, settings, disabled):
+    """How many kernels Inductor makes of the whole step, calls of libraries among them."""
+    loss_fn, params, tx = loss_of(model), dict(model.named_parameters()), thor_fx.thor(**settings)
+    return len(step_report(loss_fn, params, batch, tx, disable_passes=disabled).kernels("factor"))
+
+
+def loss_of(model):
+    def loss_fn(params, x, y):
+        return nn.functional.cross_entropy(functional_call(model, params, (x,)), y)
+
+    return loss_fn
 
 
 def functional_step(model, batch, settings, backend, disabled):
     """Loss, gradients, factors and update in one graph."""
-
-    def loss_fn(params, x, y):
-        return nn.functional.cross_entropy(functional_call(model, params, (x,)), y)
-
-    step = thor_fx.compile_step(loss_fn, thor_fx.thor(**settings), backend=backend, disable_passes=disabled)
+    tx = thor_fx.thor(**settings)
+    step = thor_fx.compile_step(loss_of(model), tx, backend=backend, disable_passes=disabled)
     params = {name: p.detach().clone() for name, p in model.named_parameters()}
     state = step.init(params, *batch)
 
@@ -118,11 +129,16 @@ def peak(run):
 
 
 def row(label, make, arguments, repeats):
+    model, batch, settings, backend, disabled = arguments
+    count = "" if make is drop_in_step and backend == "inductor" else None
+    if count is None and backend == "inductor":
+        count = kernels(model, batch, settings, disabled)
     with stages() as seen:
         run = make(*arguments)
         run()
     run()
-    numbers = len(operators(seen)), kernels(seen), milliseconds(run, repeats), peak(run) / 1e6
+    count = calls(seen) if count is None else count
+    numbers = len(operators(seen)), count, milliseconds(run, repeats), peak(run) / 1e6
     print("{:<28}{:>10}{:>10}{:>10.2f}{:>10.1f}".format(label, *numbers), flush=True)
 
 

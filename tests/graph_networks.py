@@ -1,19 +1,15 @@
 """Small networks for tests: written by hand, and of models whose phases are marked."""
 
 import functools
-from functools import partial
 from typing import Any
 
 import networkx as nx
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.func import functional_call
 
 import thor_fx
-from thor_fx.graphs import Facts, to_networkx
-from thor_fx.passes import canonicalize, emit_factors, find_sites, pipeline
-from thor_fx.passes.anatomy import anatomy
-from thor_fx.passes.phases import PHASE
+from thor_fx.graphs import Facts
 
 WIDTH, WORDS, LAYERS = 8, 11, 3
 
@@ -60,14 +56,6 @@ class Net(nn.Module):
         return self.head(x)
 
 
-def mark(gm: fx.GraphModule, plain: fx.GraphModule) -> None:
-    """Say of every node which phase it is in; what ``plain`` has not is of factors."""
-    backward, before = anatomy(gm).backward, {node.name for node in plain.graph.nodes}
-    for node in gm.graph.nodes:
-        late = "backward" if node in backward else "forward"
-        node.meta[PHASE] = late if node.name in before else "factors"
-
-
 @functools.cache
 def network(layers: int = LAYERS) -> nx.DiGraph:
     """The factor step of :class:`Net`; not to be changed."""
@@ -76,7 +64,4 @@ def network(layers: int = LAYERS) -> nx.DiGraph:
     def loss_fn(params, ids):
         return functional_call(model, params, (ids,)).square().mean()
 
-    step = pipeline.run(thor_fx.trace_step(loss_fn, dict(model.named_parameters()), ids), [canonicalize])
-    factor_step = pipeline.run(step, [partial(emit_factors, report=None)])
-    mark(factor_step, step)
-    return to_networkx(factor_step, find_sites(step).sites)
+    return thor_fx.explain(loss_fn, dict(model.named_parameters()), ids).graph

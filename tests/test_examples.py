@@ -13,8 +13,8 @@ from ranks import launched
 
 FOLDER = Path(__file__).parents[1] / "examples"
 ON_RANKS = FOLDER / "ddp_digits.py"
-CUSTOM, STUDY = FOLDER / "custom_pass.py", FOLDER / "fusion_study.py"
-EXAMPLES = sorted({*FOLDER.glob("*.py")} - {ON_RANKS, CUSTOM, STUDY})
+CUSTOM, STUDY, INSPECT = (FOLDER / f"{name}.py" for name in ("custom_pass", "fusion_study", "inspect_graph"))
+EXAMPLES = sorted({*FOLDER.glob("*.py")} - {ON_RANKS, CUSTOM, STUDY, INSPECT})
 
 
 def run(path: Path, argument: str, cwd: Path) -> str:
@@ -58,6 +58,20 @@ def test_the_study_of_optimisations(tmp_path: Path):
     assert table["without accumulate"] > everything
     assert table["without shared_inputs"] != everything
     assert table["without batched_inverses"] > everything
+
+
+def test_a_look_at_a_step(tmp_path: Path):
+    printed = run(INSPECT, "--layers=2", tmp_path)
+    for line in (
+        r"98\.\d% of 110,\d+ parameters preconditioned; loss terms n = 256",
+        r"preconditioned: linear, A 64x64, G 192 in blocks of 128, rows 256",
+        r"factor  refresh +\d+",
+        r"critical path: \d+ of \d+ nodes",
+        r"dearest factor: Factor\(layer='blocks\.\d\.fall\.weight', side='A'\)",
+    ):
+        assert re.search(line, printed), line
+    assert "\N{MULTIPLICATION SIGN}2" in (tmp_path / "gpt.svg").read_text(), "both blocks are one box"
+    assert "Spectra of the factors" in (tmp_path / "gpt.html").read_text()
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="no torch.distributed here")

@@ -257,7 +257,7 @@ def test_a_model_without_layers_has_no_terms():
 
 
 def test_the_graph_of_a_report():
-    graph = report().graph
+    graph = report().network("plain")
     assert graph.number_of_nodes() == len(report().step.graph.nodes)
     assert any(facts.get("shape") == (WORDS, CHANNELS) for _, facts in graph.nodes(data=True))
 

@@ -111,7 +111,7 @@ def test_nothing_lies_outside_of_the_picture_and_no_boxes_on_each_other():
 
 
 def test_a_graph_without_phases_has_one_column():
-    found = texts(drawn(thor_fx.explain(torch.nn.Linear(3, 2), torch.ones(5, 3)).graph))
+    found = texts(drawn(to_networkx(thor_fx.explain(torch.nn.Linear(3, 2), torch.ones(5, 3)).step)))
     assert "phase not marked" in found
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
+from .arguments import checked_disabled
 from .block_size import choose_by_step
 from .capture import LossFn
 from .cost_model import Predicted, predicted
@@ -18,6 +19,7 @@ from .inductor import inductor_decompositions
 from .kernels import Generated, Kernel, generate
 from .kinds import Kind, kinds
 from .layers import Coverage
+from .own_passes import checked_passes
 from .passes import canonicalize, pipeline
 from .passes.phases import mark
 from .passes.stages import Stage
@@ -86,7 +88,14 @@ class StepReport:
 
 
 def step_report(
-    loss_fn: LossFn, params: Params, batch: Sequence[Any], tx: Transform, *, rates: Rates | None = None
+    loss_fn: LossFn,
+    params: Params,
+    batch: Sequence[Any],
+    tx: Transform,
+    *,
+    rates: Rates | None = None,
+    passes: Sequence[pipeline.Pass] = (),
+    disable_passes: Sequence[str] = (),
 ) -> StepReport:
     """Look at the steps that :func:`thor_fx.compile_step` would compile. Nothing is compiled yet.
 
@@ -96,10 +105,13 @@ def step_report(
         batch: the other arguments, tensors and nests of tensors.
         tx: what to train with: ``thor_fx.thor(...)``.
         rates: of the machine; None: they are measured, on the device of the parameters.
+        passes: as in :func:`thor_fx.compile_step`, as the next.
+        disable_passes: optimisations to go without, by name.
 
     Raises:
         TypeError: ``params`` is no mapping of tensors.
-        ValueError: ``tx`` wants no factors, or the loss does not depend on ``params`` or is no scalar.
+        ValueError: an optimisation is unknown, ``tx`` wants no factors, or the loss does not depend on
+            ``params`` or is no scalar.
 
     Example:
         >>> import thor_fx
@@ -119,7 +131,8 @@ def step_report(
     coverage = covered(graph, params, tx.rules)
     trained = {name: p for name, p in params.items() if name in coverage.trained}
     again = [partial(recompute, decompositions=inductor_decompositions())]
-    whole = WholeStep(tx, coverage, list(trained), results_of(captured.forward))
+    own, disabled = checked_passes(passes), checked_disabled(disable_passes)
+    whole = WholeStep(tx, coverage, list(trained), results_of(captured.forward), own, disabled)
     stages: dict[StepKind, list[Stage]] = {name: list(beginning) for name in get_args(StepKind)}
     graphs = {
         name: whole.graph(graph, kind, again, watch=partial(_remember, stages[name]))
