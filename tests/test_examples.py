@@ -63,7 +63,7 @@ def test_the_study_of_optimisations(tmp_path: Path):
 def test_a_look_at_a_step(tmp_path: Path):
     printed = run(INSPECT, "--layers=2", tmp_path)
     for line in (
-        r"98\.\d% of 110,\d+ parameters preconditioned; loss terms n = 256",
+        r"98\.3% of 108,416 parameters preconditioned; loss terms n = 256",
         r"preconditioned: linear, A 64x64, G 192 in blocks of 128, rows 256",
         r"factor  refresh +\d+",
         r"critical path: \d+ of \d+ nodes",
