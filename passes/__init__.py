@@ -10,6 +10,7 @@ from .canonicalize import canonicalize
 from .emit_factors import drop_factors, emit_factors
 from .operands import Operand
 from .outputs import Factor, Grad, Input, Loss, Mutation, Output, Param, Rows, Statistic, Tangent, Terms
+from .phases import mark
 from .pipeline import Pass, PassError, observe, run
 from .sites import SiteReport, find_sites
 from .spec import SpecError, check
@@ -42,6 +43,7 @@ __all__ = [
     "drop_factors",
     "emit_factors",
     "find_sites",
+    "mark",
     "observe",
     "run",
     "splice",

@@ -7,6 +7,8 @@ import contextlib
 from collections.abc import Collection, Iterator
 from contextvars import ContextVar
 
+import torch
+
 OPTIMISATIONS: dict[str, str] = {
     "accumulate": "running averages of factors are the end of their product (functional door)",
     "batched_inverses": "all blocks of one size are inverted in one call",
@@ -21,6 +23,7 @@ OPTIMISATIONS: dict[str, str] = {
 _off: ContextVar[frozenset[str]] = ContextVar("switched off", default=frozenset())
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator] # Dynamo looks into no ContextVar
 def is_on(name: str) -> bool:
     """Whether an optimisation is on in what is traced now."""
     assert name in OPTIMISATIONS, name

@@ -42,6 +42,7 @@ TWICE = {
     "check": "nothing",
     "drop_factors": "nothing",
     "emit_factors": "refused",
+    "mark": "nothing",
 }
 
 EVERY_PASS = pytest.mark.parametrize("name", sorted(PASSES))
