@@ -53,7 +53,7 @@ def fixed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return counts
 
 
-PARAMETERS, INVERSES, COUNTERS = 4, 4, 3  # two layers; n, failures and skipped steps
+PARAMETERS, INVERSES, COUNTERS = 4, 4, 4  # two layers; n, failures, refreshes and skipped steps
 
 
 @pytest.mark.inductor
