@@ -13,8 +13,9 @@ from ranks import launched
 
 FOLDER = Path(__file__).parents[1] / "examples"
 ON_RANKS = FOLDER / "ddp_digits.py"
-CUSTOM, STUDY, INSPECT = (FOLDER / f"{name}.py" for name in ("custom_pass", "fusion_study", "inspect_graph"))
-EXAMPLES = sorted({*FOLDER.glob("*.py")} - {ON_RANKS, CUSTOM, STUDY, INSPECT})
+OTHERS = "custom_pass", "fusion_study", "inspect_graph", "laplace_digits"
+CUSTOM, STUDY, INSPECT, LAPLACE = (FOLDER / f"{name}.py" for name in OTHERS)
+EXAMPLES = sorted({*FOLDER.glob("*.py")} - {ON_RANKS, CUSTOM, STUDY, INSPECT, LAPLACE})
 
 
 def run(path: Path, argument: str, cwd: Path) -> str:
@@ -72,6 +73,19 @@ def test_a_look_at_a_step(tmp_path: Path):
         assert re.search(line, printed), line
     assert "\N{MULTIPLICATION SIGN}2" in (tmp_path / "gpt.svg").read_text(), "both blocks are one box"
     assert "Spectra of the factors" in (tmp_path / "gpt.html").read_text()
+
+
+def test_laplace_is_less_sure_of_what_is_wrong(tmp_path: Path):
+    printed = run(LAPLACE, "aot_eager", tmp_path)
+    losses = [float(loss) for loss in re.findall(r": loss (\d+\.\d+)", printed)]
+    assert losses[1] < losses[0] / 100
+    form = r"^test, noisy, (.+): accuracy (\S+), log loss (\S+), calibration error (\S+)$"
+    found = {name: [*map(float, numbers)] for name, *numbers in re.findall(form, printed, re.MULTILINE)}
+    (right, loss, error), (as_right, less, smaller) = found["trained weights"], found["Laplace"]
+    assert as_right > right - 0.02
+    assert less < 0.8 * loss
+    assert smaller < error / 2
+    assert (tmp_path / "laplace.png").stat().st_size > 10_000
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="no torch.distributed here")

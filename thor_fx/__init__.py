@@ -4,8 +4,9 @@ from . import presets
 from .block_size import block_size_report
 from .block_size_rule import BlockSizeReport
 from .compile import compile, statistics
+from .curvature_operator import CurvatureOperator
 from .explain import explain
-from .factors import Kronecker, factors
+from .factors import Factors, Kronecker, factors
 from .layers import Coverage, CoverageError, Layer
 from .levenberg_marquardt import LevenbergMarquardt
 from .metrics import metrics
@@ -26,7 +27,9 @@ __all__ = [
     "CompiledStep",
     "Coverage",
     "CoverageError",
+    "CurvatureOperator",
     "Every",
+    "Factors",
     "Kronecker",
     "Layer",
     "LevenbergMarquardt",

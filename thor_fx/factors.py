@@ -33,17 +33,18 @@ scale; with ``n`` as the graph has it, whatever ``batch_size`` says::
     G = (1/n) sum_r g_r g_r^T
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from .arguments import check_choice, check_integer, check_likelihood, check_number, check_sharing
+from .arguments import check_choice, check_integer, check_likelihood, check_number, check_sharing, shown
 from .capture import LossFn
+from .curvature_operator import CurvatureOperator
 from .layers import Layer, coverage
 from .passes import canonicalize, emit_factors, outputs, pipeline
 from .passes.layout import BiasRule, Fisher, Likelihood, Rules, Sharing
@@ -87,6 +88,49 @@ class Kronecker:
     n: int
     kind: str = "linear"
     groups: int = 1
+
+
+class Factors(dict[str, Kronecker]):
+    """The factor pairs of a model, by name of layer, and what the layers are.
+
+    Attributes:
+        layers: by name.
+        shapes: of all parameters of the model.
+    """
+
+    def __init__(
+        self,
+        pairs: Mapping[str, Kronecker],
+        layers: Mapping[str, Layer],
+        shapes: Mapping[str, torch.Size],
+    ) -> None:
+        super().__init__(pairs)
+        self.layers, self.shapes = layers, shapes
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All factors as plain tensors, ``"layer.A"`` and ``"layer.G"``: to save, or for other libraries."""
+        return {f"{name}.{side}": getattr(pair, side) for name, pair in self.items() for side in ("A", "G")}
+
+    def operator(self, damping: float = 0.0, scale: float = 1.0) -> CurvatureOperator:
+        """The curvature ``scale * blockdiag(A (x) G) + damping * I`` as a linear operator.
+
+        It acts on the parameters that belong to layers, in the order of the model.
+
+        Args:
+            damping: zero or more.
+            scale: the number of data, say, for the precision of a posterior.
+
+        Raises:
+            TypeError: an argument is no number.
+            ValueError: an argument is negative, or there are no layers.
+        """
+        check_number("damping", damping)
+        check_number("scale", scale, positive=True)
+        if not self:
+            raise ValueError("there are no layers, so there is no curvature: thor_fx.explain says why")
+        covered = {param for layer in self.layers.values() for param in layer.params}
+        shapes = {name: shape for name, shape in self.shapes.items() if name in covered}
+        return CurvatureOperator(self, self.layers, shapes, float(damping), float(scale))
 
 
 def cotangent_scale(
@@ -206,7 +250,7 @@ def flat_moments(moments: Mapping[str, Moments]) -> dict[Any, Tensor]:
 
 def factors(
     loss_fn: LossFn,
-    params: Mapping[str, Tensor],
+    params: Mapping[str, Tensor] | LossFn | None = None,
     *batch: Any,
     batch_size: int | None = None,
     loss_scale: float = 1.0,
@@ -214,13 +258,21 @@ def factors(
     bias: BiasRule = "raw",
     fisher: Fisher = "empirical",
     likelihood: Likelihood | None = None,
-) -> dict[str, Kronecker]:
-    """The Kronecker factors of every layer on one batch: undamped and not cut into blocks.
+    progress: bool = False,
+    backend: str = "eager",
+) -> Factors:
+    """The Kronecker factors of every layer: undamped and not cut into blocks.
+
+    Of one batch, ``factors(loss_fn, params, *batch)``; or of a data set, ``factors(model, loss_fn, loader)``:
+    of every batch that ``loader`` yields, ``model`` is given the first member and ``loss_fn`` the output and
+    all other members, ``loss_fn(model(x), y)``; of a mapping, ``loss_fn(model(**batch))``. ``loss_fn=None``
+    says that the model returns its loss. The model runs in the mode it is in, and nothing of it is changed.
 
     Args:
-        loss_fn: ``loss_fn(params, *batch)``, returns a scalar loss or ``(loss, aux)``.
-        params: floating-point tensors by name.
-        *batch: tensors and nests of tensors.
+        loss_fn: ``loss_fn(params, *batch)``, returns a scalar loss or ``(loss, aux)``; or the model.
+        params: floating-point tensors by name; or the loss function of the model's output, a mean over its
+            terms.
+        *batch: tensors and nests of tensors; or the loader.
         batch_size: terms ``n`` that the loss averages over; None: the rows of the site nearest the
             loss. A loss that is a *sum* over ``n`` terms is ``n`` times their mean: also pass
             ``loss_scale=n``.
@@ -230,17 +282,21 @@ def factors(
         bias: ``"joint"``: the last row and column of ``A`` are those of the bias; ``"raw"``: without it.
         fisher: ``"empirical"``, ``"sampled"`` or ``"exact"``: as in :func:`thor_fx.thor`.
         likelihood: of the model's output; None: as read off the loss. As in :func:`thor_fx.thor`.
+        progress: of a data set: show a progress bar.
+        backend: of a data set: ``"inductor"`` compiles, which pays where there are many batches; else the
+            graphs are interpreted.
 
     Returns:
-        ``Kronecker(A, G, rows, n, kind, groups)`` by name of layer, in the definitions at the top of
+        ``Kronecker(A, G, rows, n, kind, groups)`` by name of layer, a dict that can also be a linear operator
+        (:meth:`Factors.operator`), in the definitions at the top of
         :mod:`thor_fx.factors`. ``A`` of a convolution is ordered as ``weight.flatten(1)``. A layer is
         called as its parameter, with ``[start:stop]`` behind it where a part of the parameter has
         factors of its own.
 
     Raises:
         TypeError: an argument has a wrong type.
-        ValueError: an argument has a wrong value, the loss does not depend on ``params``, or the
-            estimator needs a likelihood and none is known.
+        ValueError: an argument has a wrong value, the loss does not depend on ``params``, the estimator
+            needs a likelihood and none is known, or batches of a data set use different layers.
 
     Example:
         >>> x = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
@@ -250,6 +306,9 @@ def factors(
                 [ 7., 10.]])
         >>> f["w"].G, f["w"].rows, f["w"].n
         (tensor([[1.]]), 2, 2)
+        >>> model, halves = torch.nn.Linear(2, 1, bias=False), x.split(1)
+        >>> torch.equal(factors(model, torch.mean, halves)["weight"].A, f["w"].A)
+        True
     """
     check_integer("batch_size", batch_size, optional=True)
     check_number("loss_scale", loss_scale, positive=True)
@@ -258,10 +317,31 @@ def factors(
     check_choice("fisher", fisher, Fisher)
     check_likelihood("likelihood", likelihood)
     rules = Rules(sharing, bias, fisher=fisher, likelihood=likelihood, loss_scale=float(loss_scale))
-    layers, moments, found = measure(loss_fn, params, *batch, rules=rules)
+    if isinstance(loss_fn, nn.Module):
+        return _of_data(loss_fn, params, batch, rules, batch_size, progress=progress, backend=backend)
+    known: Any = params  # tracing refuses what is no mapping
+    layers, moments, found = measure(loss_fn, known, *batch, rules=rules)
     measured = 1 if found is None else found
     terms = measured if batch_size is None else batch_size
-    return kronecker(moments, layers, terms, cotangent_scale(fisher, terms, measured, loss_scale))
+    pairs = kronecker(moments, layers, terms, cotangent_scale(fisher, terms, measured, loss_scale))
+    return Factors(pairs, layers, {name: p.shape for name, p in known.items()})
+
+
+def _of_data(
+    model: nn.Module, loss_fn: Any, rest: Sequence[Any], rules: Rules, batch_size: int | None, **how: Any
+) -> Factors:
+    from .data_factors import factors_over  # it measures with what is defined here
+
+    if loss_fn is not None and not callable(loss_fn):
+        raise TypeError(
+            "factors(model, loss_fn, loader) needs a loss function of the model's output, or None, got "
+            f"{shown(loss_fn)}; factors of parameters are those of a loss: factors(loss_fn, params, *batch)"
+        )
+    if len(rest) != 1:
+        raise TypeError(f"factors(model, loss_fn, loader) takes one loader, got {len(rest)} arguments there")
+    if batch_size is not None:
+        raise ValueError("batch_size is that of one batch: of a data set, leave it out")
+    return factors_over(model, loss_fn, rest[0], rules, **how)
 
 
 def measure(

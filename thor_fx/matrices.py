@@ -1,14 +1,15 @@
 """The matrix of a layer among tensors by parameter: its weight, and the column of its bias if it is joint."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
 from .layers import Layer
 from .passes.reindex import put, take
-from .transform import Updates
 
 
-def matrices(layer: Layer, tensors: Updates) -> Tensor:
+def matrices(layer: Layer, tensors: Mapping[str, Tensor]) -> Tensor:
     """The matrices of a layer as (E, out, in), with the column of its bias."""
     weight = take(layer.path, tensors[layer.param]).reshape(layer.groups, layer.out, -1)
     if layer.bias is None:
