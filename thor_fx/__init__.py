@@ -1,5 +1,7 @@
 """Second-order training (THOR / K-FAC) for PyTorch as a compiler pass."""
 
+import os
+
 from . import presets
 from .block_size import block_size_report
 from .block_size_rule import BlockSizeReport
@@ -9,6 +11,7 @@ from .explain import explain
 from .factors import Factors, Kronecker, factors
 from .layers import Coverage, CoverageError, Layer
 from .levenberg_marquardt import LevenbergMarquardt
+from .logs import configure
 from .metrics import metrics
 from .optimizer import Thor
 from .refresh_rules import ByTrace, Every, Staggered
@@ -58,3 +61,5 @@ __all__ = [
     "verify",
     "write_stage",
 ]
+
+configure(os.environ.get("THOR_FX_LOGS", ""))

@@ -34,6 +34,7 @@ from .distributed.wrappers import unwrapped
 from .inductor import JointPass, check_backend, compile_differentiable
 from .joint_graphs import describe_joint
 from .layers import Coverage, CoverageError, coverage
+from .logs import log_coverage
 from .own_passes import Statistics, apply_own, checked_passes, fixed_shape, key_of, statistics_of
 from .parameters import check_params
 from .passes import PassError, emit_factors, outputs
@@ -291,6 +292,7 @@ class _FactorCompiler:
             return [], self._compile(self.forward, self.inputs, lambda _gm, **_: None, key="")
         joint = export_joint(self.forward, described)
         found = coverage(survey(joint, self.rules), self.rules)
+        log_coverage(f"graph {len(self.collector.graphs)}", found)
         self.collector.copies = max([self.collector.copies, *(split.size for split in _splits(described))])
         if self.collector.strict:
             found.check({name: p.dim() for name, p in params.items()})

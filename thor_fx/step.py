@@ -25,6 +25,7 @@ from .hyper import HyperTensors
 from .inductor import Compiled, check_backend, compile_graph, inductor_decompositions
 from .kinds import Kind, kind_of, kinds
 from .layers import Coverage
+from .logs import log_coverage
 from .metrics import Metrics, metrics, trace
 from .own_passes import Statistics, checked_passes, statistics_of
 from .parameters import check_params, trainable
@@ -380,6 +381,7 @@ class CompiledStep:
         """Called by Dynamo when no guard fits: all kinds of step, from one trace."""
         graph = pipeline.run(captured.graph, [canonicalize], watch=tracer("step"))
         found = covered(graph, self._params, self._tx.rules)
+        log_coverage("step", found)
         if self._strict:
             found.check({name: p.dim() for name, p in self._params.items()})
         self._accept(found)
