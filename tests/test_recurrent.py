@@ -335,6 +335,9 @@ def test_packed_sequences_in_the_functional_door_are_refused():
     assert any("train through thor_fx.compile(model)" in note for note in caught.value.__notes__)
 
 
+@pytest.mark.filterwarnings(
+    "ignore:no compiled graph uses the weights 'rnn.weight_ih_l0', 'rnn.weight_hh_l0'"
+)
 def test_packed_sequences_in_the_drop_in_door_fall_back():
     model = thor_fx.compile(Packed().double(), backend="aot_eager")
     optimizer = thor_fx.Thor(model, **SETTINGS)
