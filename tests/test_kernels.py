@@ -1,6 +1,7 @@
 """Kernels know which part of a step they are, from the nodes that they compute."""
 
 from collections import Counter
+from functools import partial
 from typing import NamedTuple
 
 import pytest
@@ -13,6 +14,7 @@ import thor_fx
 from thor_fx.inductor_kernels import Event
 from thor_fx.kernels import Generated, Kernel, assigned, generate, timed_kernels
 from thor_fx.passes import canonicalize, emit_factors, run
+from thor_fx.passes.layout import Rules
 from thor_fx.passes.phases import mark, phases_of
 
 pytestmark = pytest.mark.inductor
@@ -27,8 +29,7 @@ class Both(NamedTuple):
     plain: Generated
 
 
-@pytest.fixture(scope="module")
-def both() -> Both:
+def compiled(rules: Rules) -> Both:
     model = nn.Sequential(nn.Linear(IN, HIDDEN), nn.GELU(), nn.Linear(HIDDEN, OUT))
 
     def loss_fn(params: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
@@ -36,8 +37,13 @@ def both() -> Both:
 
     x, y = torch.randn(ROWS, IN), torch.randn(ROWS, OUT)
     step = thor_fx.trace_step(loss_fn, dict(model.named_parameters()), x, y)
-    graph = run(step, [canonicalize, emit_factors, mark])
+    graph = run(step, [canonicalize, partial(emit_factors, rules=rules), mark])
     return Both(graph, generate(graph), generate(run(step, [canonicalize, mark])))
+
+
+@pytest.fixture(scope="module")
+def both() -> Both:
+    return compiled(Rules())
 
 
 def without_factors(kernels: list[Kernel], graph: fx.GraphModule) -> Counter[tuple[str, ...]]:
@@ -54,11 +60,22 @@ def test_the_kernels_of_factors_alone_are_those_that_a_plain_step_does_not_have(
     assert sum(kernel.extern for kernel in gone) == 4, "A and G of two layers"
 
 
-def test_mixed_kernels_are_known_as_such(both):
+def test_phases_of_a_kernel_are_those_of_its_nodes(both):
     phases = phases_of(both.graph)
     for kernel in both.factor.kernels:
         assert set(kernel.phases) <= {phases[name] for name in kernel.nodes}
         assert kernel.phases
+
+
+def test_kernels_that_also_round_rows_are_mixed():
+    """Rounding for the products of factors is fused with what makes the rows; all else is as it was."""
+    both = compiled(Rules(dtype=torch.bfloat16))
+    mixed = [kernel for kernel in both.factor.kernels if {"backward", "factors"} <= set(kernel.phases)]
+    assert mixed
+    assert not any(kernel.extern for kernel in mixed)
+    assert all(any("_to_copy" in name for name in kernel.nodes) for kernel in mixed)
+    left = {name for nodes in without_factors(both.factor.kernels, both.graph) for name in nodes}
+    assert left == {name for kernel in both.plain.kernels for name in kernel.nodes}
 
 
 def test_operations_and_bytes_of_calls_of_libraries(both):
