@@ -98,3 +98,12 @@ def tiny() -> fx.GraphModule:
     gm = make_fx(step, tracing_mode="fake")(torch.ones(4, 3), torch.ones(6, 4))
     outputs.describe(gm, [Param("w"), Input(0)], [Loss(), Grad("w")])
     return gm
+
+
+def negate_loss(gm):
+    """A pass that changes what the graph returns first."""
+    out = outputs.output_node(gm.graph)
+    with gm.graph.inserting_before(out):
+        node = gm.graph.call_function(torch.ops.aten.neg.default, (out.args[0][0],))
+    node.meta["val"] = out.args[0][0].meta["val"]
+    out.args = ((node, *out.args[0][1:]),)

@@ -6,17 +6,9 @@ from functools import partial
 import pytest
 import torch
 
-from graphs import tiny
-from thor_fx.passes import PassError, drop_factors, emit_factors, observe, outputs, pipeline, run, stages
+from graphs import negate_loss, tiny
+from thor_fx.passes import PassError, drop_factors, emit_factors, observe, pipeline, run, stages
 from thor_fx.passes.stages import LOG, Stage, operator_of
-
-
-def negate_loss(gm):
-    out = outputs.output_node(gm.graph)
-    with gm.graph.inserting_before(out):
-        node = gm.graph.call_function(torch.ops.aten.neg.default, (out.args[0][0],))
-    node.meta["val"] = out.args[0][0].meta["val"]
-    out.args = ((node, *out.args[0][1:]),)
 
 
 def swap_first_computations(gm):

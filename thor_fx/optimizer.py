@@ -446,7 +446,7 @@ class Thor(torch.optim.Optimizer):
 
     def _tell_unseen(self, moments: Mapping[str, Moments], gradients: Mapping[str, Tensor]) -> None:
         """In a factor step, say once which weights have a gradient and no factors, as no graph uses them."""
-        if self._told or not moments:
+        if self._told or not moments or not self._known.unknown:
             return
         allowed = self._options.layer_filter or (lambda _: True)
         names = [name for name in unseen_weights(self._found.fallback, gradients) if allowed(name)]

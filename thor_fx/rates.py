@@ -49,10 +49,12 @@ def measured_rates(device: torch.device, scale: int = 1) -> Rates:
 def best_seconds(function: Callable[[], object], device: torch.device, repeats: int = 20) -> float:
     """The shortest of several runs, after one that does not count."""
     function()
-    return min(_seconds(function, device) for _ in range(repeats))
+    return min(seconds_of(function, device) for _ in range(repeats))
 
 
-def _seconds(function: Callable[[], object], device: torch.device) -> float:
+def seconds_of(function: Callable[[], object], device: torch.device) -> float:
+    """How long one run takes, until the device is done with it."""
+
     def wait() -> None:
         if device.type == "cuda":
             torch.cuda.synchronize(device)

@@ -16,6 +16,7 @@ import torch
 from ..inductor import BACKENDS
 from ..loss_functions import LossFunction, loss_function
 from ..parameters import trainable
+from ..rates import seconds_of
 from ..step import compile_step
 from ..thor import thor
 from .arguments import positive
@@ -63,7 +64,7 @@ def _adamw(target: LossFunction, backend: str, steps: int, device: torch.device)
         optimizer.step()
         optimizer.zero_grad()
 
-    first = _seconds(step, device)
+    first = seconds_of(step, device)
     return Row("AdamW", _median(step, steps, device), first)
 
 
@@ -80,7 +81,7 @@ def _thor(
     def at(number: int) -> Callable[[], Any]:
         return lambda: step(params, state._replace(step=number, ready=number > 0), *target.batch)
 
-    first = made + _seconds(at(0), device)
+    first = made + seconds_of(at(0), device)
     factor = _median(at(0), steps, device)
     plain = factor if frequency == 1 else _median(at(1), steps, device)
     return Row("THOR, plain step", plain, None), Row("THOR, factor step", factor, first)
@@ -88,15 +89,7 @@ def _thor(
 
 def _median(step: Callable[[], Any], steps: int, device: torch.device) -> float:
     step()
-    return 1000 * statistics.median(_seconds(step, device) for _ in range(steps))
-
-
-def _seconds(step: Callable[[], Any], device: torch.device) -> float:
-    started = time.perf_counter()
-    step()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - started
+    return 1000 * statistics.median(seconds_of(step, device) for _ in range(steps))
 
 
 def _table(rows: Sequence[Row]) -> str:
