@@ -25,7 +25,8 @@ SCRIPT = Path(__file__).with_name("sharded_runs.py")
 FOUR_ONLY = ["transformer fsdp and tp", "perceptron fsdp and tp", "perceptron hsdp"]
 TWO = [name for name in RUNS if name not in FOUR_ONLY]
 FOUR = [*FOUR_ONLY, "mlp fsdp at once", "cnn fsdp at once", "transformer fsdp"]
-TRAINED = [(size, run) for size, runs in ((2, TWO), (4, FOUR)) for run in runs if run.split()[0] in MODELS]
+TRAINED = [(2, run) for run in TWO if run.split()[0] in MODELS]
+TRAINED += [pytest.param(4, run, marks=pytest.mark.four_ranks) for run in FOUR]
 
 
 @pytest.fixture(scope="session")
