@@ -25,6 +25,7 @@ from unittest.mock import patch
 import torch
 import torch._dynamo
 from torch import Tensor, fx
+from torch._dynamo.convert_frame import compile_lock
 from torch._dynamo.exc import BackendCompilerFailed, Unsupported
 from torch._dynamo.source import LocalSource
 from torch._functorch.aot_autograd import aot_export_joint_with_descriptors
@@ -93,9 +94,9 @@ class LossCapture:
         self._settings = tracing_settings()
         self._params: Mapping[str, Tensor] = {}
         self._data: Sequence[Any] = ()
-        self._compiled = torch.compile(
-            own_code(_loss_and_detached_aux(loss_fn)), backend=self._backend, fullgraph=True, dynamic=dynamic
-        )
+        loss_and_aux = own_code(_loss_and_detached_aux(loss_fn))
+        settings: dict[str, Any] = {"fullgraph": True, "dynamic": dynamic}
+        self._compiled = patient(torch.compile(loss_and_aux, backend=self._backend, **settings))
 
     def __call__(
         self, params: Mapping[str, Tensor], *batch: Any, data: Sequence[Any] | None = None
@@ -165,6 +166,32 @@ def own_code(function: Any) -> Callable[..., Any]:
 
 
 _serial = itertools.count()
+
+
+# NOTE: [Threads] While one thread traces, ``nn.Module`` is patched for all. Dynamo's guards read it, so
+# whoever traces holds Dynamo's lock. And before torch 2.15 a compiled function, called meanwhile in another thread,
+# believes that it is being traced and refuses, before anything has run.
+
+
+def tracing_alone() -> contextlib.AbstractContextManager[Any]:
+    """Keep other threads from tracing: see NOTE: [Threads]."""
+    return compile_lock
+
+
+def patient(compiled: Callable[..., Any]) -> Callable[..., Any]:
+    """A compiled function that waits for other threads that trace: see NOTE: [Threads]."""
+
+    @functools.wraps(compiled)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return compiled(*args, **kwargs)
+        except RuntimeError as error:
+            if "using FX to symbolically trace" not in str(error):
+                raise
+        with tracing_alone():
+            return compiled(*args, **kwargs)
+
+    return call
 
 
 def without_dynamo(function: Callable[..., Any]) -> Callable[..., Any]:

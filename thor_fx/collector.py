@@ -19,12 +19,13 @@ from typing import Any
 from torch import Tensor
 
 from .capture import current_backward, new_leaf
-from .factors import Moments, moments_of
+from .factors import Moments, flat_moments, moments_of
 from .layers import Coverage, Layer, turned_name
 from .passes.layout import Rules, layer_of
 from .passes.outputs import Factor, OutputDescriptor, Rows, Statistic, Terms
 from .passes.pipeline import Pass
 from .passes.reindex import disjoint, simplify
+from .uncompiled import OnCompileError
 
 Awaited = Callable[[], Mapping[Factor, Tensor]]
 """Waits for factors that are on their way."""
@@ -62,6 +63,12 @@ class SlottedGraph:
     def factors(self) -> dict[Factor, Tensor]:
         """The slots of factors."""
         return {d: slot for d, slot in self.slots.items() if isinstance(d, Factor)}
+
+    def outdated_by(self, new: "SlottedGraph") -> bool:
+        """Whether another parameter has taken the place of one of these, or another dtype or device."""
+        alike = [name for name, p in self.params.items() if new.params.get(name, p) is not p]
+        slots = ((slot, new.slots.get(d, slot)) for d, slot in self.slots.items())
+        return bool(alike) or any((s.dtype, s.device) != (n.dtype, n.device) for s, n in slots)
 
     def turned(self, known: Mapping[str, Layer]) -> "SlottedGraph":
         """The same graph; what it calls the matrix of a layer is the transpose where others say so."""
@@ -132,6 +139,8 @@ class Collector:
         has_sent: whether factors have left since the last :meth:`take`.
         passes: the user's own, over factor graphs.
         disabled: optimisations that factor graphs and updates go without.
+        on_compile_error: what becomes of a graph that cannot be compiled.
+        reader: who takes the factors; a later one takes them from an earlier one.
         send: starts to send the factors of a graph once backward has made them, and returns what waits for
             those to keep in their place. None: all are kept.
     """
@@ -150,11 +159,14 @@ class Collector:
     copies: int = 1
     passes: tuple[Pass, ...] = ()
     disabled: tuple[str, ...] = ()
+    on_compile_error: OnCompileError = "raise"
+    reader: object = None
     send: Send | None = None
     has_sent: bool = False
 
     _terms: LossTerms = field(default_factory=LossTerms)
     _filled: bool = False
+    _returned: tuple[Mapping[Any, Tensor], Tensor | None] = field(default_factory=lambda: ({}, None))
     _overlapping: set[str] = field(default_factory=set)
     _watched: dict[SlottedGraph, set[Factor]] = field(default_factory=dict)  # what this pass has made
 
@@ -172,6 +184,9 @@ class Collector:
     def add(self, graph: SlottedGraph) -> SlottedGraph:
         """Remember one more compiled graph; returned with the names that others use for its layers."""
         merged = graph.coverage
+        current = [known for known in self.graphs if not known.outdated_by(graph)]
+        if len(current) < len(self.graphs):
+            self.graphs, self.version, self.send = current, self.version + 1, None
         if self.coverage is not None:
             graph = graph.turned(self.coverage.layers)
             self._overlapping |= _unlike(self.coverage.layers, graph.coverage.layers)
@@ -209,10 +224,18 @@ class Collector:
         if not self._filled:
             return {}, None
         self._filled = self.has_sent = False
-        sums: dict[OutputDescriptor, Tensor] = {}
+        known, terms = self._returned
+        sums: dict[OutputDescriptor, Tensor] = dict(known)
         for graph in self.graphs:
             _add(sums, graph.take())
-        return moments_of(sums), self._terms.take()
+        new, self._returned = self._terms.take(), ({}, None)
+        return moments_of(sums), new if terms is None else terms + (0 if new is None else new)
+
+    def put_back(self, moments: Mapping[str, Moments], terms: Tensor | None) -> None:
+        """What :meth:`take` gave and nobody could use; the next call gives it again."""
+        if moments:
+            self._filled = True
+            self._returned = flat_moments(moments), terms
 
     def statistics(self) -> dict[tuple[str, str], Tensor]:
         """What the user's passes have measured and no step has used, summed over passes and graphs."""

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, fx, nn
 
-from .arguments import check_type, checked_disabled
+from .arguments import check_choice, check_type, checked_disabled
 from .capture import (
     CompilationFailed,
     GraphBreak,
@@ -25,13 +25,14 @@ from .capture import (
     export_joint,
     make_slot,
     own_code,
+    patient,
     rnns_looked_into,
     tracing_settings,
     without_dynamo,
 )
 from .collector import Collector, SlottedGraph
 from .distributed.wrappers import unwrapped
-from .inductor import JointPass, check_backend, compile_differentiable
+from .inductor import JointPass, check_backend, compile_differentiable, forgiving_inductor
 from .joint_graphs import describe_joint
 from .layers import Coverage, CoverageError, coverage
 from .logs import log_coverage
@@ -47,6 +48,7 @@ from .passes.stages import run_watched
 from .passes.survey import survey
 from .recurrent import has_recurrent_operator, trainable_rnns
 from .trace_log import tracer
+from .uncompiled import OnCompileError
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -61,6 +63,7 @@ def compile(
     strict: bool = False,
     passes: Sequence[Pass] = (),
     disable_passes: Collection[str] = (),
+    on_compile_error: OnCompileError = "raise",
     **kwargs: Any,
 ) -> Module:
     """Compile a model so that :class:`thor_fx.Thor` can read its Kronecker factors.
@@ -82,6 +85,8 @@ def compile(
             read with :func:`thor_fx.statistics`.
         disable_passes: optimisations to go without, by name; the results are the same up to rounding:
             ``docs/passes.md``.
+        on_compile_error: ``"eager"``: a graph that Inductor cannot compile runs uncompiled, with a warning
+            that gives the reason; so does an update. ``"raise"``: it is an error.
         **kwargs: further arguments of ``torch.compile`` (``fullgraph``, ``dynamic``, ...).
 
     Returns:
@@ -90,7 +95,8 @@ def compile(
     Raises:
         TypeError: ``model`` is no module, or has a parameter that is not floating-point; or a pass is not
             callable.
-        ValueError: ``model`` has no trainable parameter, or a backend or an optimisation is unknown.
+        ValueError: ``model`` has no trainable parameter, or a backend, an optimisation or
+            ``on_compile_error`` is unknown.
 
     Example:
         >>> import torch, thor_fx
@@ -108,9 +114,11 @@ def compile(
     check_backend(factors_by, "factor_backend")
     check_params(dict(model.named_parameters()), parts=True)
     check_type("strict", strict, bool, "True or False")
+    check_choice("on_compile_error", on_compile_error, OnCompileError)
     own, disabled = checked_passes(passes), checked_disabled(disable_passes)
     inner = unwrapped(model)
     settings: dict[str, Any] = {"mode": mode, "options": options, "strict": strict}
+    settings["on_compile_error"] = on_compile_error
     collector = Collector(backend, factors_by, **settings, passes=own, disabled=disabled)
     collector.use(collector.rules)
     call = _Call(inner, collector, kwargs)
@@ -178,7 +186,11 @@ class _Call:
         self._model = model
         self._tracing_settings = tracing_settings()
         self._captures_rnn = not any(isinstance(part, nn.RNNBase) for part in model.modules())
-        settings: dict[str, Any] = {"mode": mode, "options": options} if backend == "inductor" else {}
+        settings: dict[str, Any] = {"backend": backend}
+        if backend == "inductor" and collector.on_compile_error == "eager":
+            settings = {"backend": forgiving_inductor(mode, options)}
+        elif backend == "inductor":
+            settings |= {"mode": mode, "options": options}
 
         def plain(*args: Any, **kw: Any) -> Any:
             return model._call_impl(*args, **kw)
@@ -191,11 +203,11 @@ class _Call:
             build = _FactorCompiler(model, collector, collector.rules, copy.deepcopy(forward), inputs)
             return without_dynamo(_Instances(build, examples_of(forward)))
 
-        self._plain = torch.compile(own_code(plain), backend=backend, **settings, **kwargs)
+        self._plain = patient(torch.compile(own_code(plain), **settings, **kwargs))
 
         def compile_factor() -> Callable[..., Any]:
             whole = {} if self.collector.rules.fisher == "empirical" else {"fullgraph": True}
-            return torch.compile(own_code(factor), backend=factor_backend, **{**kwargs, **whole})
+            return patient(torch.compile(own_code(factor), backend=factor_backend, **{**kwargs, **whole}))
 
         self._compile_factor = compile_factor
         self._factor = compile_factor()
@@ -328,11 +340,11 @@ class _FactorCompiler:
     def _compile(
         self, forward: fx.GraphModule, inputs: Sequence[Any], joint_pass: JointPass, key: str | None
     ) -> Runner:
-        backend, mode, options = self.collector.factor_backend, self.collector.mode, self.collector.options
+        known = self.collector
+        settings: dict[str, Any] = {"backend": known.factor_backend, "mode": known.mode}
+        settings |= {"options": known.options, "on_error": known.on_compile_error}
         with trainable_rnns():
-            return compile_differentiable(
-                forward, inputs, joint_pass, key=key, backend=backend, mode=mode, options=options
-            )
+            return compile_differentiable(forward, inputs, joint_pass, key=key, **settings)
 
 
 def _splits(described: Sequence[InputDescriptor]) -> list[Split]:

@@ -41,6 +41,23 @@ def named(model: nn.Module, tensors: Iterable[Tensor]) -> list[tuple[str, Tensor
     return [(name, p) for name, p in model.named_parameters() if id(p) in wanted]
 
 
+def check_replaced(model: nn.Module, groups: Iterable[Mapping[str, Any]]) -> None:
+    """Refuse to go on with parameters that the model has others for by now.
+
+    Raises:
+        RuntimeError: naming those.
+    """
+    known = {id(p) for group in groups for p in group["params"]}
+    names = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    gone = known - {id(p) for p in model.parameters()}
+    strangers = [name for name, p in names.items() if id(p) not in known]
+    if gone and strangers:
+        raise RuntimeError(
+            f"parameters of the model were replaced after Thor was made: it does not train {strangers}. Make "
+            "a new Thor, and load the state_dict() of this one into it if the shapes are the same"
+        )
+
+
 def check_centralization(model: nn.Module, group: Mapping[str, Any]) -> None:
     """Refuse ``grad_centralization`` for what is no weight of a convolution.
 

@@ -28,6 +28,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from .distributed.collectives import is_collective
 from .passes.splice import Decompositions
 from .passes.stitch import BACKWARD, FORWARD, SIDE
+from .uncompiled import OnCompileError, compiled_or
 
 Compiled = Callable[..., Sequence[Any]]
 
@@ -67,6 +68,7 @@ def compile_graph(
     mode: str | None = None,
     options: Mapping[str, Any] | None = None,
     fixed: Collection[fx.Node] = (),
+    on_error: OnCompileError = "raise",
 ) -> Compiled:
     """Compile a flat graph that is not differentiated any further.
 
@@ -78,11 +80,12 @@ def compile_graph(
         options: Inductor settings, as in ``torch.compile``.
         fixed: the arguments that are the same tensors in every call. CUDA graphs write into no others, and
             copy those first.
+        on_error: ``"eager"``: where Inductor fails, interpret the graph as it is, with a warning.
     """
     if backend != "inductor":
         return gm
     late = LATE_WAITS if any(map(is_collective, gm.graph.nodes)) else {}
-    patches = {**FEW_PAIRS, **late, **(list_mode_options(mode) if mode else {}), **(options or {})}
+    patches = {**FEW_PAIRS, **late, **_patches(mode, options)}
     if patches.get("triton.cudagraphs"):
         _tell_fixed(gm, fixed)
     fake_mode = next(fake.fake_mode for fake in fakes if isinstance(fake, FakeTensor))
@@ -92,7 +95,13 @@ def compile_graph(
         inductor_config.patch(patches),
         V.set_choices_handler(_halves_apart(V.choices) if _has_halves(gm) else V.choices),
     ):
-        return cast(Compiled, compile_fx(gm, list(fakes)))
+        spare, compiled = _spare(gm, on_error), functools.partial(compile_fx, gm, list(fakes))
+        return cast(Compiled, compiled_or(compiled, lambda: spare, on_error))
+
+
+def _spare(gm: fx.GraphModule, on_error: OnCompileError) -> fx.GraphModule:
+    """A graph to interpret where compiling ``gm``, which changes it, fails."""
+    return gm if on_error == "raise" else copy.deepcopy(gm)
 
 
 def _tell_fixed(gm: fx.GraphModule, fixed: Collection[fx.Node]) -> None:
@@ -155,6 +164,7 @@ def compile_differentiable(
     backend: str = "inductor",
     mode: str | None = None,
     options: Mapping[str, Any] | None = None,
+    on_error: OnCompileError = "raise",
 ) -> Compiled:
     """Compile a forward graph and its backward, with a pass over the joint graph in between.
 
@@ -166,18 +176,39 @@ def compile_differentiable(
         backend: as in :func:`compile_graph`.
         mode: as in ``torch.compile``.
         options: Inductor settings, as in ``torch.compile``.
+        on_error: as in :func:`compile_graph`.
     """
-    if backend != "inductor":
 
+    def interpreted(forward: fx.GraphModule) -> Compiled:
         def partition(gm: fx.GraphModule, joint_inputs: Any, **kwargs: Any) -> Any:
             joint_pass(gm, decompositions={})
             return default_partition(gm, joint_inputs, **kwargs)
 
         nop = aot_autograd(fw_compiler=_interpret, bw_compiler=_interpret, partition_fn=partition)
-        return nop(forward, list(inputs))
-    patches = {**(list_mode_options(mode) if mode else {}), **(options or {})}
+        return cast(Compiled, nop(forward, list(inputs)))
+
+    if backend != "inductor":
+        return interpreted(forward)
+    spare = _spare(forward, on_error)
+    patches = _patches(mode, options)
     patches["joint_custom_pre_pass"] = _OnJointGraph(joint_pass, key, patches.get("joint_custom_pre_pass"))
-    return cast(Compiled, compile_fx(forward, list(inputs), config_patches=patches))
+    compiled = functools.partial(compile_fx, forward, list(inputs), config_patches=patches)
+    return cast(Compiled, compiled_or(compiled, functools.partial(interpreted, spare), on_error))
+
+
+def forgiving_inductor(mode: str | None, options: Mapping[str, Any] | None) -> Callable[..., Any]:
+    """A backend for ``torch.compile``: Inductor, and where that fails, the graph as it is."""
+    compiled = functools.partial(compile_fx, config_patches=_patches(mode, options))
+
+    def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Any:
+        spare = _spare(gm, "eager")
+        return compiled_or(lambda: compiled(gm, inputs), lambda: spare.forward, "eager")
+
+    return backend
+
+
+def _patches(mode: str | None, options: Mapping[str, Any] | None) -> dict[str, Any]:
+    return {**(list_mode_options(mode) if mode else {}), **(options or {})}
 
 
 def _interpret(gm: fx.GraphModule, _: Sequence[Any]) -> Compiled:

@@ -29,7 +29,7 @@ from .distributed.ownership import Ownership, ownership
 from .distributed.work import WorkSharing, everything
 from .distributed.wrappers import averages_gradients, is_dealt_out, unwrapped, world_of_model
 from .factors import Moments
-from .group_members import check_centralization, members, named, with_rest
+from .group_members import check_centralization, check_replaced, members, named, with_rest
 from .hyper import HyperTensors
 from .inductor import check_backend
 from .inverses import METHODS, Inverse
@@ -41,6 +41,7 @@ from .optimizer_state import counters_of, layers_with_inverses, restore, views
 from .options import MAX_DIM, Fallback, MomentumOn, Options, damping_schedule, number_schedule
 from .own_passes import Statistics
 from .parameter_groups import ParameterGroups
+from .parameters import check_one_device
 from .passes.layout import BiasRule, Fisher, Likelihood, LongSide, Sharing, layer_of
 from .presets import Preset, takes_preset
 from .readiness import Readiness
@@ -64,6 +65,16 @@ NO_FACTORS = (
 NO_LAYERS = (
     "no weight has factors, so all of them take the first-order rule: thor_fx.explain says why, and "
     "layer_filter may leave out fewer"
+)
+
+
+SUCCEEDED = (
+    "another Thor was made for this model after this one, and it is the one that gets the factors: step that "
+    "one, or make a single Thor with groups of parameters, params=[...]"
+)
+NO_COPY = (
+    "a Thor belongs to its model and cannot be copied or pickled: save its state_dict(), and load that into "
+    "a new Thor for the copy: copied = thor_fx.compile(copy.deepcopy(model))"
 )
 
 
@@ -244,13 +255,15 @@ class Thor(torch.optim.Optimizer):
         self._overdue = False
         self._compared = False  # with the other ranks
         self._known = Readiness()
+        self._reader = object()
         self._forget()
         defaults: dict[str, Any] = {"lr": lr, "damping": damping, "momentum": momentum}
         defaults |= {"weight_decay": weight_decay, "fallback_lr": fallback_lr}
         defaults |= {"grad_centralization": False, "step": 0}
+        check_one_device(dict(model.named_parameters()))
         super().__init__(with_rest(model, list(params or [])), defaults)
         self._collector.use(self._options.rules)
-        self._collector.wanted = True
+        self._collector.wanted, self._collector.reader = True, self._reader
         self._collector.clear()
 
     # --- groups ------------------------------------------------------------------------------------
@@ -298,8 +311,11 @@ class Thor(torch.optim.Optimizer):
         Raises:
             RuntimeError: there are gradients, but the compiled model has not been run in training mode;
                 or a gradient scaler has divided the gradients, and nobody has said which; or the damping
-                adapts itself, and there is no closure.
+                adapts itself, and there is no closure; or another optimizer was made for the same model
+                since, or parameters were replaced.
         """
+        if self._collector.reader is not self._reader:
+            raise RuntimeError(SUCCEEDED)
         adaptive = self._options.adaptive
         if adaptive is not None and closure is None:
             raise RuntimeError(NEEDS_CLOSURE)
@@ -310,9 +326,28 @@ class Thor(torch.optim.Optimizer):
         if adaptive is not None and loss is None:
             raise RuntimeError(NEEDS_CLOSURE)
         if all(p.grad is None for group in self.param_groups for p in group["params"]):
+            check_replaced(self._model, self.param_groups)
             return loss
         sent = self._collector.has_sent
         moments, terms = self._collector.take()
+        try:
+            self._advance(moments, terms, sent, closure, loss)
+        except BaseException:
+            if not sent:
+                self._collector.put_back(moments, terms)  # after Ctrl-C, say, the step can be tried again
+            raise
+        return loss
+
+    def _advance(
+        self,
+        moments: Mapping[str, Moments],
+        terms: Tensor | None,
+        sent: bool,
+        closure: Callable[[], Any] | None,
+        loss: Any,
+    ) -> None:
+        """Take the step with what was collected for it, which may have been ``sent`` to its owners before."""
+        adaptive = self._options.adaptive
         lost = sent and self._built_for != self._collector.version
         if lost:
             moments = {}  # they went to those who were owners before there were new layers
@@ -346,12 +381,14 @@ class Thor(torch.optim.Optimizer):
         for group in self.param_groups:
             group["step"] = step + 1
         self._collector.wanted = self._overdue or waits or self._scheduled(step + 1)
-        return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget gradients, and factors that no step has used."""
         super().zero_grad(set_to_none)
         self._collector.clear()
+
+    def __getstate__(self) -> dict[str, Any]:
+        raise TypeError(NO_COPY)
 
     def __repr__(self) -> str:
         return f"{super().__repr__()}\nOptions: {self._options}"
@@ -517,8 +554,9 @@ class Thor(torch.optim.Optimizer):
                 "the model itself (not model.forward) in training mode, and then backward. If you did, "
                 "torch.compile captures nothing of this model: see TORCH_LOGS=graph_breaks"
             )
-        if self._built_for == self._collector.version:
+        if self._built_for == self._collector.version and not self._moved():
             return
+        check_replaced(self._model, self.param_groups)
         if self._built_for is not None:
             self._set_due(None)  # there are new layers: back to the schedule
         self._forget()
@@ -530,12 +568,14 @@ class Thor(torch.optim.Optimizer):
         }
         self._params = {name: p for name, p in self._model.named_parameters() if name in self._labels}
         self._dtype = HyperTensors.dtype(self._params)
+        some = next(iter(self._params.values()))
+        self._form = some.dtype, some.device
         self._found = _complete(self._collector.coverage, self._params)
         self._known.restart(self._found.layers, self._params.keys() - self._collector.coverage.trained)
         self._tx = self._transform()
         mode, options = self._collector.mode, self._collector.options
         params = {name: here(p) for name, p in self._params.items()}
-        how = (*self._backends, mode, options, self._collector.disabled)
+        how = (*self._backends, mode, options, self._collector.disabled, self._collector.on_compile_error)
         self._update = CompiledUpdate(self._tx, self._found, params, *how)
         self._start()
         if self._owners is not None and self.block_size != "auto":
@@ -543,6 +583,11 @@ class Thor(torch.optim.Optimizer):
         if not self._compared:
             check_ranks(self._tx, self._params, self._found)
             self._compared = True
+
+    def _moved(self) -> bool:
+        """Whether the parameters have got another dtype or device since (``model.to``)."""
+        some = next(iter(self._params.values()))
+        return (some.dtype, some.device) != self._form
 
     def _transform(self) -> Transform:
         block_size = None if self.block_size == "auto" else self.block_size

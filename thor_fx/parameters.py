@@ -32,6 +32,23 @@ def check_params(params: Any, *, parts: bool = False) -> None:
         )
 
 
+def check_one_device(params: Mapping[str, Tensor]) -> None:
+    """Refuse trainable parameters on several devices: layers of one shape are updated in one product.
+
+    Raises:
+        ValueError: naming one parameter on each device.
+    """
+    first: dict[str, str] = {}
+    for name, value in params.items():
+        if trainable(value):
+            first.setdefault(str(value.device), name)
+    if len(first) > 1:
+        shown = ", ".join(f"{device} ({name!r})" for device, name in first.items())
+        raise ValueError(
+            f"trainable parameters are on several devices: {shown}; move the model to one of them"
+        )
+
+
 def check_param(name: Any, value: Any, parts: bool = False) -> None:
     """Refuse a parameter that has no real gradient, or keeps its values in other tensors.
 

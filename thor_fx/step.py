@@ -13,7 +13,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from .ahead import Ahead
-from .arguments import check_type, checked_disabled
+from .arguments import check_choice, check_type, checked_disabled
 from .between import run_between
 from .block_size import choose_by_step
 from .block_size_rule import BlockSizeReport
@@ -28,13 +28,14 @@ from .layers import Coverage
 from .logs import log_coverage
 from .metrics import Metrics, metrics, trace
 from .own_passes import Statistics, checked_passes, statistics_of
-from .parameters import check_params, trainable
+from .parameters import check_one_device, check_params, trainable
 from .passes import canonicalize, pipeline
 from .passes.outputs import Statistic
 from .passes.pipeline import Pass
 from .recompute import recompute
 from .trace_log import tracer
 from .transform import Params, State, Taken, Transform
+from .uncompiled import OnCompileError
 from .update import fixed_arguments, loss_alone
 from .whole_step import WholeStep, covered, results_of
 
@@ -89,6 +90,7 @@ def compile_step(
     strict: bool = False,
     passes: Sequence[Pass] = (),
     disable_passes: Collection[str] = (),
+    on_compile_error: OnCompileError = "raise",
 ) -> "CompiledStep":
     """Compile loss, gradient, factors and update into one function.
 
@@ -109,6 +111,8 @@ def compile_step(
             in the ``statistics`` of the output.
         disable_passes: optimisations to go without, by name; the results are the same up to rounding:
             ``docs/passes.md``.
+        on_compile_error: ``"eager"``: a step that Inductor cannot compile runs uncompiled, with a warning
+            that gives the reason. ``"raise"``: it is an error.
 
     Returns:
         A step with ``state = step.init(params, *batch)`` and
@@ -116,7 +120,7 @@ def compile_step(
 
     Raises:
         TypeError: ``loss_fn`` is not callable, ``tx`` is no transform, or a pass is not callable.
-        ValueError: a backend or an optimisation is unknown.
+        ValueError: a backend, an optimisation or ``on_compile_error`` is unknown.
 
     Example:
         >>> import torch, thor_fx
@@ -140,9 +144,10 @@ def compile_step(
     factors_by = backend if factor_backend is None else factor_backend
     check_backend(factors_by, "factor_backend")
     check_type("strict", strict, bool, "True or False")
-    compilers = _Compiler(backend, mode, options), _Compiler(factors_by, mode, options)
+    check_choice("on_compile_error", on_compile_error, OnCompileError)
+    plain, factor = (_Compiler(by, mode, options, on_compile_error) for by in (backend, factors_by))
     own, disabled = checked_passes(passes), checked_disabled(disable_passes)
-    return CompiledStep(loss_fn, tx, donate, *compilers, dynamic, strict, own, disabled)
+    return CompiledStep(loss_fn, tx, donate, plain, factor, dynamic, strict, own, disabled)
 
 
 @dataclass(frozen=True)
@@ -150,9 +155,11 @@ class _Compiler:
     backend: str
     mode: str | None
     options: Mapping[str, Any] | None
+    on_error: OnCompileError
 
     def __call__(self, gm: fx.GraphModule, fakes: Sequence[Any], fixed: Collection[fx.Node] = ()) -> Compiled:
         settings: dict[str, Any] = {"backend": self.backend, "mode": self.mode, "options": self.options}
+        settings["on_error"] = self.on_error
         return compile_graph(gm, fakes, fixed=fixed, **settings)
 
     @property
@@ -247,6 +254,7 @@ class CompiledStep:
             CoverageError: ``strict``, and a weight has no Kronecker pair.
         """
         check_params(params)
+        check_one_device(params)
         self.coverage = None
         self._hyper = HyperTensors()
         if not self._donate:  # steps run on copies: Dynamo guards on whether a tensor is the model's own
