@@ -169,8 +169,8 @@ _serial = itertools.count()
 
 
 # NOTE: [Threads] While one thread traces, ``nn.Module`` is patched for all. Dynamo's guards read it, so
-# whoever traces holds Dynamo's lock. And before torch 2.15 a compiled function, called meanwhile in another thread,
-# believes that it is being traced and refuses, before anything has run.
+# whoever traces holds Dynamo's lock. And before torch 2.15 a compiled function that another thread calls
+# meanwhile believes that it is being traced, and refuses before anything has run.
 
 
 def tracing_alone() -> contextlib.AbstractContextManager[Any]:
