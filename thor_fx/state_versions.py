@@ -1,8 +1,8 @@
 """Versions of what is saved, and the way from each to the next.
 
 Three things carry the number: every group of parameters in ``Thor.state_dict()``, as ``format["version"]``;
-a :class:`~thor_fx.StepState`, as ``version``; and a folder of :func:`thor_fx.distributed.checkpoint.save`. What
-was saved before there were versions is of version 0.
+a :class:`~thor_fx.StepState`, as ``version``; and a folder of :func:`thor_fx.distributed.checkpoint.save`.
+What was saved before there were versions is of version 0.
 
 A change of what is saved raises :data:`VERSION` by one. For every kind of thing that it changes there is a
 pure function that makes a new one of an old one, entered below under the version that it starts from. A

@@ -199,8 +199,8 @@ def _told_as_damage(folder: Folder) -> Iterator[None]:
 
 def _damaged(folder: Folder, why: str) -> ValueError:
     return ValueError(
-        f"the checkpoint in {str(folder)!r} is damaged, or not of thor_fx.distributed.checkpoint.save ({why}): "
-        "load another one"
+        f"the checkpoint in {str(folder)!r} is damaged, or not of thor_fx.distributed.checkpoint.save "
+        f"({why}): load another one"
     )
 
 

@@ -1,8 +1,8 @@
 """What a checkpoint holds besides tensors, in a form that tells damage from what was saved.
 
 The nest is bytes that ``torch.load(weights_only=True)`` reads: plain containers and values, torch's own types
-and our states. Beside them is a seal: the version, a checksum of the bytes, and of every tensor its shape, its
-dtype and the sum of its bits, which no single wrong bit leaves as it is.
+and our states. Beside them is a seal: the version, a checksum of the bytes, and of every tensor its shape,
+its dtype and the sum of its bits, which no single wrong bit leaves as it is.
 """
 
 import io
