@@ -45,8 +45,8 @@ _OTHERWISE = (
     "backend): it interprets the graphs, and needs no compiler"
 )
 _FOR_CPU = (
-    "backend='inductor' writes C++ for a CPU, and there is no C++ compiler: install one (apt install g++, dnf "
-    "install gcc-c++, conda install gxx, xcode-select --install), or let the variable CXX name it"
+    "backend='inductor' writes C++ for a CPU, and there is no C++ compiler: install one (apt install g++, "
+    "dnf install gcc-c++, conda install gxx, xcode-select --install), or let the variable CXX name it"
     + _OTHERWISE
 )
 _FOR_GPU = (
