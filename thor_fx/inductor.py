@@ -96,7 +96,7 @@ FEW_PAIRS = {"max_fusion_buffer_group_pairwise_attempts": 16}
 # NOTE: [Late waits] Inductor keeps the order of collectives, and orders everything else for little memory:
 # then it waits for most of them right behind their start. This pass comes last, and moves waits only: as late
 # as they can be.
-LATE_WAITS = {
+LATE_WAITS: dict[str, Any] = {
     "reorder_for_compute_comm_overlap": True,
     "reorder_for_compute_comm_overlap_passes": ["sink_waits"],
 }

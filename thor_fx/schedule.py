@@ -53,7 +53,7 @@ class Schedule:
                 f"{name} must be a number, a 0-D or 1-D tensor, or a callable step -> value, "
                 f"got {type(value).__name__}: {value!r}"
             )
-        self.constant = self._function is None and (not isinstance(value, Tensor) or value.dim() == 0)
+        self.constant: bool = self._function is None and (not isinstance(value, Tensor) or value.dim() == 0)
 
     def __call__(self, step: int) -> float:
         """The value in step ``step``; a table that has run out keeps its last value, and says so once."""
