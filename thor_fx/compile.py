@@ -32,7 +32,14 @@ from .capture import (
 )
 from .collector import Collector, SlottedGraph
 from .distributed.wrappers import unwrapped
-from .inductor import JointPass, check_backend, compile_differentiable, forgiving_inductor
+from .inductor import (
+    COMPILER_ERRORS,
+    JointPass,
+    check_backend,
+    compile_differentiable,
+    forgiving_inductor,
+    tell_of_compiler,
+)
 from .joint_graphs import describe_joint
 from .layers import Coverage, CoverageError, coverage
 from .logs import log_coverage
@@ -214,6 +221,13 @@ class _Call:
         self._generation = self.collector.generation
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return self._run(*args, **kwargs)
+        except COMPILER_ERRORS as error:
+            tell_of_compiler(error)
+            raise
+
+    def _run(self, *args: Any, **kwargs: Any) -> Any:
         collects = self.collector.wanted and self._model.training and torch.is_grad_enabled()
         if not collects and self._breaks_at_rnn():
             with rnns_looked_into():

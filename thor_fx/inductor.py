@@ -22,6 +22,7 @@ from torch._inductor.choices import InductorChoices
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.decomposition import select_decomp_table
+from torch._inductor.exc import GPUTooOldForTriton, InductorError, InvalidCxxCompiler, TritonMissing
 from torch._inductor.virtualized import V
 from torch._subclasses.fake_tensor import FakeTensor
 
@@ -31,6 +32,48 @@ from .passes.stitch import BACKWARD, FORWARD, SIDE
 from .uncompiled import OnCompileError, compiled_or
 
 Compiled = Callable[..., Sequence[Any]]
+
+
+class NoCompiler(RuntimeError):
+    """Inductor needs a compiler that is not installed."""
+
+
+COMPILER_ERRORS = (InductorError, InvalidCxxCompiler, TritonMissing, GPUTooOldForTriton)
+"""What Inductor raises where it cannot compile."""
+
+_OTHERWISE = (
+    "; or pass backend='aot_eager' to thor_fx.compile or thor_fx.compile_step (and to Thor, if you gave it a "
+    "backend): it interprets the graphs, and needs no compiler"
+)
+_FOR_CPU = (
+    "backend='inductor' writes C++ for a CPU, and there is no C++ compiler: install one (apt install g++, "
+    "dnf install gcc-c++, conda install gxx, xcode-select --install), or let the variable CXX name it"
+    + _OTHERWISE
+)
+_FOR_GPU = (
+    "backend='inductor' writes Triton for a GPU, and Triton does not work here: pip install triton, in the "
+    "version that this torch names (pip show torch)" + _OTHERWISE
+)
+_FOR_TRITON = (
+    "Triton, which backend='inductor' writes for a GPU, builds its launchers with a C compiler, and there is "
+    "none: install one (apt install gcc), or let the variable CC name it" + _OTHERWISE
+)
+
+
+def tell_of_compiler(error: BaseException) -> None:
+    """Say in our words that a compiler is missing, if that is what an error of Inductor's is about.
+
+    Raises:
+        NoCompiler: naming it, and what to do.
+    """
+    cause = getattr(error, "inner_exception", error)
+    if isinstance(cause, InvalidCxxCompiler):
+        raise NoCompiler(f"{_FOR_CPU}. torch says: {cause}") from error
+    if isinstance(cause, TritonMissing | GPUTooOldForTriton):
+        raise NoCompiler(f"{_FOR_GPU}. torch says: {cause}") from error
+    if "Failed to find C compiler" in str(cause):
+        raise NoCompiler(f"{_FOR_TRITON}. Triton says: {cause}") from error
+
 
 BACKENDS = ("inductor", "aot_eager", "eager")
 
@@ -54,7 +97,7 @@ FEW_PAIRS = {"max_fusion_buffer_group_pairwise_attempts": 16}
 # NOTE: [Late waits] Inductor keeps the order of collectives, and orders everything else for little memory:
 # then it waits for most of them right behind their start. This pass comes last, and moves waits only: as late
 # as they can be.
-LATE_WAITS = {
+LATE_WAITS: dict[str, Any] = {
     "reorder_for_compute_comm_overlap": True,
     "reorder_for_compute_comm_overlap_passes": ["sink_waits"],
 }
@@ -81,6 +124,9 @@ def compile_graph(
         fixed: the arguments that are the same tensors in every call. CUDA graphs write into no others, and
             copy those first.
         on_error: ``"eager"``: where Inductor fails, interpret the graph as it is, with a warning.
+
+    Raises:
+        NoCompiler: Inductor finds none.
     """
     if backend != "inductor":
         return gm
@@ -96,7 +142,11 @@ def compile_graph(
         V.set_choices_handler(_halves_apart(V.choices) if _has_halves(gm) else V.choices),
     ):
         spare, compiled = _spare(gm, on_error), functools.partial(compile_fx, gm, list(fakes))
-        return cast(Compiled, compiled_or(compiled, lambda: spare, on_error))
+        try:
+            return cast(Compiled, compiled_or(compiled, lambda: spare, on_error))
+        except COMPILER_ERRORS as error:
+            tell_of_compiler(error)
+            raise
 
 
 def _spare(gm: fx.GraphModule, on_error: OnCompileError) -> fx.GraphModule:

@@ -1,7 +1,6 @@
 """The drop-in door's optimizer: a shell around :func:`thor_fx.thor`, without mathematics of its own."""
 
 import itertools
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from .ahead import Ahead
+from .arguments import check_type
 from .between import run_between
 from .block_size import choose
 from .block_size_rule import BlockSizeReport
@@ -37,7 +37,7 @@ from .layers import Coverage
 from .levenberg_marquardt import LevenbergMarquardt, loss_again
 from .links import thor_chain
 from .metrics import Metrics, metrics, trace
-from .optimizer_state import counters_of, layers_with_inverses, restore, views
+from .optimizer_state import counters_of, layers_with_inverses, loading, restore, views
 from .options import MAX_DIM, Fallback, MomentumOn, Options, damping_schedule, number_schedule
 from .own_passes import Statistics
 from .parameter_groups import ParameterGroups
@@ -47,11 +47,13 @@ from .presets import Preset, takes_preset
 from .readiness import Readiness
 from .refresh import DampingRule
 from .refresh_rules import RefreshRule
+from .saved_options import accepted, format_of, other_shapes
 from .scaling import Scaler, scales_of
 from .schedule import Schedule, Value
 from .step_norm import StepNorm
 from .transform import Taken, Transform, skip_nonfinite, unscale
 from .unseen import NO_GRAPH, tell_unseen, unseen_weights
+from .warn import warn
 
 NEEDS_CLOSURE = (
     "damping=LevenbergMarquardt(...) compares the loss of a batch before and after the step: call "
@@ -256,6 +258,7 @@ class Thor(torch.optim.Optimizer):
         self._compared = False  # with the other ranks
         self._known = Readiness()
         self._reader = object()
+        self._saved_with = ""  # how options differ from those of the state that was loaded
         self._forget()
         defaults: dict[str, Any] = {"lr": lr, "damping": damping, "momentum": momentum}
         defaults |= {"weight_decay": weight_decay, "fallback_lr": fallback_lr}
@@ -291,6 +294,7 @@ class Thor(torch.optim.Optimizer):
             group["block_size"] = self.block_size
         check_centralization(self._model, group)
         super().add_param_group(group)
+        self._note_format()
         self._schedules.append(schedules)
         self._set_due(None)
         self._adapts.append(adapts)
@@ -431,12 +435,26 @@ class Thor(torch.optim.Optimizer):
         return found | trace(self._inner, self._found.layers, None if block_size == "auto" else block_size)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue from a saved state; the momentum and all inverses are restored."""
-        before = self.block_size
-        super().load_state_dict(state_dict)
+        """Continue from a saved state; the momentum and all inverses are restored.
+
+        Raises:
+            TypeError: ``state_dict`` is no dict.
+            ValueError: it is that of another optimizer, of a later version of thor_fx, or of a ``Thor`` whose
+                options give its tensors another meaning: ``docs/saving.md``. Other shapes are refused when
+                the layers are known, in the next step at the latest.
+        """
+        check_type("state_dict", state_dict, dict, "what Thor.state_dict() returned")
+        before, own = self.block_size, format_of(self._options, self.block_size)
+        with loading(self, partial(accepted, own=own)):
+            super().load_state_dict(state_dict)
+        saved = self.param_groups[0]["format"]
         if self._options.block_size != "auto":
             for group in self.param_groups:
                 group.pop("block_size", None)  # was chosen; this time it was given
+        if self._options.refresh is None:
+            self._set_due(None)  # was the word of a rule; this time there is none
+        self._note_format()
+        self._saved_with = other_shapes(saved, self.param_groups[0]["format"])
         if self.block_size != before:
             self.block_size_report = None
             self._forget()
@@ -446,6 +464,11 @@ class Thor(torch.optim.Optimizer):
         unknown = self._collector.coverage is None  # the layers have to be found before the next step
         self._collector.wanted = unknown or self._scheduled(step)
         self._collector.clear()
+
+    def _note_format(self) -> None:
+        """Let every group say what its state is."""
+        for group in self.param_groups:
+            group["format"] = format_of(self._options, self.block_size)
 
     def _scheduled(self, step: int) -> bool:
         """Whether factors are due in a step."""
@@ -469,6 +492,7 @@ class Thor(torch.optim.Optimizer):
                 entry.pop("inverses", None)
         for group in self.param_groups:
             group["block_size"] = self.block_size_report.chosen
+        self._note_format()
         self._forget()
 
     def _factors_due(self, step: int, moments: Mapping[str, Moments], lost: bool) -> bool:
@@ -478,7 +502,7 @@ class Thor(torch.optim.Optimizer):
         self._overdue = missing and not none_at_all
         if missing and not self._warned and not lost:
             self._warned = True
-            warnings.warn(NO_LAYERS if none_at_all else NO_FACTORS, stacklevel=3)
+            warn(NO_LAYERS if none_at_all else NO_FACTORS)
         return due
 
     def _tell_unseen(self, moments: Mapping[str, Moments], gradients: Mapping[str, Tensor]) -> None:
@@ -625,7 +649,7 @@ class Thor(torch.optim.Optimizer):
         if self._owners is not None:
             saved |= moved(self._owners.parts, saved)
         for name, entry in views(self._inner, self._found, self._params, self._labels, self._held()).items():
-            restore(entry, saved[name], name)
+            restore(entry, saved[name], name, self._saved_with)
             self.state[self._params[name]] = entry
         marks = METHODS[self._options.inverse].marks
         self._known.ready = layers_with_inverses(self.state.values(), marks) if continues else set()

@@ -6,7 +6,6 @@ callable ``step -> value``. They are looked up on the host, so nothing recompile
 
 import math
 import numbers
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .arguments import shown
+from .warn import warn
 
 Value = float | Tensor | Callable[[int], float | Tensor]
 
@@ -53,7 +53,7 @@ class Schedule:
                 f"{name} must be a number, a 0-D or 1-D tensor, or a callable step -> value, "
                 f"got {type(value).__name__}: {value!r}"
             )
-        self.constant = self._function is None and (not isinstance(value, Tensor) or value.dim() == 0)
+        self.constant: bool = self._function is None and (not isinstance(value, Tensor) or value.dim() == 0)
 
     def __call__(self, step: int) -> float:
         """The value in step ``step``; a table that has run out keeps its last value, and says so once."""
@@ -61,10 +61,9 @@ class Schedule:
             return self._checked(self._number(self._function(step)))
         if step >= len(self._table) and not (self.constant or self._ran_out):
             self._ran_out = True
-            warnings.warn(
+            warn(
                 f"the {self.name} table has {len(self._table)} values and step {step} is past its end: "
-                f"its last value, {self._table[-1]:g}, is used from here on",
-                stacklevel=2,
+                f"its last value, {self._table[-1]:g}, is used from here on"
             )
         return self._table[min(step, len(self._table) - 1)]
 

@@ -33,6 +33,8 @@ from .passes import canonicalize, pipeline
 from .passes.outputs import Statistic
 from .passes.pipeline import Pass
 from .recompute import recompute
+from .state_form import Form
+from .state_versions import STEP, VERSION, migrated
 from .trace_log import tracer
 from .transform import Params, State, Taken, Transform
 from .uncompiled import OnCompileError
@@ -51,6 +53,7 @@ class StepState(NamedTuple):
         due: the next factor step, where a refresh rule has set it; None: as ``frequency`` says.
         damping: of the next step, where it adapts itself (:class:`thor_fx.LevenbergMarquardt`).
         block_size: what ``block_size="auto"`` has become; None where it was given, or nothing can be cut.
+        version: of what it holds, for states that were saved: :mod:`thor_fx.state_versions`.
     """
 
     step: int
@@ -60,6 +63,7 @@ class StepState(NamedTuple):
     due: int | None = None
     damping: float | None = None
     block_size: int | None = None
+    version: int = 0  # that of a saved state which has none
 
 
 class StepOutput(NamedTuple):
@@ -238,7 +242,7 @@ class CompiledStep:
         self._params: Params = {}
         self._call: _Call | None = None
         self._flat: tuple[State, list[Tensor]] = (None, [])
-        self._shapes: list[torch.Size] | None = None  # unknown before init
+        self._form: Form | None = None  # of its state; unknown before the first graph
         self._ahead = Ahead()
 
     def init(self, params: Params, *batch: Any, buffers: Any = None) -> StepState:
@@ -269,7 +273,7 @@ class CompiledStep:
         inner = self._first_state(params, self.coverage)
         check_ranks(self._tx, _trained(params, self.coverage), self.coverage)
         damping = None if self._tx.adaptive is None else self._tx.adaptive.initial
-        return StepState(0, inner, buffers, damping=damping, block_size=chosen)
+        return StepState(0, inner, buffers, damping=damping, block_size=chosen, version=VERSION)
 
     def __call__(self, params: Params, state: StepState, *batch: Any) -> tuple[Params, StepState, StepOutput]:
         """Take one step.
@@ -279,11 +283,14 @@ class CompiledStep:
 
         Raises:
             TypeError: ``state`` does not come from ``init``.
-            ValueError: ``state`` comes from the ``init`` of another step.
+            ValueError: ``state`` comes from the ``init`` of another step, or of a later thor_fx.
             RuntimeError: ``params`` are not those that ``init`` was called with.
         """
         if not isinstance(state, StepState):
             raise TypeError(f"state must come from step.init(params, *batch), got {type(state).__name__}")
+        if state.version != VERSION:
+            state = migrated(state, state.version, STEP, "state")._replace(version=VERSION)
+        self._check_rules(state)
         if self._auto is not None and state.block_size != self.block_size:
             self._resolve(state.block_size, params)
         if not self._donate:
@@ -361,7 +368,7 @@ class CompiledStep:
 
     def _first_state(self, params: Params, found: Coverage) -> State:
         inner = self._tx.init(_trained(params, found), found)
-        self._shapes = [leaf.shape for leaf in pytree.tree_leaves(inner)]
+        self._form = Form.of(inner)
         return inner
 
     def _run(
@@ -377,13 +384,17 @@ class CompiledStep:
     def _leaves(self, inner: State) -> list[Tensor]:
         """The tensors of the state; donated state is the same object in every step."""
         if self._flat[0] is not inner:
-            leaves = pytree.tree_leaves(inner)
-            if self._shapes not in (None, [leaf.shape for leaf in leaves]):
-                raise ValueError(
-                    "state does not belong to this step: take it from this step.init(params, *batch)"
-                )
-            self._flat = (inner, leaves)
+            self._flat = inner, pytree.tree_leaves(inner) if self._form is None else self._form.leaves(inner)
         return self._flat[1]
+
+    def _check_rules(self, state: StepState) -> None:
+        """Refuse a state whose damping adapts itself where that of the step does not, and the reverse."""
+        if (state.damping is None) != (self._tx.adaptive is None):
+            raise ValueError(
+                f"state does not belong to this step: its damping is {state.damping}, and this step has "
+                f"{'no' if self._tx.adaptive is None else 'a'} damping=LevenbergMarquardt(...): use the "
+                "damping= that it was saved with, or take another state from this step.init(params, *batch)"
+            )
 
     def _compile(self, captured: Captured) -> Runner:
         """Called by Dynamo when no guard fits: all kinds of step, from one trace."""
@@ -393,6 +404,9 @@ class CompiledStep:
         if self._strict:
             found.check({name: p.dim() for name, p in self._params.items()})
         self._accept(found)
+        if self._form is None and self._call is not None:  # the state was saved: there was no init
+            self._form = Form.of(self._tx.init(_shapes_of(_trained(self._params, found)), found))
+            self._form.leaves(self._flat[0])
         runs = {kind: self._compile_kind(graph, captured, kind) for kind in kinds(self._tx)}
         again = None if self._tx.adaptive is None else self._compile_loss(graph)
 
@@ -450,6 +464,11 @@ def _copies(params: Params, state: StepState) -> tuple[Params, StepState, Mappin
     copied = {name: copy(p) if trainable(p) else p for name, p in params.items()}
     inner, buffers = pytree.tree_map_only(Tensor, copy, (state.inner, state.buffers))
     return copied, state._replace(inner=inner, buffers=buffers), known
+
+
+def _shapes_of(params: Params) -> dict[str, Tensor]:
+    """Tensors without memory in place of the parameters."""
+    return {name: torch.empty_like(p, device="meta") for name, p in params.items()}
 
 
 def _trained(params: Params, found: Coverage) -> dict[str, Tensor]:

@@ -1,12 +1,12 @@
 """Models inside of DistributedDataParallel, and models whose parameters are dealt out over ranks."""
 
-import warnings
 from typing import Any
 
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ..warn import warn
 from .collectives import World, world_of
 from .dtensors import is_part
 
@@ -48,7 +48,7 @@ def world_of_model(model: nn.Module, process_group: Any) -> World | None:
     if process_group is None and is_dealt_out(model):
         process_group = dist.group.WORLD
     if process_group is None and _has_others():
-        warnings.warn(NOT_AVERAGED, stacklevel=4)
+        warn(NOT_AVERAGED)
     return world_of(process_group)
 
 
