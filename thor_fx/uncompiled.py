@@ -1,8 +1,9 @@
 """``on_compile_error``: what becomes of a graph that the compiler cannot compile."""
 
-import warnings
 from collections.abc import Callable
 from typing import Literal, TypeVar
+
+from .warn import warn
 
 OnCompileError = Literal["raise", "eager"]
 
@@ -23,10 +24,9 @@ def compiled_or(
         if on_error == "raise":
             raise
         reason = str(error).strip().partition("\n")[0]
-        warnings.warn(
+        warn(
             f"a graph could not be compiled and runs uncompiled, which is slower, because "
             f"on_compile_error='eager': {type(error).__name__}: {reason}",
             RuntimeWarning,
-            stacklevel=2,
         )
         return interpreted()
