@@ -119,6 +119,11 @@ class _Shelved(Wrapped):
         """Yes."""
         return True
 
+    @property
+    def row_axes(self) -> tuple[int | None, ...]:
+        """None: the first axis is that of members, not of rows."""
+        return ()
+
 
 @dataclass(frozen=True)
 class OwnEntries(_Shelved):
