@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from .passes.layout import Layout, Rules, Use, arrange, layer_of, transposed
 from .passes.reindex import Path, Permute
 from .passes.sides import Side, join
-from .passes.sites import UNUSED, SiteReport
+from .passes.sites import UNUSED, VECTORS, SiteReport
 from .passes.survey import FILTERED
 
 
@@ -181,7 +181,8 @@ class Coverage:
         Raises:
             CoverageError: naming every such weight, and why.
         """
-        missing = {n: why for n, why in self.fallback.items() if dims[n] >= 2 and why != FILTERED}
+        weights = {n: why for n, why in self.fallback.items() if dims[n] >= 2}
+        missing = {n: why for n, why in weights.items() if why != FILTERED and not why.startswith(VECTORS)}
         if missing:
             reasons = "\n".join(f"  {name}: {why}" for name, why in missing.items())
             raise CoverageError(
