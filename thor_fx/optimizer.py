@@ -21,13 +21,17 @@ from .collector import Collector
 from .compile import collector_of
 from .compiled_update import CompiledUpdate, Given
 from .distributed.agreement import agreed, check_ranks
-from .distributed.distribute import distribute, for_one_rank, shared_work
+from .distributed.averaging import Averaging
+from .distributed.beside import Beside, Lane, lane
+from .distributed.collectives import World
+from .distributed.distribute import distribute, factor_readers, for_one_rank, shared_work
 from .distributed.dtensors import here, here_as
 from .distributed.faults import waiting_for_others
 from .distributed.owned import by_owners, check_owned, moved
 from .distributed.ownership import Ownership, ownership
+from .distributed.sending import Sending
 from .distributed.work import WorkSharing, everything
-from .distributed.wrappers import averages_gradients, is_dealt_out, unwrapped, world_of_model
+from .distributed.wrappers import averager, averages_gradients, is_dealt_out, unwrapped, world_of_model
 from .factors import Moments
 from .group_members import check_centralization, members, named, with_rest
 from .hyper import HyperTensors
@@ -192,6 +196,8 @@ class Thor(torch.optim.Optimizer):
         self._collector: Collector = collector_of(model)
         self._world = world_of_model(model, process_group)
         self._averages_gradients = not averages_gradients(model)
+        self._averager = averager(model, self._world)
+        self._lane: Lane | None = None
         self._model = model = unwrapped(model)
         self._scaler = loss_scale if isinstance(loss_scale, Scaler) else None
         constant = 1.0 if isinstance(loss_scale, Scaler) else loss_scale
@@ -252,6 +258,7 @@ class Thor(torch.optim.Optimizer):
         self._collector.use(self._options.rules)
         self._collector.wanted = True
         self._collector.clear()
+        self._collector.send_beside(None)
 
     # --- groups ------------------------------------------------------------------------------------
 
@@ -311,7 +318,8 @@ class Thor(torch.optim.Optimizer):
             raise RuntimeError(NEEDS_CLOSURE)
         if all(p.grad is None for group in self.param_groups for p in group["params"]):
             return loss
-        sent = self._collector.has_sent
+        sent, beside = self._collector.has_sent, self._collector.beside
+        arrived = self._collector.arrived()
         moments, terms = self._collector.take()
         lost = sent and self._built_for != self._collector.version
         if lost:
@@ -319,8 +327,9 @@ class Thor(torch.optim.Optimizer):
         if self.block_size == "auto" and moments:
             self._choose_block_size(moments, terms)
         self._build()
-        if self._owners is not None and moments and not sent:
-            moments = self._owners.at_owners(moments)
+        if self._sending is not None and moments and not sent:
+            lost = beside is not None and bool(arrived) and beside.readers != self._sending.readers
+            moments = {} if lost else self._sending.of_all_ranks(moments, arrived)
         step: int = self.param_groups[0]["step"]
         gradients = {n: here_as(p.grad, p) for n, p in self._params.items() if p.grad is not None}
         unready = self._known.standing(self._found.layers, gradients)
@@ -506,6 +515,7 @@ class Thor(torch.optim.Optimizer):
         self._labels: dict[str, str] = {}  # the group of every parameter
         self._inner: Any = None
         self._owners: Ownership | None = None
+        self._sending: Sending | None = None
         self._collector.send = None
         self._ahead = Ahead()
 
@@ -538,11 +548,31 @@ class Thor(torch.optim.Optimizer):
         how = (*self._backends, mode, options, self._collector.disabled)
         self._update = CompiledUpdate(self._tx, self._found, params, *how)
         self._start()
-        if self._owners is not None and self.block_size != "auto":
-            self._collector.send = self._owners.send
         if not self._compared:
             check_ranks(self._tx, self._params, self._found)
+            if self._world is not None and self._averager is not None:
+                self._lane = lane(self._world, self._averager, self._collector.places)
             self._compared = True
+        self._send()
+
+    def _send(self) -> None:
+        """Let factors leave in backward, to all ranks or to owners, once the block size is known."""
+        known, beside = self.block_size != "auto", None
+        if self._owners is not None:
+            self._sending = self._owners.sending
+            self._collector.send = self._sending.send if known else None
+        elif self._lane is not None:
+            self._sending = self._to_all_ranks(self._lane.world)
+            collector, layers = self._collector, self._found.layers
+            slots = {d: slot for d, slot in collector.slots.items() if layer_of(d.layer) in layers}
+            beside = Beside(self._lane, self._sending, slots, lambda: collector.wanted) if known else None
+        self._collector.send_beside(beside)
+
+    def _to_all_ranks(self, world: World) -> Sending:
+        block_size = None if self.block_size == "auto" else self.block_size
+        readers = factor_readers(replace(self._options, block_size=block_size), self._groups(), world)
+        averaging = Averaging(world, self._options.split_indices, self._options.reduce_dtype, readers=readers)
+        return Sending(averaging, self._found, self._params)
 
     def _transform(self) -> Transform:
         block_size = None if self.block_size == "auto" else self.block_size
@@ -555,7 +585,9 @@ class Thor(torch.optim.Optimizer):
             tx = skip_nonfinite(thor_chain(settings, groups, self._world))
         else:
             tx = skip_nonfinite(by_owners(thor_chain(settings, groups), parts), self._world)
-        ranks: dict[str, Any] = {"gradients": self._averages_gradients, "copies": copies, "parts": parts}
+        arrived = parts is not None or self._averager is not None
+        ranks: dict[str, Any] = {"gradients": self._averages_gradients, "copies": copies}
+        ranks |= {"parts": parts, "arrived": arrived}
         tx = unscale(distribute(tx, self._options, groups, self._world, **ranks))  # a rank has its own scaler
         return tx if tx.resolve is None else tx.resolve(block_size)
 
