@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import thor_fx
+from thor_fx.compile import collector_of
 from thor_fx.distributed.collectives import world_of
 from thor_fx.distributed.distribute import distribute
 from thor_fx.distributed.factor_sums import Bucket, FactorSums
@@ -76,6 +77,14 @@ class Encoder(nn.Module):
         return self.head(self.layer(h).mean(1))
 
 
+def wide() -> nn.Module:
+    """More than one of the buckets in which DDP sends gradients."""
+    return nn.Sequential(
+        nn.Linear(IN, 300), nn.Tanh(), nn.Linear(300, 300), nn.Tanh(), nn.Linear(300, 300), nn.Tanh(),
+        nn.Linear(300, CLASSES),
+    )  # fmt: skip
+
+
 class Broken(nn.Module):
     """Three graphs; or, the other way, two, of other functions of the same weights."""
 
@@ -98,7 +107,7 @@ class Broken(nn.Module):
         return self.head(h)
 
 
-MODELS = {**MODELS, "cnn": cnn, "encoder": Encoder, "broken": Broken}
+MODELS = {**MODELS, "cnn": cnn, "encoder": Encoder, "broken": Broken, "wide": wide}
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "defaults": {},
@@ -237,10 +246,18 @@ def beside() -> tuple[list[Parameters], list[list[str]]]:
     return trajectory, events
 
 
+def cut() -> tuple[list[Parameters], int]:
+    """A model that Dynamo cuts where DDP's buckets end, and its graphs."""
+    model = wrapped("wide", bucket_cap_mb=1)
+    data = [shard(batch) for batch in batches(STEPS, ROWS)]
+    trajectory = train_by_closures(model, thor_fx.Thor(model, **SETTINGS), data)
+    return trajectory, len(collector_of(model).graphs)
+
+
 def branches() -> list[Parameters]:
     """From the third step on the last rank runs graphs that no other rank has, and compiles alone."""
     model, last = wrapped("broken"), world()[0] == world()[1] - 1
-    optimizer, trajectory = thor_fx.Thor(model, **EVERY_STEP), []
+    optimizer, trajectory = thor_fx.Thor(model, **EVERY_STEP, work_sharing="inverse"), []
     for step, (x, y) in enumerate(map(shard, batches(STEPS, ROWS))):
         F.cross_entropy(model(x, other_way=last and step in OTHER_WAY), y).backward()
         take_step(model, optimizer, trajectory)
@@ -414,6 +431,7 @@ RUNS: dict[str, Callable[[], Any]] = {
     "unweighted": lambda: unequal(F.cross_entropy),
     "accumulated": accumulated,
     "beside": beside,
+    "cut": cut,
     "branches": branches,
     "passes": passes,
     "late layer": late_layer,

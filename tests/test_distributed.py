@@ -161,6 +161,12 @@ def gradients(events: list[str]) -> list[str]:
     return [event for event in events if event.startswith("made")]
 
 
+def test_a_model_that_is_cut_at_the_buckets_of_ddp_is_one_process(two):
+    trajectories, graphs = zip(*two["cut"], strict=True)
+    assert min(graphs) > 1
+    assert_same(all_equal(list(trajectories)), in_one_process("wide"), rtol=1e-9)
+
+
 def test_ranks_may_run_other_graphs(two):
     """In one process: two runs of one loss, which has the terms of both."""
     model = compiled(MODELS["broken"])

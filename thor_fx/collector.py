@@ -154,7 +154,7 @@ class Collector:
         wanted: whether the next forward pass in training mode is to collect factors.
         graphs: every graph compiled so far.
         coverage: the coverage of all graphs together; None before the first.
-        version: changes with the coverage.
+        version: changes with what the coverage says of parameters.
         rules: which factors to collect.
         generation: how often those have changed.
         mode: what the model is compiled with, as in ``torch.compile``; the update is, too.
@@ -216,7 +216,8 @@ class Collector:
         self.graphs.append(graph)
         self._overlapping |= _overlapping(merged, graph.params)
         merged = _without(merged, self._overlapping)
-        if merged != self.coverage:
+        known = self.coverage
+        if known is None or replace(merged, terms=known.terms) != known:  # runs say where terms are read
             self.version += 1
             self.send = None  # who gets the factors of new layers is not known yet
         self.coverage = merged

@@ -21,10 +21,8 @@ from .collector import Collector
 from .compile import collector_of
 from .compiled_update import CompiledUpdate, Given
 from .distributed.agreement import agreed, check_ranks
-from .distributed.averaging import Averaging
 from .distributed.beside import Beside, Lane, lane
-from .distributed.collectives import World
-from .distributed.distribute import distribute, factor_readers, for_one_rank, shared_work
+from .distributed.distribute import distribute, for_one_rank, shared_work
 from .distributed.dtensors import here, here_as
 from .distributed.faults import waiting_for_others
 from .distributed.owned import by_owners, check_owned, moved
@@ -562,23 +560,19 @@ class Thor(torch.optim.Optimizer):
             self._sending = self._owners.sending
             self._collector.send = self._sending.send if known else None
         elif self._lane is not None:
-            self._sending = self._to_all_ranks(self._lane.world)
-            collector, layers = self._collector, self._found.layers
-            slots = {d: slot for d, slot in collector.slots.items() if layer_of(d.layer) in layers}
+            made_for = self._resolved(), self._groups(), self._found, self._params
+            self._sending, collector = self._lane.sending(*made_for), self._collector
+            slots = collector.slots
             beside = Beside(self._lane, self._sending, slots, lambda: collector.wanted) if known else None
         self._collector.send_beside(beside)
 
-    def _to_all_ranks(self, world: World) -> Sending:
-        block_size = None if self.block_size == "auto" else self.block_size
-        readers = factor_readers(replace(self._options, block_size=block_size), self._groups(), world)
-        averaging = Averaging(world, self._options.split_indices, self._options.reduce_dtype, readers=readers)
-        return Sending(averaging, self._found, self._params)
+    def _resolved(self) -> Options:
+        """The options with a block size; that of whole factors as long as none has been chosen."""
+        return replace(self._options, block_size=None if self.block_size == "auto" else self.block_size)
 
     def _transform(self) -> Transform:
-        block_size = None if self.block_size == "auto" else self.block_size
-        copies, groups = self._collector.copies, self._groups()
+        copies, groups, known = self._collector.copies, self._groups(), self._resolved()
         settings = for_one_rank(self._options, self._world, copies)
-        known = replace(self._options, block_size=block_size)
         self._owners = ownership(self._world, known, self._params, self._found)
         parts = None if self._owners is None else self._owners.parts
         if parts is None:
@@ -589,7 +583,8 @@ class Thor(torch.optim.Optimizer):
         ranks: dict[str, Any] = {"gradients": self._averages_gradients, "copies": copies}
         ranks |= {"parts": parts, "arrived": arrived}
         tx = unscale(distribute(tx, self._options, groups, self._world, **ranks))  # a rank has its own scaler
-        return tx if tx.resolve is None else tx.resolve(block_size)
+        assert known.block_size != "auto", "it is resolved"
+        return tx if tx.resolve is None else tx.resolve(known.block_size)
 
     def _held(self) -> Callable[[Coverage, Mapping[str, Tensor]], Coverage]:
         """Of a coverage, what this rank has inverses of."""

@@ -26,9 +26,14 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
 from ..layers import Coverage
+from ..options import Options
+from ..parameter_groups import ParameterGroups
 from ..passes.outputs import Factor
+from ..transform import Params
 from .agreement import agreed
+from .averaging import Averaging
 from .collectives import World, own_group
+from .distribute import factor_readers
 from .factor_sums import Bucket
 from .sending import Sending
 
@@ -58,6 +63,19 @@ class Lane:
     def averages(self) -> bool:
         """Whether DDP averages the gradients of the pass that is running: as its last forward has set it."""
         return bool(self.wrapper.require_forward_param_sync)
+
+    def sending(self, options: Options, groups: ParameterGroups, found: Coverage, params: Params) -> Sending:
+        """How factors of these layers travel.
+
+        Args:
+            options: of the optimizer, with a block size that is a number or None.
+            groups: of the parameters.
+            found: the layers.
+            params: by name.
+        """
+        readers = factor_readers(options, groups, self.world)
+        averaging = Averaging(self.world, options.split_indices, options.reduce_dtype, readers=readers)
+        return Sending(averaging, found, params)
 
     def plan(self, sending: Sending, slots: Mapping[Factor, Tensor]) -> list[Bucket]:
         """The buckets of a round: no two graphs share one, unless ``split_indices`` says so."""
@@ -109,9 +127,9 @@ class Beside:
         """Listen to backward."""
         self._plan = self.lane.plan(self.sending, self.slots)
         me = weakref.ref(self)  # what a parameter holds lives as long as the parameter
-        counted = self.lane.counted.register_post_accumulate_grad_hook(partial(_passed, me))
-        made = [s.register_post_accumulate_grad_hook(partial(_made, me, d)) for d, s in self.slots.items()]
-        self._hooks = [counted, *made]
+        hooks = {self.slots[d]: partial(_made, me, d) for bucket in self._plan for d in bucket}
+        hooks[self.lane.counted] = partial(_passed, me)
+        self._hooks = [leaf.register_post_accumulate_grad_hook(hook) for leaf, hook in hooks.items()]
 
     @property
     def readers(self) -> Mapping[str, int]:
