@@ -219,7 +219,7 @@ class Coverage:
             layers[name] = layers[name].merge(layer) if name in layers else layer
         norms = tuple(dict.fromkeys((*self.norms, *other.norms)))
         covered = {*norms, *(name for layer in layers.values() for name in layer.params)}
-        first = self.fallback | {n: why for n, why in other.fallback.items() if n not in self.fallback}
+        first = {**self.fallback, **{n: why for n, why in other.fallback.items() if n not in self.fallback}}
         fallback = {n: why for n, why in first.items() if n not in covered}
         used = covered | set(fallback)
         unused = tuple(n for n in dict.fromkeys((*self.unused, *other.unused)) if n not in used)
