@@ -388,6 +388,11 @@ def make_slot(shape: Sequence[int], like: Tensor) -> Tensor:
     return torch.zeros((), dtype=dtype, device=like.device).expand(tuple(shape)).requires_grad_()
 
 
+def is_fake(value: Any) -> bool:
+    """Whether a value stands for a tensor while something is compiled."""
+    return isinstance(value, FakeTensor)
+
+
 def new_leaf(slot: Tensor) -> Tensor:
     """A leaf of its own that shares the memory of a slot."""
     return slot.detach().requires_grad_()

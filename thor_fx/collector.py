@@ -9,16 +9,21 @@ counts: it is nearest to the loss.
 
 That is so for the empirical Fisher, whose cotangents say how the loss combines the runs. The other
 estimators make terms of equal weight in every run: all of them count.
+
+NOTE: [One slot] Graphs that make one factor (a weight that is used in two of them, a batch of another shape)
+share its slot. Autograd adds up all that a pass delivers to a leaf before it calls the hooks of that leaf:
+then the factor is that of the pass.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
 from .capture import current_backward, new_leaf
+from .distributed.dtensors import is_part
 from .factors import Moments, flat_moments, moments_of
 from .layers import Coverage, Layer, turned_name
 from .passes.layout import Rules, layer_of
@@ -33,13 +38,27 @@ Awaited = Callable[[], Mapping[Factor, Tensor]]
 Send = Callable[[Mapping[Factor, Tensor]], Awaited]
 
 
+class Beside(Protocol):
+    """What takes factors from slots and sends them: :class:`thor_fx.distributed.beside.Beside`."""
+
+    @property
+    def readers(self) -> Mapping[str, int]:
+        """By layer, the rank that alone reads its factors."""
+
+    def settle(self) -> dict[Factor, Tensor]:
+        """Wait for what was sent since the last call."""
+
+    def close(self) -> None:
+        """Take no more."""
+
+
 @dataclass(eq=False)
 class SlottedGraph:
     """A compiled graph whose backward fills slots.
 
     Attributes:
         coverage: the parameters it uses.
-        slots: leaves whose ``grad`` is what the descriptor says.
+        slots: leaves whose ``grad`` is what the descriptor says; see NOTE: [One slot].
         params: the parameters that its factors belong to, by name.
         sent: what has left the slots and comes back as factors of all ranks, one entry for every pass.
     """
@@ -70,6 +89,15 @@ class SlottedGraph:
         slots = ((slot, new.slots.get(d, slot)) for d, slot in self.slots.items())
         return bool(alike) or any((s.dtype, s.device) != (n.dtype, n.device) for s, n in slots)
 
+    def sharing(self, known: Mapping[Factor, Tensor]) -> "SlottedGraph":
+        """The same graph; its factors go to the slots that others have for them, as far as there are some."""
+        slots = dict(self.slots)
+        for factor, slot in self.factors().items():
+            other = known.get(factor)
+            if other is not None and _alike(other, slot):
+                slots[factor] = other
+        return replace(self, slots=slots)
+
     def turned(self, known: Mapping[str, Layer]) -> "SlottedGraph":
         """The same graph; what it calls the matrix of a layer is the transpose where others say so."""
         layers = dict(self.coverage.layers)
@@ -80,6 +108,10 @@ class SlottedGraph:
         other_way = {name for name, layer in layers.items() if layer.path != self.coverage.layers[name].path}
         slots = {_turned(d, other_way): slot for d, slot in self.slots.items()}
         return SlottedGraph(replace(self.coverage, layers=layers), slots, self.params)
+
+
+def _alike(one: Tensor, other: Tensor) -> bool:
+    return (one.shape, one.dtype, one.device) == (other.shape, other.dtype, other.device)
 
 
 def _is_transpose(layer: Layer, other: Layer, shape: tuple[int, ...]) -> bool:
@@ -119,6 +151,24 @@ class LossTerms:
         return sum(values[1:], start=values[0]) if values else None
 
 
+class Collected(NamedTuple):
+    """What there is for a step.
+
+    Attributes:
+        moments: of this rank, by layer.
+        terms: the number of loss terms, 0-D; None: nothing was collected.
+        sent: whether factors have left for their owners before.
+        beside: who sends factors beside backward.
+        arrived: those of all ranks that were sent so.
+    """
+
+    moments: Mapping[str, Moments]
+    terms: Tensor | None
+    sent: bool
+    beside: Beside | None
+    arrived: Mapping[Factor, Tensor]
+
+
 @dataclass
 class Collector:
     """Where the factors of a model arrive.
@@ -129,7 +179,7 @@ class Collector:
         wanted: whether the next forward pass in training mode is to collect factors.
         graphs: every graph compiled so far.
         coverage: the coverage of all graphs together; None before the first.
-        version: changes with the coverage.
+        version: changes with what the coverage says of parameters.
         rules: which factors to collect.
         generation: how often those have changed.
         mode: what the model is compiled with, as in ``torch.compile``; the update is, too.
@@ -143,6 +193,7 @@ class Collector:
         reader: who takes the factors; a later one takes them from an earlier one.
         send: starts to send the factors of a graph once backward has made them, and returns what waits for
             those to keep in their place. None: all are kept.
+        beside: sends factors of all graphs beside backward, to all ranks. None: nobody does.
     """
 
     backend: str
@@ -162,6 +213,7 @@ class Collector:
     on_compile_error: OnCompileError = "raise"
     reader: object = None
     send: Send | None = None
+    beside: Beside | None = None
     has_sent: bool = False
 
     _terms: LossTerms = field(default_factory=LossTerms)
@@ -175,6 +227,7 @@ class Collector:
         rules = replace(rules, disabled=self.disabled)
         if rules != self.rules:
             self.clear()
+            self.send_beside(None)
             self.rules, self.graphs, self.coverage = rules, [], None
             self._terms = LossTerms(all_runs=rules.fisher != "empirical")
             self._overlapping.clear()
@@ -191,10 +244,13 @@ class Collector:
             graph = graph.turned(self.coverage.layers)
             self._overlapping |= _unlike(self.coverage.layers, graph.coverage.layers)
             merged = self.coverage.merge(graph.coverage)
+        if not any(map(is_part, graph.params.values())):  # else a graph is sent as a whole
+            graph = graph.sharing(self.slots)
         self.graphs.append(graph)
         self._overlapping |= _overlapping(merged, graph.params)
         merged = _without(merged, self._overlapping)
-        if merged != self.coverage:
+        known = self.coverage
+        if known is None or replace(merged, terms=known.terms) != known:  # runs say where terms are read
             self.version += 1
             self.send = None  # who gets the factors of new layers is not known yet
         self.coverage = merged
@@ -216,11 +272,34 @@ class Collector:
 
     def clear(self) -> None:
         """Forget what has been collected."""
+        self.arrived()
         if self._filled:
             self.take()
 
+    @property
+    def slots(self) -> dict[Factor, Tensor]:
+        """Where factors are delivered."""
+        found: dict[Factor, Tensor] = {}
+        for graph in reversed(self.graphs):  # where the first graph delivers them, if others do it elsewhere
+            found |= graph.factors()
+        return found
+
+    def places(self) -> dict[str, int]:
+        """By layer, the place of the first graph that uses it."""
+        return {name: i for i, graph in reversed([*enumerate(self.graphs)]) for name in graph.coverage.layers}
+
+    def send_beside(self, beside: Beside | None) -> None:
+        """Let another one send factors beside backward, or nobody."""
+        if self.beside is not None:
+            self.beside.close()
+        self.beside = beside
+
+    def arrived(self) -> dict[Factor, Tensor]:
+        """The factors of all ranks that were sent beside backward since the last call."""
+        return {} if self.beside is None else self.beside.settle()
+
     def take(self) -> tuple[dict[str, Moments], Tensor | None]:
-        """The moments by layer and the number of loss terms, since the last call."""
+        """The moments by layer and the number of loss terms, since the last call; of this rank."""
         if not self._filled:
             return {}, None
         self._filled = self.has_sent = False
@@ -231,11 +310,16 @@ class Collector:
         new, self._returned = self._terms.take(), ({}, None)
         return moments_of(sums), new if terms is None else terms + (0 if new is None else new)
 
-    def put_back(self, moments: Mapping[str, Moments], terms: Tensor | None) -> None:
-        """What :meth:`take` gave and nobody could use; the next call gives it again."""
-        if moments:
+    def collected(self) -> Collected:
+        """All that there is for a step."""
+        sent, beside, arrived = self.has_sent, self.beside, self.arrived()
+        return Collected(*self.take(), sent, beside, arrived)
+
+    def put_back(self, found: Collected) -> None:
+        """What a step that ended early could not use is for the next one, if nothing of it was sent."""
+        if found.moments and not found.sent and not found.arrived:
             self._filled = True
-            self._returned = flat_moments(moments), terms
+            self._returned = flat_moments(found.moments), found.terms
 
     def statistics(self) -> dict[tuple[str, str], Tensor]:
         """What the user's passes have measured and no step has used, summed over passes and graphs."""

@@ -23,6 +23,7 @@ from .capture import (
     describe_forward_inputs,
     examples_of,
     export_joint,
+    is_fake,
     make_slot,
     own_code,
     patient,
@@ -282,10 +283,12 @@ class _Instances:
         self._build = build
         self._known: dict[tuple[int, ...], tuple[Runner, list[Tensor]]] = {}
         places, first = build(examples)
-        self._places = places
+        self._places, self._first = places, first
         self._remember(examples, first)
 
     def __call__(self, *args: Any) -> Any:
+        if any(map(is_fake, args)):  # Dynamo cuts a graph at DDP's buckets, and asks for shapes
+            return self._first(*args)
         key = tuple(id(args[place]) for place in self._places)
         if key not in self._known:
             self._remember(args, self._build(args)[1])

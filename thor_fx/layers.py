@@ -211,13 +211,17 @@ class Coverage:
         )
 
     def merge(self, other: "Coverage") -> "Coverage":
-        """The coverage of two graphs of one model; a weight with a site anywhere is preconditioned."""
+        """The coverage of two graphs of one model; a weight with a site anywhere is preconditioned.
+
+        Of two reasons for a fallback the first stays: graphs that differ in no more are no news to an update.
+        """
         layers = dict(self.layers)
         for name, layer in other.layers.items():
             layers[name] = layers[name].merge(layer) if name in layers else layer
         norms = tuple(dict.fromkeys((*self.norms, *other.norms)))
         covered = {*norms, *(name for layer in layers.values() for name in layer.params)}
-        fallback = {n: why for n, why in {**self.fallback, **other.fallback}.items() if n not in covered}
+        first = {**self.fallback, **{n: why for n, why in other.fallback.items() if n not in self.fallback}}
+        fallback = {n: why for n, why in first.items() if n not in covered}
         used = covered | set(fallback)
         unused = tuple(n for n in dict.fromkeys((*self.unused, *other.unused)) if n not in used)
         return Coverage(layers, norms, fallback, other.terms or self.terms, unused, self.frozen)

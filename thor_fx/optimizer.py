@@ -17,17 +17,19 @@ from .block_size import choose
 from .block_size_rule import BlockSizeReport
 from .blocks import BlockSize
 from .clips import Clip
-from .collector import Collector
+from .collector import Collected, Collector
 from .compile import collector_of
 from .compiled_update import CompiledUpdate, Given
 from .distributed.agreement import agreed, check_ranks
+from .distributed.beside import Beside, Lane, lane
 from .distributed.distribute import distribute, for_one_rank, shared_work
 from .distributed.dtensors import here, here_as
 from .distributed.faults import waiting_for_others
 from .distributed.owned import by_owners, check_owned, moved
 from .distributed.ownership import Ownership, ownership
+from .distributed.sending import Sending
 from .distributed.work import WorkSharing, everything
-from .distributed.wrappers import averages_gradients, is_dealt_out, unwrapped, world_of_model
+from .distributed.wrappers import averager, averages_gradients, is_dealt_out, unwrapped, world_of_model
 from .factors import Moments
 from .group_members import check_centralization, check_replaced, members, named, with_rest
 from .hyper import HyperTensors
@@ -205,6 +207,8 @@ class Thor(torch.optim.Optimizer):
         self._collector: Collector = collector_of(model)
         self._world = world_of_model(model, process_group)
         self._averages_gradients = not averages_gradients(model)
+        self._averager = averager(model, self._world)
+        self._lane: Lane | None = None
         self._model = model = unwrapped(model)
         self._scaler = loss_scale if isinstance(loss_scale, Scaler) else None
         constant = 1.0 if isinstance(loss_scale, Scaler) else loss_scale
@@ -268,6 +272,7 @@ class Thor(torch.optim.Optimizer):
         self._collector.use(self._options.rules)
         self._collector.wanted, self._collector.reader = True, self._reader
         self._collector.clear()
+        self._collector.send_beside(None)
 
     # --- groups ------------------------------------------------------------------------------------
 
@@ -332,25 +337,17 @@ class Thor(torch.optim.Optimizer):
         if all(p.grad is None for group in self.param_groups for p in group["params"]):
             check_replaced(self._model, self.param_groups)
             return loss
-        sent = self._collector.has_sent
-        moments, terms = self._collector.take()
+        collected = self._collector.collected()
         try:
-            self._advance(moments, terms, sent, closure, loss)
+            self._advance(collected, closure, loss)
         except BaseException:
-            if not sent:
-                self._collector.put_back(moments, terms)  # after Ctrl-C, say, the step can be tried again
+            self._collector.put_back(collected)  # after Ctrl-C, say, the step can be tried again
             raise
         return loss
 
-    def _advance(
-        self,
-        moments: Mapping[str, Moments],
-        terms: Tensor | None,
-        sent: bool,
-        closure: Callable[[], Any] | None,
-        loss: Any,
-    ) -> None:
-        """Take the step with what was collected for it, which may have been ``sent`` to its owners before."""
+    def _advance(self, collected: Collected, closure: Callable[[], Any] | None, loss: Any) -> None:
+        """Take the step with what was collected for it."""
+        moments, terms, sent, beside, arrived = collected
         adaptive = self._options.adaptive
         lost = sent and self._built_for != self._collector.version
         if lost:
@@ -358,8 +355,9 @@ class Thor(torch.optim.Optimizer):
         if self.block_size == "auto" and moments:
             self._choose_block_size(moments, terms)
         self._build()
-        if self._owners is not None and moments and not sent:
-            moments = self._owners.at_owners(moments)
+        if self._sending is not None and moments and not sent:
+            lost = beside is not None and bool(arrived) and beside.readers != self._sending.readers
+            moments = {} if lost else self._sending.of_all_ranks(moments, arrived)
         step: int = self.param_groups[0]["step"]
         gradients = {n: here_as(p.grad, p) for n, p in self._params.items() if p.grad is not None}
         unready = self._known.standing(self._found.layers, gradients)
@@ -567,6 +565,7 @@ class Thor(torch.optim.Optimizer):
         self._labels: dict[str, str] = {}  # the group of every parameter
         self._inner: Any = None
         self._owners: Ownership | None = None
+        self._sending: Sending | None = None
         self._collector.send = None
         self._ahead = Ahead()
 
@@ -602,11 +601,29 @@ class Thor(torch.optim.Optimizer):
         how = (*self._backends, mode, options, self._collector.disabled, self._collector.on_compile_error)
         self._update = CompiledUpdate(self._tx, self._found, params, *how)
         self._start()
-        if self._owners is not None and self.block_size != "auto":
-            self._collector.send = self._owners.send
         if not self._compared:
             check_ranks(self._tx, self._params, self._found)
+            if self._world is not None and self._averager is not None:
+                self._lane = lane(self._world, self._averager, self._collector.places)
             self._compared = True
+        self._send()
+
+    def _send(self) -> None:
+        """Let factors leave in backward, to all ranks or to owners, once the block size is known."""
+        known, beside = self.block_size != "auto", None
+        if self._owners is not None:
+            self._sending = self._owners.sending
+            self._collector.send = self._sending.send if known else None
+        elif self._lane is not None:
+            made_for = self._resolved(), self._groups(), self._found, self._params
+            self._sending, collector = self._lane.sending(*made_for), self._collector
+            slots = collector.slots
+            beside = Beside(self._lane, self._sending, slots, lambda: collector.wanted) if known else None
+        self._collector.send_beside(beside)
+
+    def _resolved(self) -> Options:
+        """The options with a block size; that of whole factors as long as none has been chosen."""
+        return replace(self._options, block_size=None if self.block_size == "auto" else self.block_size)
 
     def _moved(self) -> bool:
         """Whether the parameters have got another dtype or device since (``model.to``)."""
@@ -614,19 +631,20 @@ class Thor(torch.optim.Optimizer):
         return (some.dtype, some.device) != self._form
 
     def _transform(self) -> Transform:
-        block_size = None if self.block_size == "auto" else self.block_size
-        copies, groups = self._collector.copies, self._groups()
+        copies, groups, known = self._collector.copies, self._groups(), self._resolved()
         settings = for_one_rank(self._options, self._world, copies)
-        known = replace(self._options, block_size=block_size)
         self._owners = ownership(self._world, known, self._params, self._found)
         parts = None if self._owners is None else self._owners.parts
         if parts is None:
             tx = skip_nonfinite(thor_chain(settings, groups, self._world))
         else:
             tx = skip_nonfinite(by_owners(thor_chain(settings, groups), parts), self._world)
-        ranks: dict[str, Any] = {"gradients": self._averages_gradients, "copies": copies, "parts": parts}
+        arrived = parts is not None or self._averager is not None
+        ranks: dict[str, Any] = {"gradients": self._averages_gradients, "copies": copies}
+        ranks |= {"parts": parts, "arrived": arrived}
         tx = unscale(distribute(tx, self._options, groups, self._world, **ranks))  # a rank has its own scaler
-        return tx if tx.resolve is None else tx.resolve(block_size)
+        assert known.block_size != "auto", "it is resolved"
+        return tx if tx.resolve is None else tx.resolve(known.block_size)
 
     def _held(self) -> Callable[[Coverage, Mapping[str, Tensor]], Coverage]:
         """Of a coverage, what this rank has inverses of."""

@@ -31,6 +31,24 @@ def averages_gradients(model: Any) -> bool:
     return isinstance(model, DistributedDataParallel) or is_dealt_out(model)
 
 
+def averager(model: Any, world: World | None) -> DistributedDataParallel | None:
+    """The wrapper beside whose backward factors can travel: NOTE: [Rounds] in :mod:`.beside`.
+
+    None where it does not say in which passes it averages every gradient, once: with parameters that it
+    expects to be unused, or reentrant checkpoints (``static_graph``). And where backward runs on several
+    devices at a time, the ranks of the factors are others or in no order that a new group would have, or the
+    backend (MPI) makes no group without ranks outside of it.
+    """
+    if world is None or not isinstance(model, DistributedDataParallel):
+        return None
+    ranks = dist.get_process_group_ranks(world.process_group)
+    told = not (model.find_unused_parameters or model.static_graph)
+    alike = model.process_group == world.process_group and ranks == sorted(ranks)
+    one_device = len({p.device for p in model.parameters()}) == 1
+    has_groups = dist.get_backend(world.process_group) != dist.Backend.MPI
+    return model if told and alike and one_device and has_groups else None
+
+
 def world_of_model(model: nn.Module, process_group: Any) -> World | None:
     """The ranks that train a model together.
 
