@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, fx, nn
 
-from .arguments import check_type, checked_disabled
+from .arguments import check_dynamic, check_type, checked_disabled
 from .capture import (
     CompilationFailed,
     GraphBreak,
@@ -31,7 +31,7 @@ from .capture import (
 )
 from .collector import Collector, SlottedGraph
 from .distributed.wrappers import unwrapped
-from .inductor import JointPass, check_backend, compile_differentiable
+from .inductor import JointPass, check_backend, check_settings, compile_differentiable
 from .joint_graphs import describe_joint
 from .layers import Coverage, CoverageError, coverage
 from .logs import log_coverage
@@ -88,9 +88,10 @@ def compile(
         ``model`` itself; call it, not its ``forward``.
 
     Raises:
-        TypeError: ``model`` is no module, or has a parameter that is not floating-point; or a pass is not
-            callable.
-        ValueError: ``model`` has no trainable parameter, or a backend or an optimisation is unknown.
+        TypeError: ``model`` is no module, or has a parameter that is not floating-point; a pass is not
+            callable, or another argument has a wrong type; the message names it.
+        ValueError: ``model`` has no trainable parameter; a backend, a mode, a setting of Inductor or an
+            optimisation is unknown; or there are both ``mode`` and ``options``, which torch refuses.
 
     Example:
         >>> import torch, thor_fx
@@ -106,8 +107,12 @@ def compile(
     check_backend(backend)
     factors_by = backend if factor_backend is None else factor_backend
     check_backend(factors_by, "factor_backend")
-    check_params(dict(model.named_parameters()), parts=True)
+    check_params(dict(model.named_parameters()), name="model", parts=True)
+    check_settings(mode, options)
+    if backend == "inductor" and mode is not None and options is not None:
+        raise ValueError("torch.compile takes mode or options: options may hold what mode stands for")
     check_type("strict", strict, bool, "True or False")
+    check_dynamic(kwargs.get("dynamic"))
     own, disabled = checked_passes(passes), checked_disabled(disable_passes)
     inner = unwrapped(model)
     settings: dict[str, Any] = {"mode": mode, "options": options, "strict": strict}

@@ -248,7 +248,7 @@ class Thor(torch.optim.Optimizer):
         defaults: dict[str, Any] = {"lr": lr, "damping": damping, "momentum": momentum}
         defaults |= {"weight_decay": weight_decay, "fallback_lr": fallback_lr}
         defaults |= {"grad_centralization": False, "step": 0}
-        super().__init__(with_rest(model, list(params or [])), defaults)
+        super().__init__(with_rest(model, params), defaults)
         self._collector.use(self._options.rules)
         self._collector.wanted = True
         self._collector.clear()
@@ -501,6 +501,7 @@ class Thor(torch.optim.Optimizer):
 
     def _forget(self) -> None:
         self._built_for: int | None = None
+        self._built_as: list[tuple[torch.dtype, torch.device]] = []
         self._hyper = HyperTensors()
         self._params: dict[str, Tensor] = {}
         self._labels: dict[str, str] = {}  # the group of every parameter
@@ -517,9 +518,10 @@ class Thor(torch.optim.Optimizer):
                 "the model itself (not model.forward) in training mode, and then backward. If you did, "
                 "torch.compile captures nothing of this model: see TORCH_LOGS=graph_breaks"
             )
-        if self._built_for == self._collector.version:
+        where = [(p.dtype, p.device) for p in self._params.values()]  # model.to() keeps the parameters
+        if self._built_for == self._collector.version and self._built_as == where:
             return
-        if self._built_for is not None:
+        if self._built_for not in {None, self._collector.version}:
             self._set_due(None)  # there are new layers: back to the schedule
         self._forget()
         self._built_for = self._collector.version
@@ -529,6 +531,7 @@ class Thor(torch.optim.Optimizer):
             for name, _ in named(self._model, group["params"])
         }
         self._params = {name: p for name, p in self._model.named_parameters() if name in self._labels}
+        self._built_as = [(p.dtype, p.device) for p in self._params.values()]
         self._dtype = HyperTensors.dtype(self._params)
         self._found = _complete(self._collector.coverage, self._params)
         self._known.restart(self._found.layers, self._params.keys() - self._collector.coverage.trained)
