@@ -446,7 +446,7 @@ def drawn_models(draw: st.DrawFn, depth: int = 5) -> Drawn:
 
 
 def _spelling(d: int) -> st.SearchStrategy[str]:
-    """Of a layer of ``d`` inputs. Of one input, torch makes no product of matrices of an einsum, but of elements."""
+    """Of a layer of ``d`` inputs. Of an einsum over one input, torch makes no product of matrices."""
     return st.sampled_from([name for name in SPELLINGS if d > 1 or name != "einsum"])
 
 

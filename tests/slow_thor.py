@@ -1,4 +1,4 @@
-"""THOR in eager mode with its whole state in plain dicts: what :class:`thor_fx.Thor` must agree with at any time.
+"""THOR in eager mode with its whole state in plain dicts: :class:`thor_fx.Thor` agrees with it at any time.
 
 Whatever a user may do between two steps is a method here, and what it does to the state is written out. The
 factors come from hooks (:mod:`hooks`), one dense inverse at a time.
@@ -106,7 +106,7 @@ class SlowThor:
     def _apply(self, names: Any) -> None:
         for name, p in self.model.named_parameters():
             if name in names:
-                p -= self.settings[name]["lr"] * self.moving[name]
+                p.sub_(self.settings[name]["lr"] * self.moving[name])
 
     def _inverted(self, name: str, pair: Pair) -> list[tuple[Tensor, Tensor]]:
         lam = self.settings[name]["damping"]
@@ -115,7 +115,7 @@ class SlowThor:
         return [tuple(torch.linalg.inv(damped(_dense(side), lam)) for side in both) for both in sides]
 
     def _moved(self, name: str, gradient: Tensor) -> Tensor:
-        update = gradient
+        update = gradient.clone()  # later passes add to the gradient in place
         if name in self.inverses:
             update = self._preconditioned(name, gradient)
         elif name in self.known:

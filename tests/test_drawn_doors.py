@@ -1,4 +1,4 @@
-"""Drawn models through both doors: the steps of a slow eager optimizer, and gradients as without us, bit for bit."""
+"""Drawn models through both doors: the steps of a slow eager optimizer, and gradients as without us."""
 
 from typing import Any
 
@@ -8,13 +8,13 @@ from hypothesis import given
 from torch import Tensor, nn
 
 import thor_fx
-from conftest import examples
 from drawn_models import Drawn, build_drawn, drawn_models, inputs_of, loss_of, told
+from drawn_oracle import assert_found, by_hooks, loss_fn_of, trained
 from eager_thor import errors
+from profiles import examples
 from slow_thor import SlowThor
-from test_drawn_graphs import assert_found, by_hooks, loss_fn_of, trained
-from training import Parameters, snapshot
 from thor_fx.compile import collector_of
+from training import Parameters, snapshot
 
 # plain torch.compile, too, makes torch 2.13 warn about the tensors between two graphs
 pytestmark = [

@@ -1,4 +1,4 @@
-"""Step graphs of drawn models: factors equal those of hooks, passes keep what they find, whatever is left out."""
+"""Step graphs of drawn models: the factors of hooks, whatever is left out; passes keep what they find."""
 
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -6,16 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import example, given
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, fx
-from torch.func import functional_call
 
 import thor_fx
-from conftest import examples
 from drawn_models import Drawn, build_drawn, drawn_models, inputs_of, loss_of, told
-from hooks import factors_by_hooks, uses_by_hooks
-from oracle import Pair, relative_error
+from drawn_oracle import assert_found, by_hooks, loss_fn_of, trained
+from profiles import examples
 from thor_fx.factors import cotangent_scale, kronecker, moments_of, run_graph
 from thor_fx.layers import coverage
 from thor_fx.passes import (
@@ -41,51 +39,12 @@ PASSES = {"canonicalize": canonicalize, "mark": mark, "check": check, "accumulat
 """Those that change no value and drop nothing, in any order."""
 
 
-def loss_fn_of(drawn: Drawn) -> Any:
-    model = build_drawn(drawn)
-
-    def loss_fn(params: Mapping[str, Tensor], x: Tensor) -> Tensor:
-        return loss_of(drawn, *functional_call(model, dict(params), (x,)))
-
-    return loss_fn
-
-
-def trained(drawn: Drawn) -> dict[str, Tensor]:
-    return {name: p.detach() for name, p in build_drawn(drawn).named_parameters() if p.requires_grad}
-
-
-def by_hooks(drawn: Drawn, x: Tensor) -> tuple[dict[str, Pair], int]:
-    """The factors of every weight that has a gradient, and the terms of the loss."""
-    model, terms = build_drawn(drawn, plainly=True), []
-
-    def loss() -> Tensor:
-        scores, features = model(x)
-        terms.append(len(scores))
-        return loss_of(drawn, scores, features)
-
-    uses = uses_by_hooks(model, loss)
-    (n,) = terms
-    scale = n**2 if drawn.reduction == "sum" else 1
-    pairs = {name: factors_by_hooks(found, n) for name, found in uses.items()}
-    return {name: pair._replace(G=pair.G / scale) for name, pair in pairs.items()}, n
-
-
 def plainly(drawn: Drawn, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss and gradients by autograd."""
     model = build_drawn(drawn)
     loss = loss_of(drawn, *model(x))
     loss.backward()
     return loss.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-
-
-def assert_found(found: Mapping[str, Any], expected: Mapping[str, Pair], n: int) -> None:
-    assert found.keys() == expected.keys()
-    for name, pair in expected.items():
-        ours = found[name]
-        assert (ours.rows, ours.n) == (pair.rows, n), name
-        for one, other in ((ours.A, pair.A), (ours.G, pair.G)):
-            assert one.shape == other.shape, name
-            assert relative_error(one, other) < 1e-10, name
 
 
 def assert_untouched(results: Mapping[Any, Tensor], loss: Tensor, gradients: Mapping[str, Tensor]) -> None:

@@ -1,4 +1,4 @@
-"""What a user may do between two steps, in any order: after every operation, the parameters are those of dicts."""
+"""What a user may do between two steps, in any order, against an optimizer whose state is plain dicts."""
 
 import copy
 from collections.abc import Callable
@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import example, given
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import thor_fx
-from conftest import examples
 from eager_thor import errors
+from profiles import examples
 from slow_thor import SlowThor
 from training import build
 

@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -60,6 +60,10 @@ NEEDS_CLOSURE = (
 NO_FACTORS = (
     "a factor step found no factors (was the model in evaluation mode?): the last inverses are used until "
     "there are some"
+)
+A_COPY = (
+    "this Thor is a copy or was unpickled, which keeps the state and nothing else: create "
+    "Thor(thor_fx.compile(model), ...) for the other model and give it load_state_dict(state_dict())"
 )
 NO_LAYERS = (
     "no weight has factors, so all of them take the first-order rule: thor_fx.explain says why, and "
@@ -252,6 +256,14 @@ class Thor(torch.optim.Optimizer):
         self._collector.use(self._options.rules)
         self._collector.wanted = True
         self._collector.clear()
+
+    if not TYPE_CHECKING:  # else all attributes that there are not would exist
+
+        def __getattr__(self, name: str) -> Any:
+            """What is missing: of an optimizer, torch copies and pickles the state only."""
+            if name in {"_collector", "_model", "_options"}:
+                raise RuntimeError(A_COPY)
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     # --- groups ------------------------------------------------------------------------------------
 

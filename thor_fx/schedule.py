@@ -87,7 +87,7 @@ class Schedule:
         if isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex():
             return float(value)
         if isinstance(value, numbers.Real) and not isinstance(value, bool):
-            return float(value)
+            return as_float(value)
         raise TypeError(f"{self.name} must return a number for every step, got {shown(value)}")
 
     def _checked(self, value: float) -> float:
