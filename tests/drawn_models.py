@@ -162,7 +162,10 @@ class Recomputed(nn.Module):
         self.inner, self.reentrant, self.plainly = inner, reentrant, False
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.inner(x) if self.plainly else checkpoint(self.inner, x, use_reentrant=self.reentrant)
+        if self.plainly:
+            return self.inner(x)
+        # torch's own: eager reentrant segments of an input without a gradient leave their weights without one
+        return checkpoint(self.inner, x, use_reentrant=self.reentrant and x.requires_grad)
 
 
 class Branch(nn.Module):

@@ -149,7 +149,7 @@ class SlowThor:
 
     def resume(self) -> None:
         """Go on from a saved state: what a graph has used has to be found again."""
-        self.wanted, self.overdue = True, False
+        self.wanted = True
         self.known, self.seen = set(), set()
         self.forget()
 

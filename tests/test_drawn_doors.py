@@ -98,7 +98,7 @@ def assert_doors(drawn: Drawn) -> None:
     assert_near(by_drop_in(drawn, given), expected)
 
 
-@examples(ci=8, nightly=400)
+@examples(ci=8, nightly=300)
 @given(drawn_models())
 def test_both_doors_of_any_model(drawn):
     assert_doors(drawn)

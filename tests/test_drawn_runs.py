@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -221,7 +221,16 @@ OPERATIONS: list[st.SearchStrategy[Run]] = [
 RUNS = st.lists(st.one_of(OPERATIONS), min_size=3, max_size=9).map(lambda parts: sum(parts, ()))
 
 
-@examples(ci=6, nightly=150)
+def _plain(seeds: range) -> Run:
+    return sum(((("backward", seed), *STEP) for seed in seeds), ())
+
+
+LATE: Run = (*_plain(range(3)), ("backward_in_evaluation", 1), *STEP, ("reload",), *_plain(range(2)))
+"""A factor step in evaluation mode finds no factors; what is saved after it has to say so."""
+
+
+@example("normalised", False, LATE)
+@examples(ci=8, nightly=200)
 @given(st.sampled_from(sorted(MODELS)), st.booleans(), RUNS)
 def test_any_order_of_operations(model, late, run):
     assert_agree(model, late, run)

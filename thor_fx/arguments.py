@@ -18,7 +18,7 @@ def check_number(name: str, value: Any, *, positive: bool = False) -> None:
         raise ValueError(f"{name} must be finite and {bound}, got {value!r}")
 
 
-def as_float(value: numbers.Real) -> float:
+def as_float(value: Any) -> float:
     """A number as a float; infinite where it is an integer beyond all floats."""
     try:
         return float(value)

@@ -245,7 +245,6 @@ class Thor(torch.optim.Optimizer):
         self._adapts: list[bool] = []  # whether the damping of a group follows the loss
         self._warned = False
         self._told = False  # of weights that no graph uses
-        self._overdue = False
         self._compared = False  # with the other ranks
         self._known = Readiness()
         self._forget()
@@ -357,7 +356,7 @@ class Thor(torch.optim.Optimizer):
             self._adapt(adaptive, closure, loss)
         for group in self.param_groups:
             group["step"] = step + 1
-        self._collector.wanted = self._overdue or waits or self._scheduled(step + 1)
+        self._collector.wanted = self._overdue() or waits or self._scheduled(step + 1)
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -419,13 +418,17 @@ class Thor(torch.optim.Optimizer):
             self._start()
         step: int = self.param_groups[0]["step"]
         unknown = self._collector.coverage is None  # the layers have to be found before the next step
-        self._collector.wanted = unknown or self._scheduled(step)
+        self._collector.wanted = unknown or self._overdue() or self._scheduled(step)
         self._collector.clear()
 
     def _scheduled(self, step: int) -> bool:
         """Whether factors are due in a step."""
         due = self.param_groups[0].get("due")
         return step % self._options.frequency == 0 if due is None else step >= due
+
+    def _overdue(self) -> bool:
+        """Whether the last factor step found no factors."""
+        return bool(self.param_groups[0].get("overdue"))
 
     def _set_due(self, due: int | None) -> None:
         """Ask for factors in step ``due``; None: as ``frequency`` says."""
@@ -447,10 +450,11 @@ class Thor(torch.optim.Optimizer):
         self._forget()
 
     def _factors_due(self, step: int, moments: Mapping[str, Moments], lost: bool) -> bool:
-        due = self._overdue or self._scheduled(step)
+        due = self._overdue() or self._scheduled(step)
         missing, found = due and not moments, self._collector.coverage
         none_at_all = found is not None and not found.layers
-        self._overdue = missing and not none_at_all
+        for group in self.param_groups:
+            group["overdue"] = missing and not none_at_all
         if missing and not self._warned and not lost:
             self._warned = True
             warnings.warn(NO_LAYERS if none_at_all else NO_FACTORS, stacklevel=3)
