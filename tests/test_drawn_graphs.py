@@ -110,7 +110,7 @@ def test_graphs_of_any_model(drawn, disabled, order):
     assert_graph(drawn, disabled, order)
 
 
-# --- what is left out of the grammar, and why ----------------------------------------------------------------
+# --- what is left out of the grammar, and why --------------------------------------------------------------
 
 
 def test_an_einsum_over_one_input_is_no_product_of_matrices():
