@@ -1,7 +1,6 @@
 """What is done to models and optimizers without a thought: it works as hoped for, or is refused in words."""
 
 import copy
-import pickle
 import subprocess
 import sys
 import threading
@@ -51,12 +50,6 @@ def expected() -> list[Parameters]:
 
 
 # --- copies, threads, processes ----------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("copied", [copy.deepcopy, copy.copy, pickle.dumps])
-def test_an_optimizer_is_not_copied(copied: Callable[[Any], Any]):
-    with pytest.raises(TypeError, match=r"cannot be copied or pickled: save its state_dict\(\)"):
-        copied(thor(compiled()))
 
 
 def test_a_copied_model_continues_with_a_new_optimizer(expected: list[Parameters]):

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, fx, nn
 
-from .arguments import check_choice, check_type, checked_disabled
+from .arguments import check_choice, check_dynamic, check_type, checked_disabled
 from .capture import (
     CompilationFailed,
     GraphBreak,
@@ -37,6 +37,7 @@ from .inductor import (
     COMPILER_ERRORS,
     JointPass,
     check_backend,
+    check_settings,
     compile_differentiable,
     forgiving_inductor,
     tell_of_compiler,
@@ -101,10 +102,11 @@ def compile(
         ``model`` itself; call it, not its ``forward``.
 
     Raises:
-        TypeError: ``model`` is no module, or has a parameter that is not floating-point; or a pass is not
-            callable.
-        ValueError: ``model`` has no trainable parameter, or a backend, an optimisation or
-            ``on_compile_error`` is unknown.
+        TypeError: ``model`` is no module, or has a parameter that is not floating-point; a pass is not
+            callable, or another argument has a wrong type; the message names it.
+        ValueError: ``model`` has no trainable parameter; a backend, a mode, a setting of Inductor, an
+            optimisation or ``on_compile_error`` is unknown; or there are both ``mode`` and ``options``,
+            which torch refuses.
 
     Example:
         >>> import torch, thor_fx
@@ -120,9 +122,13 @@ def compile(
     check_backend(backend)
     factors_by = backend if factor_backend is None else factor_backend
     check_backend(factors_by, "factor_backend")
-    check_params(dict(model.named_parameters()), parts=True)
+    check_params(dict(model.named_parameters()), name="model", parts=True)
+    check_settings(mode, options)
+    if backend == "inductor" and mode is not None and options is not None:
+        raise ValueError("torch.compile takes mode or options: options may hold what mode stands for")
     check_type("strict", strict, bool, "True or False")
     check_choice("on_compile_error", on_compile_error, OnCompileError)
+    check_dynamic(kwargs.get("dynamic"))
     own, disabled = checked_passes(passes), checked_disabled(disable_passes)
     inner = unwrapped(model)
     settings: dict[str, Any] = {"mode": mode, "options": options, "strict": strict}

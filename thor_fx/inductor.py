@@ -17,7 +17,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.source import LocalSource
 from torch._guards import TracingContext, tracing
 from torch._inductor import config as inductor_config
-from torch._inductor import list_mode_options
+from torch._inductor import list_mode_options, list_options
 from torch._inductor.choices import InductorChoices
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
@@ -26,6 +26,7 @@ from torch._inductor.exc import GPUTooOldForTriton, InductorError, InvalidCxxCom
 from torch._inductor.virtualized import V
 from torch._subclasses.fake_tensor import FakeTensor
 
+from .arguments import check_type
 from .distributed.collectives import is_collective
 from .passes.splice import Decompositions
 from .passes.stitch import BACKWARD, FORWARD, SIDE
@@ -84,8 +85,29 @@ def check_backend(backend: str, name: str = "backend") -> None:
     Raises:
         ValueError: naming the ones that exist.
     """
-    if backend not in BACKENDS:
+    if not isinstance(backend, str) or backend not in BACKENDS:
         raise ValueError(f"{name} must be one of {list(BACKENDS)}, got {backend!r}")
+
+
+def check_settings(mode: Any, options: Any) -> None:
+    """Refuse a ``mode`` or ``options`` that Inductor does not have, whatever the backend.
+
+    Raises:
+        TypeError: ``mode`` is no text, or ``options`` no mapping.
+        ValueError: naming the modes that there are, or the option that there is not.
+    """
+    if mode is not None:
+        modes = list(list_mode_options())
+        check_type("mode", mode, str, f"one of {modes} or None")
+        if mode not in modes:
+            raise ValueError(f"mode must be one of {modes} or None, got {mode!r}")
+    if options is None:
+        return
+    check_type("options", options, Mapping, "a mapping from settings of Inductor to values, or None")
+    known = list_options()
+    for name in options:
+        if not isinstance(name, str) or name.replace("-", "_") not in known:
+            raise ValueError(f"options has {name!r}, which is no setting: see torch._inductor.list_options()")
 
 
 # NOTE: [Few pairs] Inductor asks of every two readers of one buffer, if they are near enough in order,

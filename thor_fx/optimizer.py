@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -66,6 +66,10 @@ NO_FACTORS = (
     "a factor step found no factors (was the model in evaluation mode?): the last inverses are used until "
     "there are some"
 )
+A_COPY = (
+    "this Thor is a copy or was unpickled, which keeps the state and nothing else: create "
+    "Thor(thor_fx.compile(model), ...) for the other model and give it load_state_dict(state_dict())"
+)
 NO_LAYERS = (
     "no weight has factors, so all of them take the first-order rule: thor_fx.explain says why, and "
     "layer_filter may leave out fewer"
@@ -75,10 +79,6 @@ NO_LAYERS = (
 SUCCEEDED = (
     "another Thor was made for this model after this one, and it is the one that gets the factors: step that "
     "one, or make a single Thor with groups of parameters, params=[...]"
-)
-NO_COPY = (
-    "a Thor belongs to its model and cannot be copied or pickled: save its state_dict(), and load that into "
-    "a new Thor for the copy: copied = thor_fx.compile(copy.deepcopy(model))"
 )
 
 
@@ -268,11 +268,19 @@ class Thor(torch.optim.Optimizer):
         defaults |= {"weight_decay": weight_decay, "fallback_lr": fallback_lr}
         defaults |= {"grad_centralization": False, "step": 0}
         check_one_device(dict(model.named_parameters()))
-        super().__init__(with_rest(model, list(params or [])), defaults)
+        super().__init__(with_rest(model, params), defaults)
         self._collector.use(self._options.rules)
         self._collector.wanted, self._collector.reader = True, self._reader
         self._collector.clear()
         self._collector.send_beside(None)
+
+    if not TYPE_CHECKING:  # else all attributes that there are not would exist
+
+        def __getattr__(self, name: str) -> Any:
+            """What is missing: of an optimizer, torch copies and pickles the state only."""
+            if name in {"_collector", "_model", "_options"}:
+                raise RuntimeError(A_COPY)
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     # --- groups ------------------------------------------------------------------------------------
 
@@ -389,9 +397,6 @@ class Thor(torch.optim.Optimizer):
         super().zero_grad(set_to_none)
         self._collector.clear()
 
-    def __getstate__(self) -> dict[str, Any]:
-        raise TypeError(NO_COPY)
-
     def __repr__(self) -> str:
         return f"{super().__repr__()}\nOptions: {self._options}"
 
@@ -460,7 +465,7 @@ class Thor(torch.optim.Optimizer):
             self._start()
         step: int = self.param_groups[0]["step"]
         unknown = self._collector.coverage is None  # the layers have to be found before the next step
-        self._collector.wanted = unknown or self._scheduled(step)
+        self._collector.wanted = unknown or self._overdue or self._scheduled(step)
         self._collector.clear()
 
     def _note_format(self) -> None:

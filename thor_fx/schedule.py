@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .arguments import shown
+from .arguments import as_float, shown
 from .warn import warn
 
 Value = float | Tensor | Callable[[int], float | Tensor]
@@ -45,7 +45,7 @@ class Schedule:
         if isinstance(value, Tensor):
             self._table = self._read(value)
         elif isinstance(value, numbers.Real) and not isinstance(value, bool):
-            self._table = [self._checked(float(value))]
+            self._table = [self._checked(as_float(value))]
         elif callable(value):
             self._function = value
         else:
@@ -76,6 +76,8 @@ class Schedule:
             raise ValueError(f"{self.name} must be a 0-D or 1-D tensor, got shape {tuple(value.shape)}")
         if value.dtype == torch.bool or value.is_complex():
             raise TypeError(f"{self.name} must be a tensor of real numbers, got dtype {value.dtype}")
+        if value.is_meta:
+            raise ValueError(f"{self.name} must be a tensor with values, got one on the meta device")
         if value.numel() == 0:
             raise ValueError(f"{self.name} is an empty table: give it one value per step")
         return [self._checked(v) for v in value.detach().double().reshape(-1).tolist()]
@@ -84,7 +86,7 @@ class Schedule:
         if isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex():
             return float(value)
         if isinstance(value, numbers.Real) and not isinstance(value, bool):
-            return float(value)
+            return as_float(value)
         raise TypeError(f"{self.name} must return a number for every step, got {shown(value)}")
 
     def _checked(self, value: float) -> float:

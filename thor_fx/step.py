@@ -13,7 +13,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from .ahead import Ahead
-from .arguments import check_choice, check_type, checked_disabled
+from .arguments import check_choice, check_dynamic, check_type, checked_disabled
 from .between import run_between
 from .block_size import choose_by_step
 from .block_size_rule import BlockSizeReport
@@ -22,7 +22,7 @@ from .capture import Captured, LossCapture, LossFn, Runner
 from .distributed.agreement import agreed, check_ranks
 from .distributed.faults import waiting_for_others
 from .hyper import HyperTensors
-from .inductor import Compiled, check_backend, compile_graph, inductor_decompositions
+from .inductor import Compiled, check_backend, check_settings, compile_graph, inductor_decompositions
 from .kinds import Kind, kind_of, kinds
 from .layers import Coverage
 from .logs import log_coverage
@@ -123,8 +123,10 @@ def compile_step(
         ``params, state, out = step(params, state, *batch)``.
 
     Raises:
-        TypeError: ``loss_fn`` is not callable, ``tx`` is no transform, or a pass is not callable.
-        ValueError: a backend, an optimisation or ``on_compile_error`` is unknown.
+        TypeError: ``loss_fn`` is not callable, ``tx`` is no transform, a pass is not callable, or another
+            argument has a wrong type; the message names it.
+        ValueError: a backend, a mode, a setting of Inductor, an optimisation or ``on_compile_error`` is
+            unknown.
 
     Example:
         >>> import torch, thor_fx
@@ -147,7 +149,10 @@ def compile_step(
     check_backend(backend)
     factors_by = backend if factor_backend is None else factor_backend
     check_backend(factors_by, "factor_backend")
-    check_type("strict", strict, bool, "True or False")
+    check_settings(mode, options)
+    for name, value in (("donate", donate), ("strict", strict)):
+        check_type(name, value, bool, "True or False")
+    check_dynamic(dynamic)
     check_choice("on_compile_error", on_compile_error, OnCompileError)
     plain, factor = (_Compiler(by, mode, options, on_compile_error) for by in (backend, factors_by))
     own, disabled = checked_passes(passes), checked_disabled(disable_passes)
