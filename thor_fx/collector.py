@@ -120,6 +120,7 @@ class Collector:
         backend: what the model is compiled with.
         factor_backend: what its factor steps are compiled with.
         wanted: whether the next forward pass in training mode is to collect factors.
+        looks: whether it only looks which layers there are, and runs what a plain step runs.
         graphs: every graph compiled so far.
         coverage: the coverage of all graphs together; None before the first.
         version: changes with the coverage.
@@ -139,6 +140,7 @@ class Collector:
     backend: str
     factor_backend: str
     wanted: bool = True
+    looks: bool = False
     graphs: list[SlottedGraph] = field(default_factory=list)
     coverage: Coverage | None = None
     version: int = 0

@@ -31,7 +31,7 @@ from .capture import (
 )
 from .collector import Collector, SlottedGraph
 from .distributed.wrappers import unwrapped
-from .inductor import JointPass, check_backend, compile_differentiable
+from .inductor import JointPass, check_backend, compile_as_torch_does, compile_differentiable
 from .joint_graphs import describe_joint
 from .layers import Coverage, CoverageError, coverage
 from .logs import log_coverage
@@ -270,6 +270,9 @@ class _Instances:
         self._known[tuple(map(id, params))] = runner, params
 
 
+PLAIN = "plain"
+
+
 @dataclass(frozen=True)
 class _FactorCompiler:
     """Compiles one of Dynamo's graphs with slots for its factors; what is alike is compiled once."""
@@ -288,8 +291,11 @@ class _FactorCompiler:
         described = describe_forward_inputs(self.forward, examples, params, lambda t: id(t) in held)
         used = {d.name: params[d.name] for d in described if isinstance(d, Param)}
         places = [place for place, descriptor in enumerate(described) if isinstance(descriptor, Param)]
+        if self.collector.looks:
+            self._plain()
         if not places:
-            return [], self._compile(self.forward, self.inputs, lambda _gm, **_: None, key="")
+            compiled = self._compile(self.forward, self.inputs, lambda _gm, **_: None, key="")
+            return [], self._unless_it_looks(compiled)
         joint = export_joint(self.forward, described)
         found = coverage(survey(joint, self.rules), self.rules)
         log_coverage(f"graph {len(self.collector.graphs)}", found)
@@ -304,7 +310,28 @@ class _FactorCompiler:
             self.compiled[form] = self._compile_slotted(described, found, slots)
         owners = {name: used[name] for layer in found.layers.values() for name in layer.params}
         graph = self.collector.add(SlottedGraph(found, slots, owners))
-        return places, _runner(self.compiled[form], graph, self.collector)
+        return places, self._unless_it_looks(_runner(self.compiled[form], graph, self.collector))
+
+    def _unless_it_looks(self, runner: Runner) -> Runner:
+        """The same, but for passes that only look: those run what plain steps run."""
+
+        def run(*args: Any) -> Any:
+            return (self._plain() if self.collector.looks else runner)(*args)
+
+        return run
+
+    def _plain(self) -> Runner:
+        """What ``torch.compile`` makes of the graph."""
+        if PLAIN not in self.compiled:
+            with trainable_rnns():
+                self.compiled[PLAIN] = compile_as_torch_does(
+                    self.forward,
+                    self.inputs,
+                    backend=self.collector.backend,
+                    mode=self.collector.mode,
+                    options=self.collector.options,
+                )
+        return self.compiled[PLAIN]
 
     def _statistics(self, joint: fx.GraphModule) -> dict[Statistic, Tensor]:
         """What the user's passes measure, as fake values: slots are there before the graph is compiled."""

@@ -14,6 +14,7 @@ import torch
 from functorch.compile import default_partition, make_boxed_func
 from torch import fx
 from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.backends.registry import lookup_backend
 from torch._dynamo.source import LocalSource
 from torch._guards import TracingContext, tracing
 from torch._inductor import config as inductor_config
@@ -177,6 +178,21 @@ def compile_differentiable(
         return nop(forward, list(inputs))
     patches = {**(list_mode_options(mode) if mode else {}), **(options or {})}
     patches["joint_custom_pre_pass"] = _OnJointGraph(joint_pass, key, patches.get("joint_custom_pre_pass"))
+    return cast(Compiled, compile_fx(forward, list(inputs), config_patches=patches))
+
+
+def compile_as_torch_does(
+    forward: fx.GraphModule,
+    inputs: Sequence[Any],
+    *,
+    backend: str = "inductor",
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Compiled:
+    """What ``torch.compile`` makes of one of Dynamo's graphs; arguments as in :func:`compile_differentiable`."""
+    if backend != "inductor":
+        return cast(Compiled, lookup_backend(backend)(forward, list(inputs)))
+    patches = {**(list_mode_options(mode) if mode else {}), **(options or {})}
     return cast(Compiled, compile_fx(forward, list(inputs), config_patches=patches))
 
 

@@ -37,7 +37,7 @@ from .layers import Coverage
 from .levenberg_marquardt import LevenbergMarquardt, loss_again
 from .links import thor_chain
 from .metrics import Metrics, metrics, trace
-from .optimizer_state import counters_of, layers_with_inverses, restore, views
+from .optimizer_state import counters_of, layers_of, layers_with_inverses, on_device, restore, views, with_unfound
 from .options import MAX_DIM, Fallback, MomentumOn, Options, damping_schedule, number_schedule
 from .own_passes import Statistics
 from .parameter_groups import ParameterGroups
@@ -345,7 +345,7 @@ class Thor(torch.optim.Optimizer):
             self._adapt(adaptive, closure, loss)
         for group in self.param_groups:
             group["step"] = step + 1
-        self._collector.wanted = self._overdue or waits or self._scheduled(step + 1)
+        self._prepare(step + 1, waits)
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -396,7 +396,14 @@ class Thor(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from a saved state; the momentum and all inverses are restored."""
         before = self.block_size
-        super().load_state_dict(state_dict)
+        given: list[dict[str, Any]] = []  # behind the hooks of others
+        hook = self.register_load_state_dict_pre_hook(lambda _self, loaded: given.append(loaded))
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            hook.remove()
+        self._load_as_saved(given[0])
+        self._load_readiness(self.param_groups[0].pop("readiness", None))
         if self._options.block_size != "auto":
             for group in self.param_groups:
                 group.pop("block_size", None)  # was chosen; this time it was given
@@ -406,9 +413,36 @@ class Thor(torch.optim.Optimizer):
         if self._built_for is not None:
             self._start()
         step: int = self.param_groups[0]["step"]
-        unknown = self._collector.coverage is None  # the layers have to be found before the next step
-        self._collector.wanted = unknown or self._scheduled(step)
+        self._prepare(step, self._known.waits(step - 1))
         self._collector.clear()
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that the next step depends on, besides the parameters."""
+        packed, found = super().state_dict(), self._collector.coverage
+        readiness = self._known.saved(() if found is None else found.trained)
+        packed["param_groups"][0]["readiness"] = {**readiness, "overdue": self._overdue}
+        return packed
+
+    def _load_as_saved(self, given: dict[str, Any]) -> None:
+        """Take the tensors once more: torch has cast all of them to the dtype of their parameter."""
+        places = (place for group in given["param_groups"] for place in group["params"])
+        params = (param for group in self.param_groups for param in group["params"])
+        for param, place in zip(params, places, strict=True):
+            if place in given["state"]:
+                self.state[param] = on_device(given["state"][place], here(param).device)
+
+    def _load_readiness(self, saved: Mapping[str, Any] | None) -> None:
+        found = self._collector.coverage
+        used = set() if found is None else {*found.layers, *found.trained}
+        self._known.load(saved, layers_of(self.state.values()), used)
+        self._overdue = saved is not None and saved["overdue"]
+
+    def _prepare(self, step: int, waits: bool) -> None:
+        """Say what the forward pass of a step is to do: measure, or look for layers; or neither."""
+        measures = self._overdue or waits or self._scheduled(step)
+        lost = self._collector.coverage is None or bool(self._known.unfound)
+        self._collector.looks = lost and not measures
+        self._collector.wanted = lost or measures
 
     def _scheduled(self, step: int) -> bool:
         """Whether factors are due in a step."""
@@ -430,6 +464,7 @@ class Thor(torch.optim.Optimizer):
         if "block_size" in self.param_groups[0]:  # else the state is one that was saved with a given size
             for entry in self.state.values():
                 entry.pop("inverses", None)
+            self._known.ready.clear()
         for group in self.param_groups:
             group["block_size"] = self.block_size_report.chosen
         self._forget()
@@ -461,7 +496,8 @@ class Thor(torch.optim.Optimizer):
         if self._tx.between is None:
             return
         measured = frozenset(map(layer_of, moments)) - unready
-        taken = Taken(step, measured, frozenset(self._known.ready), self._ahead)
+        ready = frozenset(self._known.ready.intersection(self._found.layers))
+        taken = Taken(step, measured, ready, self._ahead)
         due = run_between(self._tx, self._inner, self._update.params, self._found, rates, taken)
         if due is not None:
             self._set_due(due)
@@ -520,7 +556,9 @@ class Thor(torch.optim.Optimizer):
         if self._built_for == self._collector.version:
             return
         if self._built_for is not None:
-            self._set_due(None)  # there are new layers: back to the schedule
+            known = {*self._found.layers, *self._known.unfound}
+            if not known.issuperset(self._collector.coverage.layers):
+                self._set_due(None)  # there are new layers: back to the schedule
         self._forget()
         self._built_for = self._collector.version
         self._labels = {
@@ -531,7 +569,8 @@ class Thor(torch.optim.Optimizer):
         self._params = {name: p for name, p in self._model.named_parameters() if name in self._labels}
         self._dtype = HyperTensors.dtype(self._params)
         self._found = _complete(self._collector.coverage, self._params)
-        self._known.restart(self._found.layers, self._params.keys() - self._collector.coverage.trained)
+        trained = self._collector.coverage.trained
+        self._known.restart(self._found.layers, self._params.keys() - trained, trained)
         self._tx = self._transform()
         mode, options = self._collector.mode, self._collector.options
         params = {name: here(p) for name, p in self._params.items()}
@@ -581,9 +620,10 @@ class Thor(torch.optim.Optimizer):
             saved |= moved(self._owners.parts, saved)
         for name, entry in views(self._inner, self._found, self._params, self._labels, self._held()).items():
             restore(entry, saved[name], name)
-            self.state[self._params[name]] = entry
-        marks = METHODS[self._options.inverse].marks
-        self._known.ready = layers_with_inverses(self.state.values(), marks) if continues else set()
+            self.state[self._params[name]] = with_unfound(entry, saved[name], self._known.unfound)
+        if not self._known.recorded:
+            marks = METHODS[self._options.inverse].marks
+            self._known.ready = layers_with_inverses(self.state.values(), marks) if continues else set()
         shares = self._owners is not None or self._options.work_sharing != "none"
         if self._world is not None and shares:
             self._known.ready = set().union(*self._world.everybodys(self._known.ready))

@@ -4,10 +4,12 @@ The update works on stacks: the inverses of all layers of one shape are one tens
 of single parameters. :func:`views` gives the stacks' slices by parameter: the same memory.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from .adam import AdamState
 from .inverses import State
@@ -19,6 +21,9 @@ from .trace_rule import Watch
 from .transform import SkipState
 
 Entry = dict[str, Any]
+
+OF_LAYERS = ("inverses", "factors")
+"""What the state of a parameter has by layer."""
 
 
 def views(
@@ -128,6 +133,26 @@ def restore(target: Any, saved: Any, name: str) -> None:
         if isinstance(saved, dict) and key not in saved:
             continue
         restore(inner, saved[key], f"{name}.{key}")
+
+
+def layers_of(entries: Iterable[Mapping[str, Any]]) -> set[str]:
+    """The layers that a state has inverses or factors of."""
+    return {layer for entry in entries for kept in OF_LAYERS for layer in entry.get(kept, {})}
+
+
+def on_device(entry: Entry, device: torch.device) -> Entry:
+    """A copy of a saved state, every tensor in the dtype that it was saved in."""
+    copied: Entry = pytree.tree_map_only(Tensor, lambda tensor: tensor.to(device, copy=True), entry)
+    return copied
+
+
+def with_unfound(entry: Entry, saved: Entry, unfound: Collection[str]) -> Entry:
+    """The state of a parameter, with what was saved of layers that no graph has shown yet."""
+    for kept in OF_LAYERS:
+        more = {layer: value for layer, value in saved.get(kept, {}).items() if layer in unfound}
+        if more:
+            entry[kept] = {**entry.get(kept, {}), **more}
+    return entry
 
 
 def _part(state: State, place: slice) -> Entry:
