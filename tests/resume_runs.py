@@ -1,10 +1,10 @@
 """Trainings that may be killed at any moment: what a process does that writes a checkpoint after every step.
 
-A training is one of :data:`CASES`. It saves after every step, and then writes a line with the number of the step
-and a digest of all that a further step depends on: so a step in the log is a step that is not lost.
+A training is one of :data:`CASES`. It saves after every step, and then writes a line with the number of the
+step and a digest of all that a further step depends on: so a step in the log is a step that is not lost.
 
-Run as a script, this is a process that has imported everything, forks one that trains, kills it, forks the next.
-One line of JSON says which training is asked for, another what came of it.
+Run as a script, this is a process that has imported everything, forks one that trains, kills it, and forks
+the next. One line of JSON says which training is asked for, another what came of it.
 """
 
 import hashlib
@@ -70,6 +70,15 @@ def rounded() -> nn.Module:
     return nn.Sequential(nn.Linear(IN, HIDDEN), nn.Tanh(), nn.Linear(HIDDEN, CLASSES)).bfloat16()
 
 
+def _save(folder: Path, _: int, state: Any) -> None:
+    checkpoint.save(folder / "checkpoint.pt", state)
+
+
+def _load(folder: Path) -> Any:
+    file = folder / "checkpoint.pt"
+    return checkpoint.load(file) if file.exists() else None
+
+
 @dataclass(frozen=True)
 class Case:
     """A way to train.
@@ -91,17 +100,8 @@ class Case:
     scaled: bool = False
     scheduled: bool = False
     groups: bool = False
-    save: Callable[[Path, int, Any], None] = field(default=lambda folder, _, state: _save(folder, state))
-    load: Callable[[Path], Any] = field(default=lambda folder: _load(folder))
-
-
-def _save(folder: Path, state: Any) -> None:
-    checkpoint.save(folder / "checkpoint.pt", state)
-
-
-def _load(folder: Path) -> Any:
-    file = folder / "checkpoint.pt"
-    return checkpoint.load(file) if file.exists() else None
+    save: Callable[[Path, int, Any], None] = _save
+    load: Callable[[Path], Any] = _load
 
 
 def _save_as_ranks_do(folder: Path, step: int, state: Any) -> None:
@@ -153,7 +153,8 @@ CASES: dict[str, Case] = {
     "functional many": Case(MANY, functional=True),
     "functional auto": Case({"block_size": "auto", "inverse": "eva", "factor_decay": 0.5}, functional=True),
     "functional, ranks' checkpoint": Case(
-        {**AVERAGES, "refresh": thor_fx.Staggered(2)}, functional=True, save=_save_as_ranks_do, load=_load_as_ranks_do
+        {**AVERAGES, "refresh": thor_fx.Staggered(2)}, functional=True,
+        save=_save_as_ranks_do, load=_load_as_ranks_do,
     ),
 }  # fmt: skip
 
@@ -239,7 +240,11 @@ class DropIn:
         if self.scheduler is not None:
             found["scheduler"] = self.scheduler
         passes = getattr(self.model, "passes", 0)
-        return {**{name: each.state_dict() for name, each in found.items()}, "steps": self.steps, "passes": passes}
+        return {
+            **{name: each.state_dict() for name, each in found.items()},
+            "steps": self.steps,
+            "passes": passes,
+        }
 
     def resume(self, saved: Any) -> None:
         self.model.load_state_dict(saved["model"])
@@ -349,8 +354,7 @@ def before_the_name() -> None:
 
 def behind_the_name() -> None:
     """Die when the checkpoint is complete, and the log does not say so."""
-    global write_line
-    write_line = die
+    os.write = die
 
 
 POINTS = in_half_of_the_file, before_the_name, behind_the_name

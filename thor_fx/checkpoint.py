@@ -1,15 +1,16 @@
 """Checkpoints of one process in one file: there as a whole or not at all, and read without running code.
 
-``torch.save`` writes into the file that it is given, so a process that is killed meanwhile leaves half of one.
-``torch.load`` does not look at the checksums that ``torch.save`` has written: a bit that has flipped on a disk
-is a weight that is wrong. :func:`save` and :func:`load` add these two things to them, and nothing else; several
-ranks have :mod:`thor_fx.distributed.checkpoint`.
+``torch.save`` writes into the file that it is given, so a process that is killed meanwhile leaves half of
+one. ``torch.load`` does not look at the checksums that ``torch.save`` has written: a bit that has flipped on
+a disk is a weight that is wrong. :func:`save` and :func:`load` add these two things to them, and nothing
+else; several ranks have :mod:`thor_fx.distributed.checkpoint`.
 """
 
 import os
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -73,21 +74,32 @@ def load(file: File, *, device: torch.device | str | None = None) -> Any:
         pickle.UnpicklingError: it has something in it that ``torch.load(weights_only=True)`` refuses; for
             classes of your own there is ``torch.serialization.safe_globals``.
     """
-    _check(file)
-    with torch.serialization.safe_globals(STATES):
-        return torch.load(file, map_location=device, weights_only=True)
+    with Path(file).open("rb") as stream:
+        check_sums(stream, repr(str(file)))
+        stream.seek(0)
+        return safely(stream, device=device)
 
 
-def _check(file: File) -> None:
-    """Compare with the checksum of every record."""
+def safely(stream: IO[bytes], *, device: torch.device | str | None = None, also: Sequence[Any] = ()) -> Any:
+    """Read what ``torch.save`` has written, running no code; ``also``: further classes that may be in it."""
+    with torch.serialization.safe_globals([*STATES, *also]):
+        return torch.load(stream, map_location=device, weights_only=True)
+
+
+def check_sums(stream: IO[bytes], name: str) -> None:
+    """Compare with the checksum of every record.
+
+    Raises:
+        ValueError: they differ, or there are none.
+    """
     try:
-        with zipfile.ZipFile(file) as archive:
+        with zipfile.ZipFile(stream) as archive:
             damaged = archive.testzip()
-    except zipfile.BadZipFile as error:
+    except (zipfile.BadZipFile, OSError, EOFError, NotImplementedError) as error:
         raise ValueError(
-            f"{str(file)!r} is no checkpoint, or only a part of one ({error}): take the one before"
+            f"{name} is no checkpoint, or a damaged one, or a part of one ({error}): take the one before"
         ) from None
     if damaged is not None:
         raise ValueError(
-            f"{str(file)!r} is damaged: {damaged!r} in it is not what was written (CRC-32): take the one before"
+            f"{name} is damaged: {damaged!r} in it is not what was written (CRC-32): take the one before"
         )

@@ -189,7 +189,7 @@ def compile_as_torch_does(
     mode: str | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> Compiled:
-    """What ``torch.compile`` makes of one of Dynamo's graphs; arguments as in :func:`compile_differentiable`."""
+    """What ``torch.compile`` makes of Dynamo's graph; arguments as of :func:`compile_differentiable`."""
     if backend != "inductor":
         return cast(Compiled, lookup_backend(backend)(forward, list(inputs)))
     patches = {**(list_mode_options(mode) if mode else {}), **(options or {})}

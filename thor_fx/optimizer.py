@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from .ahead import Ahead
+from .another_model import check_same_model
 from .between import run_between
 from .block_size import choose
 from .block_size_rule import BlockSizeReport
@@ -37,7 +38,15 @@ from .layers import Coverage
 from .levenberg_marquardt import LevenbergMarquardt, loss_again
 from .links import thor_chain
 from .metrics import Metrics, metrics, trace
-from .optimizer_state import counters_of, layers_of, layers_with_inverses, on_device, restore, views, with_unfound
+from .optimizer_state import (
+    counters_of,
+    layers_of,
+    layers_with_inverses,
+    on_device,
+    restore,
+    views,
+    with_unfound,
+)
 from .options import MAX_DIM, Fallback, MomentumOn, Options, damping_schedule, number_schedule
 from .own_passes import Statistics
 from .parameter_groups import ParameterGroups
@@ -59,7 +68,8 @@ NEEDS_CLOSURE = (
 
 NO_FACTORS = (
     "a factor step found no factors (was the model in evaluation mode?): the last inverses are used until "
-    "there are some"
+    "there are some. It is so too where torch has stopped compiling the model: it says that it hit "
+    "config.recompile_limit"
 )
 NO_LAYERS = (
     "no weight has factors, so all of them take the first-order rule: thor_fx.explain says why, and "
@@ -394,7 +404,14 @@ class Thor(torch.optim.Optimizer):
         return found | trace(self._inner, self._found.layers, None if block_size == "auto" else block_size)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue from a saved state; the momentum and all inverses are restored."""
+        """Continue from a saved state; the momentum and all inverses are restored.
+
+        Raises:
+            ValueError: the state is that of another model; nothing has been changed. Or, here or in the next
+                step, that of another ``inverse`` or ``block_size``.
+        """
+        names = {param: name for name, param in self._model.named_parameters()}
+        check_same_model(state_dict, self.param_groups, names, alone=self._world is None)
         before = self.block_size
         given: list[dict[str, Any]] = []  # behind the hooks of others
         hook = self.register_load_state_dict_pre_hook(lambda _self, loaded: given.append(loaded))

@@ -18,7 +18,7 @@ from .between import run_between
 from .block_size import choose_by_step
 from .block_size_rule import BlockSizeReport
 from .blocks import BlockSize
-from .capture import Captured, LossCapture, LossFn, Runner
+from .capture import Captured, LossCapture, LossFn, Runner, fake_mode
 from .distributed.agreement import agreed, check_ranks
 from .distributed.faults import waiting_for_others
 from .hyper import HyperTensors
@@ -370,12 +370,20 @@ class CompiledStep:
         """The tensors of the state; donated state is the same object in every step."""
         if self._flat[0] is not inner:
             leaves = pytree.tree_leaves(inner)
-            if self._shapes not in (None, [leaf.shape for leaf in leaves]):
-                raise ValueError(
-                    "state does not belong to this step: take it from this step.init(params, *batch)"
-                )
+            self._check_shapes(leaves)
             self._flat = (inner, leaves)
         return self._flat[1]
+
+    def _check_shapes(self, leaves: Sequence[Tensor]) -> None:
+        found = [leaf.shape for leaf in leaves]
+        if self._shapes is None or found == self._shapes:
+            return
+        pairs = zip(found, self._shapes, strict=False)
+        other = next((f"{tuple(a)} for {tuple(b)}" for a, b in pairs if a != b), "the first ones are alike")
+        raise ValueError(
+            "state does not belong to this step: take it from this step.init(params, *batch), or from a step "
+            f"of the same model and options (it has {len(found)} tensors for {len(self._shapes)}: {other})"
+        )
 
     def _compile(self, captured: Captured) -> Runner:
         """Called by Dynamo when no guard fits: all kinds of step, from one trace."""
@@ -415,6 +423,11 @@ class CompiledStep:
                 f"only: {sorted(self.coverage.trained ^ found.trained)})"
             )
         self.coverage = found
+        if self._shapes is None and self._call is not None:  # a state that was saved, and no init
+            with fake_mode() as mode:
+                trained = _trained(self._params, found)
+                self._first_state({name: mode.from_tensor(p) for name, p in trained.items()}, found)
+            self._check_shapes(self._flat[1])
 
     def _compile_kind(self, graph: fx.GraphModule, captured: Captured, kind: Kind) -> _Run:
         assert self.coverage is not None

@@ -3,13 +3,16 @@
 ``torch.distributed.checkpoint`` (DCP) fills tensors that exist. An optimizer that has not stepped has none,
 and neither has a step whose ``init`` was not called; DCP also turns numbers that are keys into texts, and
 takes a tuple for one value. So the tensors are given to DCP one by one, named by their paths in the nest that
-holds them, and the nest without them as one value more. What is in a folder is DCP's format: its own tools
-read it, and ``dcp.load({"model": net.state_dict()}, checkpoint_id=folder)`` takes only the weights out.
+holds them, and the nest without them as one tensor more: its bytes, which are read without running code. What
+is in a folder is DCP's format: its own tools read it, and
+``dcp.load({"model": net.state_dict()}, checkpoint_id=folder)`` takes only the weights out.
 
 Every rank writes a share of the tensors and reads all of them, in folders that all ranks can see.
 """
 
+import io
 import os
+import pickle
 import re
 import warnings
 from collections.abc import Iterator, Mapping
@@ -25,6 +28,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.utils import _pytree as pytree
 
+from ..checkpoint import check_sums, safely
 from .one_state import joined_by_ranks
 
 Folder = str | os.PathLike[str]
@@ -54,13 +58,6 @@ class _Place:
         return tensor.requires_grad_(self.requires_grad)
 
 
-@dataclass(frozen=True)
-class _Nest:
-    """A nest with a :class:`_Place` for every tensor; DCP does not look into it."""
-
-    value: Any
-
-
 def save(folder: Folder, state: Any, *, process_group: Any = None) -> None:
     """Save a nest of dicts, lists, tuples and named tuples; all ranks call this with the same.
 
@@ -69,15 +66,16 @@ def save(folder: Folder, state: Any, *, process_group: Any = None) -> None:
 
     Args:
         folder: of this checkpoint alone, e.g. ``"checkpoints/12"``; is made. All ranks must see it.
-        state: tensors, which must be equal on all ranks that have one of a name, and values that can be
-            pickled, e.g.
+        state: tensors, which must be equal on all ranks that have one of a name, and numbers, texts and what
+            else ``torch.load(weights_only=True)`` reads, e.g.
             ``{"model": net.state_dict(), "optimizer": opt.state_dict()}``, or the ``params`` and ``state`` of
             a functional step.
         process_group: the ranks; None: all of them, or this process where there are no others.
 
     Raises:
         FileExistsError: the folder holds a checkpoint.
-        TypeError: ``state`` has something in it that keeps its tensors to itself, e.g. a module.
+        TypeError: ``state`` has something in it that keeps its tensors to itself, e.g. a module; or that
+            cannot be read without running code.
         ValueError: two tensors have one name: a key contains a dot; or ranks have different tensors of one
             name, as a functional step with ``work_sharing="gradient"`` has. All ranks raise.
         CheckpointException: of ``torch.distributed.checkpoint.api``, on all ranks: one could not write.
@@ -92,16 +90,18 @@ def save(folder: Folder, state: Any, *, process_group: Any = None) -> None:
             f"{str(folder)!r} holds a checkpoint: give every checkpoint a folder of its own"
         )
     tensors, nest = _parted(state)
-    nest = _Nest(joined_by_ranks(nest.value, tensors, process_group))
+    nest = joined_by_ranks(nest, tensors, process_group)
+    written = _as_rank_0_has(_written(nest), process_group)
     writer = dcp.FileSystemWriter(folder)
     with _without_ranks():
-        dcp.save({**tensors, NEST: nest}, storage_writer=writer, process_group=process_group)
+        dcp.save({**tensors, NEST: written}, storage_writer=writer, process_group=process_group)
 
 
 def load(folder: Folder, *, device: torch.device | str = "cpu", process_group: Any = None) -> Any:
     """Load what :func:`save` was given, on any number of ranks; all ranks call this.
 
-    Nothing has to exist before. As with ``torch.load(weights_only=False)``, load only what you trust.
+    Nothing has to exist before. Our part of a checkpoint is read without running code; the file ``.metadata``
+    DCP reads with ``pickle``, as in all of its checkpoints: load only what you trust.
 
     Args:
         folder: of the checkpoint.
@@ -114,7 +114,7 @@ def load(folder: Folder, *, device: torch.device | str = "cpu", process_group: A
 
     Raises:
         FileNotFoundError: the folder holds no checkpoint that was written to its end.
-        ValueError: the checkpoint was not written by :func:`save`.
+        ValueError: the checkpoint was not written by :func:`save`, or what is there is not what was written.
         CheckpointException: of ``torch.distributed.checkpoint.api``, on all ranks: one could not read.
     """
     if not _is_complete(folder):
@@ -128,15 +128,15 @@ def load(folder: Folder, *, device: torch.device | str = "cpu", process_group: A
             f"{str(folder)!r} was not written by thor_fx.distributed.checkpoint.save: read it with "
             "torch.distributed.checkpoint.load"
         )
+    _check(Path(folder), reader.read_metadata().storage_data)
     found: dict[str, Any] = {
-        name: torch.empty(about.size, dtype=about.properties.dtype, device=device)
+        name: torch.empty(about.size, dtype=about.properties.dtype, device="cpu" if name == NEST else device)
         for name, about in saved.items()
         if isinstance(about, TensorStorageMetadata)
     }
-    found[NEST] = None
     with _without_ranks():
         dcp.load(found, storage_reader=reader, process_group=process_group)
-    return _joined(found.pop(NEST), found)
+    return _joined(_read(found.pop(NEST)), found)
 
 
 def newest(parent: Folder, *, process_group: Any = None) -> Path | None:
@@ -152,9 +152,13 @@ def newest(parent: Folder, *, process_group: Any = None) -> Path | None:
     folders = Path(parent).iterdir() if Path(parent).is_dir() else ()
     numbered = [(int(n[0]), path) for path in folders if (n := re.search(r"\d+\Z", path.name))]
     found = max(((n, path) for n, path in numbered if _is_complete(path)), default=(0, None))[1]
+    return _as_rank_0_has(found, process_group)
+
+
+def _as_rank_0_has(value: Any, process_group: Any) -> Any:
     if not (dist.is_available() and dist.is_initialized()):
-        return found
-    shared = [found]
+        return value
+    shared = [value]
     dist.broadcast_object_list(shared, group=process_group, group_src=0)
     return shared[0]
 
@@ -163,7 +167,33 @@ def _is_complete(folder: Folder) -> bool:
     return (Path(folder) / METADATA).exists()
 
 
-def _parted(state: Any) -> tuple[dict[str, Tensor], _Nest]:
+def _check(folder: Path, records: Mapping[Any, Any]) -> None:
+    """Compare every tensor in the files with the checksum that was written with it; DCP does not."""
+    for index, place in records.items():
+        with (folder / place.relative_path).open("rb") as file:
+            file.seek(place.offset)
+            record = io.BytesIO(file.read(place.length))
+        check_sums(record, f"{str(folder)!r}: {index.fqn!r}")
+
+
+def _written(nest: Any) -> Tensor:
+    """The bytes of a nest, (n,) uint8."""
+    stream = io.BytesIO()
+    torch.save(nest, stream)
+    written = torch.frombuffer(bytearray(stream.getvalue()), dtype=torch.uint8)
+    try:
+        _read(written)
+    except pickle.UnpicklingError as error:
+        error.add_note("state: save numbers, texts and tensors, e.g. what a state_dict() consists of")
+        raise TypeError("state has something in it that cannot be read without running code") from error
+    return written
+
+
+def _read(written: Tensor) -> Any:
+    return safely(io.BytesIO(written.numpy().tobytes()), also=[_Place])
+
+
+def _parted(state: Any) -> tuple[dict[str, Tensor], Any]:
     """The tensors by their names, and the nest around them."""
     tensors: dict[str, Tensor] = {}
     places: dict[int, _Place] = {}
@@ -181,10 +211,10 @@ def _parted(state: Any) -> tuple[dict[str, Tensor], _Nest]:
             places[id(leaf)] = _Place(name, isinstance(leaf, nn.Parameter), leaf.requires_grad)
         return places[id(leaf)]
 
-    return tensors, _Nest(pytree.tree_map_with_path(place, state))
+    return tensors, pytree.tree_map_with_path(place, state)
 
 
-def _joined(nest: _Nest, tensors: Mapping[str, Tensor]) -> Any:
+def _joined(nest: Any, tensors: Mapping[str, Tensor]) -> Any:
     """The inverse of :func:`_parted`."""
     filled: dict[str, Tensor] = {}
 
@@ -193,7 +223,7 @@ def _joined(nest: _Nest, tensors: Mapping[str, Tensor]) -> Any:
             filled[place.name] = place.filled(tensors[place.name])
         return filled[place.name]
 
-    return pytree.tree_map_only(_Place, fill, nest.value)
+    return pytree.tree_map_only(_Place, fill, nest)
 
 
 def _key(entry: Any) -> str:
