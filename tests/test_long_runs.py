@@ -1,4 +1,4 @@
-"""Nothing grows in a long training, whatever the shapes of its batches: ``benchmarks/long_run.py``, in short."""
+"""Nothing grows in a long training, whatever the shapes of its batches: ``benchmarks/long_run.py``."""
 
 import json
 import os

@@ -78,9 +78,10 @@ ONE_GRAPH = (
 )
 
 MANY_GRAPHS = (
-    "thor_fx: {} graphs of this step have been compiled, and this call fits none of them. Sizes of batches share "
-    "a graph unless the loss function looks at them (a loop over rows, a size as a number): TORCH_LOGS=recompiles "
-    "says which. Pad batches to a few sizes, or raise torch._dynamo.config.recompile_limit."
+    "thor_fx: {} graphs of this step have been compiled, and this call fits none of them. Sizes of batches "
+    "share a graph unless the loss function looks at them (a loop over rows, a size as a number): "
+    "TORCH_LOGS=recompiles says which. Pad batches to a few sizes, or raise "
+    "torch._dynamo.config.recompile_limit."
 )
 
 

@@ -255,15 +255,31 @@ class _Instances:
     def __init__(self, build: "_FactorCompiler", examples: Sequence[Any]) -> None:
         self._build = build
         self._known: dict[tuple[int, ...], tuple[Runner, list[Tensor]]] = {}
-        places, first = build(examples)
-        self._places = places
-        self._remember(examples, first)
+        self._shown: set[tuple[int, ...]] = set()
+        described = build.described(examples)
+        self._places = [place for place, one in enumerate(described) if isinstance(one, Param)]
+        if build.collector.looks is None:
+            self._remember(examples, build(examples))
+        else:
+            self._show(examples)
 
     def __call__(self, *args: Any) -> Any:
-        key = tuple(id(args[place]) for place in self._places)
+        if self._build.collector.looks is not None:
+            self._show(args)
+            return self._build.plain()(*args)
+        key = self._key(args)
         if key not in self._known:
-            self._remember(args, self._build(args)[1])
+            self._remember(args, self._build(args))
         return self._known[key][0](*args)
+
+    def _key(self, args: Sequence[Any]) -> tuple[int, ...]:
+        return tuple(id(args[place]) for place in self._places)
+
+    def _show(self, args: Sequence[Any]) -> None:
+        key = self._key(args)
+        if key not in self._shown:
+            self._build.show(args)
+            self._shown.add(key)
 
     def _remember(self, args: Sequence[Any], runner: Runner) -> None:
         params = [args[place] for place in self._places]  # while they live, nothing else has their addresses
@@ -284,18 +300,30 @@ class _FactorCompiler:
     inputs: Sequence[Any]
     compiled: dict[Any, Runner] = field(default_factory=dict)
 
-    def __call__(self, examples: Sequence[Any]) -> tuple[list[int], Runner]:
-        """Where the parameters are among the arguments, and what runs with those of ``examples``."""
+    def described(self, examples: Sequence[Any]) -> tuple[InputDescriptor, ...]:
+        """What the arguments are."""
         params = dict(self.model.named_parameters())
         held = {id(t) for part in self.model.modules() for t in _tensors_of(part)}
-        described = describe_forward_inputs(self.forward, examples, params, lambda t: id(t) in held)
+        return describe_forward_inputs(self.forward, examples, params, lambda t: id(t) in held)
+
+    def show(self, examples: Sequence[Any]) -> None:
+        """Tell the collector of the layers that it looks for."""
+        looked_for, described = self.collector.looks, self.described(examples)
+        params = dict(self.model.named_parameters())
         used = {d.name: params[d.name] for d in described if isinstance(d, Param)}
-        places = [place for place, descriptor in enumerate(described) if isinstance(descriptor, Param)]
-        if self.collector.looks:
-            self._plain()
-        if not places:
-            compiled = self._compile(self.forward, self.inputs, lambda _gm, **_: None, key="")
-            return [], self._unless_it_looks(compiled)
+        if looked_for is None or not used:
+            return
+        found = coverage(survey(export_joint(self.forward, described), self.rules), self.rules)
+        found = found.restrict(looked_for)
+        owners = {name: used[name] for layer in found.layers.values() for name in layer.params}
+        self.collector.show(SlottedGraph(found, {}, owners))
+
+    def __call__(self, examples: Sequence[Any]) -> Runner:
+        """What runs with the parameters of ``examples``."""
+        params, described = dict(self.model.named_parameters()), self.described(examples)
+        used = {d.name: params[d.name] for d in described if isinstance(d, Param)}
+        if not used:
+            return self._compile(self.forward, self.inputs, lambda _gm, **_: None, key="")
         joint = export_joint(self.forward, described)
         found = coverage(survey(joint, self.rules), self.rules)
         log_coverage(f"graph {len(self.collector.graphs)}", found)
@@ -310,17 +338,9 @@ class _FactorCompiler:
             self.compiled[form] = self._compile_slotted(described, found, slots)
         owners = {name: used[name] for layer in found.layers.values() for name in layer.params}
         graph = self.collector.add(SlottedGraph(found, slots, owners))
-        return places, self._unless_it_looks(_runner(self.compiled[form], graph, self.collector))
+        return _runner(self.compiled[form], graph, self.collector)
 
-    def _unless_it_looks(self, runner: Runner) -> Runner:
-        """The same, but for passes that only look: those run what plain steps run."""
-
-        def run(*args: Any) -> Any:
-            return (self._plain() if self.collector.looks else runner)(*args)
-
-        return run
-
-    def _plain(self) -> Runner:
+    def plain(self) -> Runner:
         """What ``torch.compile`` makes of the graph."""
         if PLAIN not in self.compiled:
             with trainable_rnns():

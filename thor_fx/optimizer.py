@@ -457,9 +457,17 @@ class Thor(torch.optim.Optimizer):
     def _prepare(self, step: int, waits: bool) -> None:
         """Say what the forward pass of a step is to do: measure, or look for layers; or neither."""
         measures = self._overdue or waits or self._scheduled(step)
-        lost = self._collector.coverage is None or bool(self._known.unfound)
-        self._collector.looks = lost and not measures
+        found = self._collector.coverage
+        lost = found is None or bool(self._known.unfound)
+        self._collector.looks = self._looked_for(found) if lost and not measures else None
         self._collector.wanted = lost or measures
+
+    def _looked_for(self, found: Coverage | None) -> frozenset[str]:
+        """The parameters that graphs had used when the state was saved; all, where it does not say."""
+        if not self._known.recorded:
+            return frozenset(name for name, _ in self._model.named_parameters())
+        used = {name.partition("[")[0] for name in self._known.unfound}
+        return frozenset(used if found is None else used | found.trained)
 
     def _scheduled(self, step: int) -> bool:
         """Whether factors are due in a step."""
@@ -585,7 +593,7 @@ class Thor(torch.optim.Optimizer):
         }
         self._params = {name: p for name, p in self._model.named_parameters() if name in self._labels}
         self._dtype = HyperTensors.dtype(self._params)
-        self._found = _complete(self._collector.coverage, self._params)
+        self._found: Coverage = _complete(self._collector.coverage, self._params)
         trained = self._collector.coverage.trained
         self._known.restart(self._found.layers, self._params.keys() - trained, trained)
         self._tx = self._transform()
@@ -638,10 +646,10 @@ class Thor(torch.optim.Optimizer):
         for name, entry in views(self._inner, self._found, self._params, self._labels, self._held()).items():
             restore(entry, saved[name], name)
             self.state[self._params[name]] = with_unfound(entry, saved[name], self._known.unfound)
-        if not self._known.recorded:
-            marks = METHODS[self._options.inverse].marks
-            self._known.ready = layers_with_inverses(self.state.values(), marks) if continues else set()
         shares = self._owners is not None or self._options.work_sharing != "none"
+        if continues and (shares or not self._known.recorded):
+            marks = METHODS[self._options.inverse].marks
+            self._known.ready |= layers_with_inverses(self.state.values(), marks)
         if self._world is not None and shares:
             self._known.ready = set().union(*self._world.everybodys(self._known.ready))
         for label, counters in counters_of(self._inner).items():
