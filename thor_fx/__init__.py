@@ -5,7 +5,7 @@ import os
 from .torch_version import supported
 
 with supported():
-    from . import presets
+    from . import checkpoint, presets
     from .block_size import block_size_report
     from .block_size_rule import BlockSizeReport
     from .compile import compile, statistics
@@ -51,6 +51,7 @@ __all__ = [
     "block_size_report",
     "centralize_gradients",
     "chain",
+    "checkpoint",
     "compile",
     "compile_step",
     "decay_all_but_beta_gamma",

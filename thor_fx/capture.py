@@ -26,7 +26,7 @@ import torch
 import torch._dynamo
 from torch import Tensor, fx
 from torch._dynamo.convert_frame import compile_lock
-from torch._dynamo.exc import BackendCompilerFailed, Unsupported
+from torch._dynamo.exc import BackendCompilerFailed, FailOnRecompileLimitHit, Unsupported
 from torch._dynamo.source import LocalSource
 from torch._functorch.aot_autograd import aot_export_joint_with_descriptors
 from torch._guards import TracingContext, tracing
@@ -78,6 +78,13 @@ ONE_GRAPH = (
     "that cannot be traced outside of loss_fn."
 )
 
+MANY_GRAPHS = (
+    "thor_fx: {} graphs of this step have been compiled, and this call fits none of them. Sizes of batches "
+    "share a graph unless the loss function looks at them (a loop over rows, a size as a number): "
+    "TORCH_LOGS=recompiles says which. Pad batches to a few sizes, or raise "
+    "torch._dynamo.config.recompile_limit."
+)
+
 
 class LossCapture:
     """A loss function under Dynamo, whose compiled form is decided by ``handler``.
@@ -110,6 +117,9 @@ class LossCapture:
             raise error.inner_exception from None
         except Unsupported as error:
             error.add_note(ONE_GRAPH)
+            raise
+        except FailOnRecompileLimitHit as error:
+            error.add_note(MANY_GRAPHS.format(torch._dynamo.config.recompile_limit))
             raise
         finally:
             self._params, self._data = {}, ()

@@ -177,6 +177,8 @@ class Collector:
         backend: what the model is compiled with.
         factor_backend: what its factor steps are compiled with.
         wanted: whether the next forward pass in training mode is to collect factors.
+        looks: the parameters whose layers it only looks for, while it runs what a plain step runs; None: it
+            measures.
         graphs: every graph compiled so far.
         coverage: the coverage of all graphs together; None before the first.
         version: changes with what the coverage says of parameters.
@@ -199,6 +201,7 @@ class Collector:
     backend: str
     factor_backend: str
     wanted: bool = True
+    looks: frozenset[str] | None = None
     graphs: list[SlottedGraph] = field(default_factory=list)
     coverage: Coverage | None = None
     version: int = 0
@@ -236,6 +239,14 @@ class Collector:
 
     def add(self, graph: SlottedGraph) -> SlottedGraph:
         """Remember one more compiled graph; returned with the names that others use for its layers."""
+        graph = self.show(graph)
+        if not any(map(is_part, graph.params.values())):  # else a graph is sent as a whole
+            graph = graph.sharing(self.slots)
+        self.graphs.append(graph)
+        return graph
+
+    def show(self, graph: SlottedGraph) -> SlottedGraph:
+        """Make the layers of a graph known; returned as by :meth:`add`, and not remembered."""
         merged = graph.coverage
         current = [known for known in self.graphs if not known.outdated_by(graph)]
         if len(current) < len(self.graphs):
@@ -244,9 +255,6 @@ class Collector:
             graph = graph.turned(self.coverage.layers)
             self._overlapping |= _unlike(self.coverage.layers, graph.coverage.layers)
             merged = self.coverage.merge(graph.coverage)
-        if not any(map(is_part, graph.params.values())):  # else a graph is sent as a whole
-            graph = graph.sharing(self.slots)
-        self.graphs.append(graph)
         self._overlapping |= _overlapping(merged, graph.params)
         merged = _without(merged, self._overlapping)
         known = self.coverage

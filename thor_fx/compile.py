@@ -38,8 +38,8 @@ from .inductor import (
     JointPass,
     check_backend,
     check_settings,
+    compile_as_torch_does,
     compile_differentiable,
-    forgiving_inductor,
     tell_of_compiler,
 )
 from .joint_graphs import describe_joint
@@ -202,7 +202,8 @@ class _Call:
         self._captures_rnn = not any(isinstance(part, nn.RNNBase) for part in model.modules())
         settings: dict[str, Any] = {"backend": backend}
         if backend == "inductor" and collector.on_compile_error == "eager":
-            settings = {"backend": forgiving_inductor(mode, options)}
+            forgiving = partial(compile_as_torch_does, mode=mode, options=options, on_error="eager")
+            settings = {"backend": forgiving}
         elif backend == "inductor":
             settings |= {"mode": mode, "options": options}
 
@@ -288,21 +289,42 @@ class _Instances:
     def __init__(self, build: "_FactorCompiler", examples: Sequence[Any]) -> None:
         self._build = build
         self._known: dict[tuple[int, ...], tuple[Runner, list[Tensor]]] = {}
-        places, first = build(examples)
-        self._places, self._first = places, first
-        self._remember(examples, first)
+        self._shown: set[tuple[int, ...]] = set()
+        described = build.described(examples)
+        self._places = [place for place, one in enumerate(described) if isinstance(one, Param)]
+        if build.collector.looks is None:
+            self._first = build(examples)
+            self._remember(examples, self._first)
+        else:
+            self._first = build.plain()
+            self._show(examples)
 
     def __call__(self, *args: Any) -> Any:
         if any(map(is_fake, args)):  # Dynamo cuts a graph at DDP's buckets, and asks for shapes
             return self._first(*args)
-        key = tuple(id(args[place]) for place in self._places)
+        if self._build.collector.looks is not None:
+            self._show(args)
+            return self._build.plain()(*args)
+        key = self._key(args)
         if key not in self._known:
-            self._remember(args, self._build(args)[1])
+            self._remember(args, self._build(args))
         return self._known[key][0](*args)
+
+    def _key(self, args: Sequence[Any]) -> tuple[int, ...]:
+        return tuple(id(args[place]) for place in self._places)
+
+    def _show(self, args: Sequence[Any]) -> None:
+        key = self._key(args)
+        if key not in self._shown:
+            self._build.show(args)
+            self._shown.add(key)
 
     def _remember(self, args: Sequence[Any], runner: Runner) -> None:
         params = [args[place] for place in self._places]  # while they live, nothing else has their addresses
         self._known[tuple(map(id, params))] = runner, params
+
+
+PLAIN = "plain"
 
 
 @dataclass(frozen=True)
@@ -316,15 +338,30 @@ class _FactorCompiler:
     inputs: Sequence[Any]
     compiled: dict[Any, Runner] = field(default_factory=dict)
 
-    def __call__(self, examples: Sequence[Any]) -> tuple[list[int], Runner]:
-        """Where the parameters are among the arguments, and what runs with those of ``examples``."""
+    def described(self, examples: Sequence[Any]) -> tuple[InputDescriptor, ...]:
+        """What the arguments are."""
         params = dict(self.model.named_parameters())
         held = {id(t) for part in self.model.modules() for t in _tensors_of(part)}
-        described = describe_forward_inputs(self.forward, examples, params, lambda t: id(t) in held)
+        return describe_forward_inputs(self.forward, examples, params, lambda t: id(t) in held)
+
+    def show(self, examples: Sequence[Any]) -> None:
+        """Tell the collector of the layers that it looks for."""
+        looked_for, described = self.collector.looks, self.described(examples)
+        params = dict(self.model.named_parameters())
         used = {d.name: params[d.name] for d in described if isinstance(d, Param)}
-        places = [place for place, descriptor in enumerate(described) if isinstance(descriptor, Param)]
-        if not places:
-            return [], self._compile(self.forward, self.inputs, lambda _gm, **_: None, key="")
+        if looked_for is None or not used:
+            return
+        found = coverage(survey(export_joint(self.forward, described), self.rules), self.rules)
+        found = found.restrict(looked_for)
+        owners = {name: used[name] for layer in found.layers.values() for name in layer.params}
+        self.collector.show(SlottedGraph(found, {}, owners))
+
+    def __call__(self, examples: Sequence[Any]) -> Runner:
+        """What runs with the parameters of ``examples``."""
+        params, described = dict(self.model.named_parameters()), self.described(examples)
+        used = {d.name: params[d.name] for d in described if isinstance(d, Param)}
+        if not used:
+            return self._compile(self.forward, self.inputs, lambda _gm, **_: None, key="")
         joint = export_joint(self.forward, described)
         found = coverage(survey(joint, self.rules), self.rules)
         log_coverage(f"graph {len(self.collector.graphs)}", found)
@@ -339,7 +376,21 @@ class _FactorCompiler:
             self.compiled[form] = self._compile_slotted(described, found, slots)
         owners = {name: used[name] for layer in found.layers.values() for name in layer.params}
         graph = self.collector.add(SlottedGraph(found, slots, owners))
-        return places, _runner(self.compiled[form], graph, self.collector)
+        return _runner(self.compiled[form], graph, self.collector)
+
+    def plain(self) -> Runner:
+        """What ``torch.compile`` makes of the graph."""
+        if PLAIN not in self.compiled:
+            with trainable_rnns():
+                self.compiled[PLAIN] = compile_as_torch_does(
+                    self.forward,
+                    self.inputs,
+                    backend=self.collector.backend,
+                    mode=self.collector.mode,
+                    options=self.collector.options,
+                    on_error=self.collector.on_compile_error,
+                )
+        return self.compiled[PLAIN]
 
     def _statistics(self, joint: fx.GraphModule) -> dict[Statistic, Tensor]:
         """What the user's passes measure, as fake values: slots are there before the graph is compiled."""

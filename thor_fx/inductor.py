@@ -14,6 +14,7 @@ import torch
 from functorch.compile import default_partition, make_boxed_func
 from torch import fx
 from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.backends.registry import lookup_backend
 from torch._dynamo.source import LocalSource
 from torch._guards import TracingContext, tracing
 from torch._inductor import config as inductor_config
@@ -268,19 +269,25 @@ def compile_differentiable(
     return cast(Compiled, compiled_or(compiled, functools.partial(interpreted, spare), on_error))
 
 
-def forgiving_inductor(mode: str | None, options: Mapping[str, Any] | None) -> Callable[..., Any]:
-    """A backend for ``torch.compile``: Inductor, and where that fails, the graph as it is."""
-    compiled = functools.partial(compile_fx, config_patches=_patches(mode, options))
-
-    def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Any:
-        spare = _spare(gm, "eager")
-        return compiled_or(lambda: compiled(gm, inputs), lambda: spare.forward, "eager")
-
-    return backend
-
-
 def _patches(mode: str | None, options: Mapping[str, Any] | None) -> dict[str, Any]:
     return {**(list_mode_options(mode) if mode else {}), **(options or {})}
+
+
+def compile_as_torch_does(
+    forward: fx.GraphModule,
+    inputs: Sequence[Any],
+    *,
+    backend: str = "inductor",
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+    on_error: OnCompileError = "raise",
+) -> Compiled:
+    """What ``torch.compile`` makes of Dynamo's graph; arguments as of :func:`compile_differentiable`."""
+    if backend != "inductor":
+        return cast(Compiled, lookup_backend(backend)(forward, list(inputs)))
+    spare = _spare(forward, on_error)
+    compiled = functools.partial(compile_fx, forward, list(inputs), config_patches=_patches(mode, options))
+    return cast(Compiled, compiled_or(compiled, lambda: spare.forward, on_error))
 
 
 def _interpret(gm: fx.GraphModule, _: Sequence[Any]) -> Compiled:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from .ahead import Ahead
+from .another_model import check_same_model
 from .arguments import check_type
 from .between import run_between
 from .block_size import choose
@@ -39,7 +40,15 @@ from .layers import Coverage
 from .levenberg_marquardt import LevenbergMarquardt, loss_again
 from .links import thor_chain
 from .metrics import Metrics, metrics, trace
-from .optimizer_state import counters_of, layers_with_inverses, loading, restore, views
+from .optimizer_state import (
+    counters_of,
+    layers_of,
+    layers_with_inverses,
+    loading,
+    restore,
+    views,
+    with_unfound,
+)
 from .options import MAX_DIM, Fallback, MomentumOn, Options, damping_schedule, number_schedule
 from .own_passes import Statistics
 from .parameter_groups import ParameterGroups
@@ -52,6 +61,7 @@ from .refresh_rules import RefreshRule
 from .saved_options import accepted, format_of, other_shapes
 from .scaling import Scaler, scales_of
 from .schedule import Schedule, Value
+from .state_versions import SavedState
 from .step_norm import StepNorm
 from .transform import Taken, Transform, skip_nonfinite, unscale
 from .unseen import NO_GRAPH, tell_unseen, unseen_weights
@@ -64,7 +74,8 @@ NEEDS_CLOSURE = (
 
 NO_FACTORS = (
     "a factor step found no factors (was the model in evaluation mode?): the last inverses are used until "
-    "there are some"
+    "there are some. It is so too where torch has stopped compiling the model: it says that it hit "
+    "config.recompile_limit"
 )
 A_COPY = (
     "this Thor is a copy or was unpickled, which keeps the state and nothing else: create "
@@ -390,7 +401,7 @@ class Thor(torch.optim.Optimizer):
             self._adapt(adaptive, closure, loss)
         for group in self.param_groups:
             group["step"] = step + 1
-        self._collector.wanted = self._overdue or waits or self._scheduled(step + 1)
+        self._prepare(step + 1, waits)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget gradients, and factors that no step has used."""
@@ -442,15 +453,16 @@ class Thor(torch.optim.Optimizer):
 
         Raises:
             TypeError: ``state_dict`` is no dict.
-            ValueError: it is that of another optimizer, of a later version of thor_fx, or of a ``Thor`` whose
-                options give its tensors another meaning: ``docs/saving.md``. Other shapes are refused when
-                the layers are known, in the next step at the latest.
+            ValueError: it is that of another optimizer, of another model, of a later version of thor_fx, or
+                of a ``Thor`` whose options give its tensors another meaning: ``docs/saving.md``; nothing has
+                been changed. Other shapes are refused in the next step, when the layers are known.
         """
         check_type("state_dict", state_dict, dict, "what Thor.state_dict() returned")
-        before, own = self.block_size, format_of(self._options, self.block_size)
-        with loading(self, partial(accepted, own=own)):
+        before = self.block_size
+        with loading(self, self._accepted):
             super().load_state_dict(state_dict)
         saved = self.param_groups[0]["format"]
+        self._load_readiness(self.param_groups[0].pop("readiness", None))
         if self._options.block_size != "auto":
             for group in self.param_groups:
                 group.pop("block_size", None)  # was chosen; this time it was given
@@ -464,14 +476,48 @@ class Thor(torch.optim.Optimizer):
         if self._built_for is not None:
             self._start()
         step: int = self.param_groups[0]["step"]
-        unknown = self._collector.coverage is None  # the layers have to be found before the next step
-        self._collector.wanted = unknown or self._overdue or self._scheduled(step)
+        self._prepare(step, self._known.waits(step - 1))
         self._collector.clear()
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that the next step depends on, besides the parameters."""
+        packed, found = super().state_dict(), self._collector.coverage
+        readiness = self._known.saved(() if found is None else found.trained)
+        packed["param_groups"][0]["readiness"] = {**readiness, "overdue": self._overdue}
+        return packed
+
+    def _accepted(self, saved: SavedState) -> SavedState:
+        """A state dict as this optimizer saves it; or a ValueError that says what is wrong with it."""
+        saved = accepted(saved, own=format_of(self._options, self.block_size))
+        names = {param: name for name, param in self._model.named_parameters()}
+        check_same_model(saved, self.param_groups, names, alone=self._world is None)
+        return saved
 
     def _note_format(self) -> None:
         """Let every group say what its state is."""
         for group in self.param_groups:
             group["format"] = format_of(self._options, self.block_size)
+
+    def _load_readiness(self, saved: Mapping[str, Any] | None) -> None:
+        found = self._collector.coverage
+        used = set() if found is None else {*found.layers, *found.trained}
+        self._known.load(saved, layers_of(self.state.values()), used)
+        self._overdue = saved is not None and saved["overdue"]
+
+    def _prepare(self, step: int, waits: bool) -> None:
+        """Say what the forward pass of a step is to do: measure, or look for layers; or neither."""
+        measures = self._overdue or waits or self._scheduled(step)
+        found = self._collector.coverage
+        lost = found is None or bool(self._known.unfound)
+        self._collector.looks = self._looked_for(found) if lost and not measures else None
+        self._collector.wanted = lost or measures
+
+    def _looked_for(self, found: Coverage | None) -> frozenset[str]:
+        """The parameters that graphs had used when the state was saved; all, where it does not say."""
+        if not self._known.recorded:
+            return frozenset(name for name, _ in self._model.named_parameters())
+        used = {name.partition("[")[0] for name in self._known.unfound}
+        return frozenset(used if found is None else used | found.trained)
 
     def _scheduled(self, step: int) -> bool:
         """Whether factors are due in a step."""
@@ -493,6 +539,7 @@ class Thor(torch.optim.Optimizer):
         if "block_size" in self.param_groups[0]:  # else the state is one that was saved with a given size
             for entry in self.state.values():
                 entry.pop("inverses", None)
+            self._known.ready.clear()
         for group in self.param_groups:
             group["block_size"] = self.block_size_report.chosen
         self._note_format()
@@ -525,7 +572,8 @@ class Thor(torch.optim.Optimizer):
         if self._tx.between is None:
             return
         measured = frozenset(map(layer_of, moments)) - unready
-        taken = Taken(step, measured, frozenset(self._known.ready), self._ahead)
+        ready = frozenset(self._known.ready.intersection(self._found.layers))
+        taken = Taken(step, measured, ready, self._ahead)
         due = run_between(self._tx, self._inner, self._update.params, self._found, rates, taken)
         if due is not None:
             self._set_due(due)
@@ -586,7 +634,9 @@ class Thor(torch.optim.Optimizer):
             return
         check_replaced(self._model, self.param_groups)
         if self._built_for is not None:
-            self._set_due(None)  # there are new layers: back to the schedule
+            known = {*self._found.layers, *self._known.unfound}
+            if not known.issuperset(self._collector.coverage.layers):
+                self._set_due(None)  # there are new layers: back to the schedule
         self._forget()
         self._built_for = self._collector.version
         self._labels = {
@@ -598,8 +648,9 @@ class Thor(torch.optim.Optimizer):
         self._dtype = HyperTensors.dtype(self._params)
         some = next(iter(self._params.values()))
         self._form = some.dtype, some.device
-        self._found = _complete(self._collector.coverage, self._params)
-        self._known.restart(self._found.layers, self._params.keys() - self._collector.coverage.trained)
+        self._found: Coverage = _complete(self._collector.coverage, self._params)
+        trained = self._collector.coverage.trained
+        self._known.restart(self._found.layers, self._params.keys() - trained, trained)
         self._tx = self._transform()
         mode, options = self._collector.mode, self._collector.options
         params = {name: here(p) for name, p in self._params.items()}
@@ -673,10 +724,11 @@ class Thor(torch.optim.Optimizer):
             saved |= moved(self._owners.parts, saved)
         for name, entry in views(self._inner, self._found, self._params, self._labels, self._held()).items():
             restore(entry, saved[name], name, self._saved_with)
-            self.state[self._params[name]] = entry
-        marks = METHODS[self._options.inverse].marks
-        self._known.ready = layers_with_inverses(self.state.values(), marks) if continues else set()
+            self.state[self._params[name]] = with_unfound(entry, saved[name], self._known.unfound)
         shares = self._owners is not None or self._options.work_sharing != "none"
+        if continues and (shares or not self._known.recorded):
+            marks = METHODS[self._options.inverse].marks
+            self._known.ready |= layers_with_inverses(self.state.values(), marks)
         if self._world is not None and shares:
             self._known.ready = set().union(*self._world.everybodys(self._known.ready))
         for label, counters in counters_of(self._inner).items():

@@ -5,7 +5,7 @@ of single parameters. :func:`views` gives the stacks' slices by parameter: the s
 """
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,6 +24,9 @@ from .trace_rule import Watch
 from .transform import SkipState
 
 Entry = dict[str, Any]
+
+OF_LAYERS = ("inverses", "factors")
+"""What the state of a parameter has by layer."""
 
 
 def views(
@@ -181,6 +184,20 @@ def loading(optimizer: torch.optim.Optimizer, accept: Callable[[SavedState], Sav
 def _on(device: torch.device, entry: Entry) -> Entry:
     moved: Entry = pytree.tree_map_only(Tensor, lambda tensor: tensor.to(device), entry)
     return moved
+
+
+def layers_of(entries: Iterable[Mapping[str, Any]]) -> set[str]:
+    """The layers that a state has inverses or factors of."""
+    return {layer for entry in entries for kept in OF_LAYERS for layer in entry.get(kept, {})}
+
+
+def with_unfound(entry: Entry, saved: Entry, unfound: Collection[str]) -> Entry:
+    """The state of a parameter, with what was saved of layers that no graph has shown yet."""
+    for kept in OF_LAYERS:
+        more = {layer: value for layer, value in saved.get(kept, {}).items() if layer in unfound}
+        if more:
+            entry[kept] = {**entry.get(kept, {}), **more}
+    return entry
 
 
 def _part(state: State, place: slice) -> Entry:
