@@ -15,7 +15,10 @@ FOLDER = Path(__file__).parents[1] / "examples"
 ON_RANKS = FOLDER / "ddp_digits.py"
 OTHERS = "custom_pass", "fusion_study", "inspect_graph", "laplace_digits"
 CUSTOM, STUDY, INSPECT, LAPLACE = (FOLDER / f"{name}.py" for name in OTHERS)
-EXAMPLES = sorted({*FOLDER.glob("*.py")} - {ON_RANKS, CUSTOM, STUDY, INSPECT, LAPLACE})
+LOOPS = {"accelerate": ["accelerate"], "lightning": ["lightning"], "lora": ["peft"]}
+LOOPS["trainer"] = ["accelerate", "transformers"]
+BY_LOOP = {name: FOLDER / f"{name}_digits.py" for name in LOOPS}
+EXAMPLES = sorted({*FOLDER.glob("*.py")} - {ON_RANKS, CUSTOM, STUDY, INSPECT, LAPLACE, *BY_LOOP.values()})
 
 
 def run(path: Path, argument: str, cwd: Path) -> str:
@@ -37,6 +40,18 @@ def test_example(path: Path, backend: str, tmp_path: Path):
     losses = [float(loss) for loss in re.findall(r"loss (\d+\.\d+)", run(path, backend, tmp_path))]
     assert len(losses) == 2
     assert losses[1] < losses[0] / 5
+
+
+@pytest.mark.parametrize("name", LOOPS)
+def test_a_loop_of_another_package(name: str, tmp_path: Path):
+    for package in LOOPS[name]:
+        pytest.importorskip(package)
+    printed = run(BY_LOOP[name], "aot_eager", tmp_path)
+    first, last = map(float, re.findall(r"(?:first|last) loss (\d+\.\d+)", printed))
+    assert last < first / 5
+    right = re.findall(r"(\d+\.\d)% of the digits are right", printed)
+    assert len(right) == (name in {"lora", "trainer"})
+    assert all(float(share) > 85 for share in right)
 
 
 def test_a_pass_of_ones_own(tmp_path: Path):

@@ -490,3 +490,38 @@ def test_a_second_optimizer_on_the_same_model_starts_afresh():
     twin.load_state_dict(model.state_dict())
     expected = by_drop_in_door(twin, data[2:], **SETTINGS)
     assert_same(train(model, thor(model), data[2:]), expected)
+
+
+def test_a_copy_has_the_state_but_no_model():
+    model = compiled()
+    optimizer = thor(model)
+    data = batches(6)
+    train(model, optimizer, data[:3])
+    copied = copy.deepcopy(optimizer)
+    assert "Options: of a copy" in repr(copied)
+    with pytest.raises(RuntimeError, match=r"copy .* pass its load_state_dict the copy's state_dict\(\)"):
+        copied.step()
+    fresh = compiled()
+    fresh.load_state_dict(model.state_dict())
+    resumed = thor(fresh)
+    resumed.load_state_dict(copied.state_dict())
+    first, second = train(model, optimizer, data[3:]), train(fresh, resumed, data[3:])
+    assert all(identical(one, other) for one, other in zip(first, second, strict=True))
+
+
+def test_a_process_group_that_comes_later_is_told_once(monkeypatch):
+    """Trainers initialise it: each rank would have inverses of its own, and the weights drift apart."""
+    model, data = compiled(), batches(2)
+    optimizer = thor(model)
+    monkeypatch.setattr("thor_fx.optimizer.has_others", lambda: True)
+    with pytest.warns(UserWarning, match=r"before torch.distributed was initialised: create it after that"):
+        train(model, optimizer, data[:1])
+    train(model, optimizer, data[1:])
+
+
+def test_a_wrapper_of_torch_compile_around_the_model_shows_nothing():
+    model, (x, y) = compiled(), batches(1)[0]
+    optimizer = thor(model)
+    F.cross_entropy(torch.compile(model, backend="aot_eager")(x), y).backward()
+    with pytest.raises(RuntimeError, match=r"nor torch.compile\(model\)"):
+        optimizer.step()

@@ -27,7 +27,14 @@ from .distributed.faults import waiting_for_others
 from .distributed.owned import by_owners, check_owned, moved
 from .distributed.ownership import Ownership, ownership
 from .distributed.work import WorkSharing, everything
-from .distributed.wrappers import averages_gradients, is_dealt_out, unwrapped, world_of_model
+from .distributed.wrappers import (
+    LATE,
+    averages_gradients,
+    has_others,
+    is_dealt_out,
+    unwrapped,
+    world_of_model,
+)
 from .factors import Moments
 from .group_members import check_centralization, members, named, with_rest
 from .hyper import HyperTensors
@@ -57,6 +64,10 @@ NEEDS_CLOSURE = (
     "step(closure), where closure computes the loss, calls backward and returns the loss"
 )
 
+COPY = (
+    "this is a copy of an optimizer (copy.deepcopy, pickle): it has the state, but no compiled model. Create "
+    "Thor(model, ...) and pass its load_state_dict the copy's state_dict()"
+)
 NO_FACTORS = (
     "a factor step found no factors (was the model in evaluation mode?): the last inverses are used until "
     "there are some"
@@ -191,6 +202,7 @@ class Thor(torch.optim.Optimizer):
     ) -> None:
         self._collector: Collector = collector_of(model)
         self._world = world_of_model(model, process_group)
+        self._had_others = has_others()
         self._averages_gradients = not averages_gradients(model)
         self._model = model = unwrapped(model)
         self._scaler = loss_scale if isinstance(loss_scale, Scaler) else None
@@ -298,8 +310,10 @@ class Thor(torch.optim.Optimizer):
         Raises:
             RuntimeError: there are gradients, but the compiled model has not been run in training mode;
                 or a gradient scaler has divided the gradients, and nobody has said which; or the damping
-                adapts itself, and there is no closure.
+                adapts itself, and there is no closure; or this is a copy, which has no model.
         """
+        if not hasattr(self, "_options"):
+            raise RuntimeError(COPY)
         adaptive = self._options.adaptive
         if adaptive is not None and closure is None:
             raise RuntimeError(NEEDS_CLOSURE)
@@ -309,8 +323,23 @@ class Thor(torch.optim.Optimizer):
                 loss = closure()
         if adaptive is not None and loss is None:
             raise RuntimeError(NEEDS_CLOSURE)
-        if all(p.grad is None for group in self.param_groups for p in group["params"]):
+        parameters = (p for group in self.param_groups for p in group["params"])
+        first = next((p for p in parameters if p.grad is not None), None)
+        if first is None:
             return loss
+        step: int = self.param_groups[0]["step"]
+        compares = adaptive is not None and adaptive.compares(step)
+        with torch.autocast(first.device.type, enabled=False):  # trainers call us inside of theirs
+            waits = self._advance(step, compares)
+        if compares and adaptive is not None and closure is not None:
+            self._adapt(adaptive, closure, loss)
+        for group in self.param_groups:
+            group["step"] = step + 1
+        self._collector.wanted = self._overdue or waits or self._scheduled(step + 1)
+        return loss
+
+    def _advance(self, step: int, compares: bool) -> bool:
+        """Take step ``step``; return whether the next one has to collect factors, unscheduled."""
         sent = self._collector.has_sent
         moments, terms = self._collector.take()
         lost = sent and self._built_for != self._collector.version
@@ -321,7 +350,6 @@ class Thor(torch.optim.Optimizer):
         self._build()
         if self._owners is not None and moments and not sent:
             moments = self._owners.at_owners(moments)
-        step: int = self.param_groups[0]["step"]
         gradients = {n: here_as(p.grad, p) for n, p in self._params.items() if p.grad is not None}
         unready = self._known.standing(self._found.layers, gradients)
         self._tell_unseen(moments, gradients)
@@ -331,7 +359,6 @@ class Thor(torch.optim.Optimizer):
             self._ahead.forget()
         served = unready.intersection(moments)
         skipped = self._inner.skipped.clone() if served else None
-        compares = adaptive is not None and adaptive.compares(step)
         refreshes = frozenset(map(layer_of, moments)) & unready if self._tx.between else None
         rates, terms = self._rates(), terms if moments else None
         given = Given(gradients, moments, terms, self._scales(), refreshes, compares)
@@ -340,13 +367,7 @@ class Thor(torch.optim.Optimizer):
         self._between(step, moments, unready, rates)
         if served and bool(skipped == self._inner.skipped):  # waits for the device, in the first step
             self._known.ready |= served
-        waits = self._known.wait(unready, served, gradients, step)
-        if compares and adaptive is not None and closure is not None:
-            self._adapt(adaptive, closure, loss)
-        for group in self.param_groups:
-            group["step"] = step + 1
-        self._collector.wanted = self._overdue or waits or self._scheduled(step + 1)
-        return loss
+        return self._known.wait(unready, served, gradients, step)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget gradients, and factors that no step has used."""
@@ -354,7 +375,7 @@ class Thor(torch.optim.Optimizer):
         self._collector.clear()
 
     def __repr__(self) -> str:
-        return f"{super().__repr__()}\nOptions: {self._options}"
+        return f"{super().__repr__()}\nOptions: {getattr(self, '_options', 'of a copy')}"
 
     @property
     def coverage(self) -> Coverage | None:
@@ -441,7 +462,7 @@ class Thor(torch.optim.Optimizer):
         self._overdue = missing and not none_at_all
         if missing and not self._warned and not lost:
             self._warned = True
-            warnings.warn(NO_LAYERS if none_at_all else NO_FACTORS, stacklevel=3)
+            warnings.warn(NO_LAYERS if none_at_all else NO_FACTORS, stacklevel=4)
         return due
 
     def _tell_unseen(self, moments: Mapping[str, Moments], gradients: Mapping[str, Tensor]) -> None:
@@ -514,8 +535,9 @@ class Thor(torch.optim.Optimizer):
         if self._collector.coverage is None:
             raise RuntimeError(
                 "no compiled graph of the model has been seen: create Thor before the forward pass, call "
-                "the model itself (not model.forward) in training mode, and then backward. If you did, "
-                "torch.compile captures nothing of this model: see TORCH_LOGS=graph_breaks"
+                "the model itself (not model.forward, nor torch.compile(model)) in training mode, and then "
+                "backward. If you did, torch.compile captures nothing of this model: see "
+                "TORCH_LOGS=graph_breaks"
             )
         if self._built_for == self._collector.version:
             return
@@ -543,6 +565,8 @@ class Thor(torch.optim.Optimizer):
         if not self._compared:
             check_ranks(self._tx, self._params, self._found)
             self._compared = True
+            if self._world is None and has_others() and not self._had_others:
+                warnings.warn(LATE, stacklevel=4)
 
     def _transform(self) -> Transform:
         block_size = None if self.block_size == "auto" else self.block_size

@@ -40,4 +40,4 @@ def tell_unseen(names: list[str], *, strict: bool) -> None:
     if strict:
         raise CoverageError(f"strict=True, but no compiled graph uses the weights {few}. {ADVICE}")
     told = f"no compiled graph uses the weights {few}: they take the first-order rule. {ADVICE}"
-    warnings.warn(told, stacklevel=4)
+    warnings.warn(told, stacklevel=5)
