@@ -215,6 +215,7 @@ def test_lightning(lightning: Any, half: bool, manual: bool, tmp_path: Path):
 
 
 @LIGHTNING
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`:UserWarning")  # saves nothing again
 @RESUMED
 def test_lightning_resumes(lightning: Any, frequency: int, tmp_path: Path):
     first = fit(lightning, classifier(lightning, frequency=frequency), tmp_path)
