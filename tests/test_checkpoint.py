@@ -81,7 +81,7 @@ def test_a_flipped_bit_is_named_in_a_checkpoint_of_ranks(tmp_path: Path):
     whole = bytearray(file.read_bytes())
     whole[whole.index(STATE["weight"][100:110].numpy().tobytes())] ^= 4
     file.write_bytes(whole)
-    with pytest.raises(ValueError, match=r"1': 'weight' is damaged: .*CRC-32"):
+    with pytest.raises(ValueError, match=r"1' is damaged.* \(tensor 'weight' is .* and was saved as"):
         of_ranks.load(tmp_path / "1")
 
 
@@ -96,7 +96,7 @@ def test_nothing_runs_when_a_file_is_loaded(tmp_path: Path, capsys: pytest.Captu
     torch.save({"x": Code()}, tmp_path / "foreign.pt")
     with pytest.raises(Exception, match="print"):
         checkpoint.load(tmp_path / "foreign.pt")
-    with pytest.raises(TypeError, match="cannot be read without running code"):
+    with pytest.raises(TypeError, match="print would not be loaded again"):
         of_ranks.save(tmp_path / "1", {"x": Code()})
     assert not (tmp_path / "1").exists()
     assert capsys.readouterr().out == ""
@@ -109,7 +109,7 @@ def calls(path: Path) -> list[tuple[str, ast.Call]]:
 
 def test_our_code_loads_nothing_that_could_run():
     loads = [(path, node) for path in SOURCES for name, node in calls(path) if name == "torch.load"]
-    assert [path.name for path, _ in loads] == ["checkpoint.py"]
+    assert [path.name for path, _ in loads] == ["checkpoint.py", "sealed.py"]
     for _, node in loads:
         assert any(k.arg == "weights_only" and ast.unparse(k.value) == "True" for k in node.keywords)
     pickled = re.compile(r"(c?[pP]ickle|dill|joblib|shelve|marshal)\.(loads?|Unpickler|open)$")
@@ -169,7 +169,7 @@ def test_a_state_without_some_inverses_is_refused(saved):
     other = thor_fx.Thor(thor_fx.compile(Named("a", "b"), backend="eager"), lr=0.1, damping=0.1, momentum=0.9)
     with pytest.raises(ValueError, match=r"has lost the inverses of \['b.weight'\]"):
         other.load_state_dict({**saved, "state": parts})
-    with pytest.raises(ValueError, match="has no 'state', only"):
+    with pytest.raises(ValueError, match="with 'state' and 'param_groups': it has"):
         other.load_state_dict(Named("a", "b").state_dict())
 
 

@@ -15,7 +15,11 @@ FOLDER = Path(__file__).parents[1] / "examples"
 ON_RANKS = FOLDER / "ddp_digits.py"
 OTHERS = "char_gpt", "custom_pass", "fusion_study", "inspect_graph", "laplace_digits", "poisson"
 GPT, CUSTOM, STUDY, INSPECT, LAPLACE, POISSON = (FOLDER / f"{name}.py" for name in OTHERS)
-EXAMPLES = sorted({*FOLDER.glob("*.py")} - {ON_RANKS, GPT, CUSTOM, STUDY, INSPECT, LAPLACE, POISSON})
+LOOPS = {"accelerate": ["accelerate"], "lightning": ["lightning"], "lora": ["peft"]}
+LOOPS["trainer"] = ["accelerate", "transformers"]
+BY_LOOP = {name: FOLDER / f"{name}_digits.py" for name in LOOPS}
+APART = {ON_RANKS, GPT, CUSTOM, STUDY, INSPECT, LAPLACE, POISSON, *BY_LOOP.values()}
+EXAMPLES = sorted({*FOLDER.glob("*.py")} - APART)
 COMPILED = [path for path in EXAMPLES if path.stem != "conv_digits"]  # there are enough compiled ones
 RUNS = [
     *((path, "aot_eager") for path in EXAMPLES),
@@ -58,6 +62,18 @@ def test_a_differential_equation_is_solved(tmp_path: Path):
     assert losses[1] < losses[0] / 500
     assert errors[1] < 0.15
     assert errors[1] < of_adam
+
+
+@pytest.mark.parametrize("name", LOOPS)
+def test_a_loop_of_another_package(name: str, tmp_path: Path):
+    for package in LOOPS[name]:
+        pytest.importorskip(package)
+    printed = run(BY_LOOP[name], "aot_eager", tmp_path)
+    first, last = map(float, re.findall(r"(?:first|last) loss (\d+\.\d+)", printed))
+    assert last < first / 5
+    right = re.findall(r"(\d+\.\d)% of the digits are right", printed)
+    assert len(right) == (name in {"lora", "trainer"})
+    assert all(float(share) > 85 for share in right)
 
 
 def test_a_pass_of_ones_own(tmp_path: Path):

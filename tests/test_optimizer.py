@@ -526,6 +526,7 @@ def test_a_copied_optimizer_says_what_to_do():
     optimizer = thor(model)
     train(model, optimizer, batches(1))
     copied = copy.deepcopy(optimizer)
+    assert "Options: of a copy" in repr(copied)
     for use in (
         copied.step,
         copied.zero_grad,
@@ -543,3 +544,21 @@ def test_a_copied_optimizer_says_what_to_do():
     resumed.load_state_dict(copied.state_dict())
     one, other = train(twin, resumed, data[1:]), train(model, optimizer, data[1:])
     assert all(map(identical, one, other))
+
+
+def test_a_process_group_that_comes_later_is_told_once(monkeypatch):
+    """Trainers initialise it: each rank would have inverses of its own, and the weights drift apart."""
+    model, data = compiled(), batches(2)
+    optimizer = thor(model)
+    monkeypatch.setattr("thor_fx.optimizer.has_others", lambda: True)
+    with pytest.warns(UserWarning, match=r"before torch.distributed was initialised: create it after that"):
+        train(model, optimizer, data[:1])
+    train(model, optimizer, data[1:])
+
+
+def test_a_wrapper_of_torch_compile_around_the_model_shows_nothing():
+    model, (x, y) = compiled(), batches(1)[0]
+    optimizer = thor(model)
+    F.cross_entropy(torch.compile(model, backend="aot_eager")(x), y).backward()
+    with pytest.raises(RuntimeError, match=r"nor torch.compile\(model\)"):
+        optimizer.step()

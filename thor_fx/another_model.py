@@ -42,8 +42,9 @@ def check_same_model(
     for name in readiness["used"]:
         if name.partition("[")[0] not in names.values():
             raise ValueError(f"{ANOTHER}: it speaks of {name!r}, and this one has no parameter of that name")
-    lost = {*readiness["ready"]} - layers_of(entries.values())
-    if lost and alone:
+    ready = {*readiness["ready"]}
+    lost = ready - layers_of(entries.values())
+    if alone and lost and lost != ready:  # all of them may have been taken out, to start anew
         raise ValueError(f"the saved state has lost the inverses of {sorted(lost)}: take the one before")
 
 

@@ -57,7 +57,7 @@ def load(file: File, *, device: torch.device | str | None = None) -> Any:
     with Path(file).open("rb") as stream:
         check_sums(stream, repr(str(file)))
         stream.seek(0)
-        with torch.serialization.safe_globals(STATE_CLASSES):
+        with torch.serialization.safe_globals([*STATE_CLASSES]):
             return torch.load(stream, map_location=device, weights_only=True)
 
 

@@ -148,10 +148,10 @@ def collector_of(model: Any) -> Collector:
     """
     call = getattr(unwrapped(model), "_compiled_call_impl", None)
     if not isinstance(call, _Call):
-        raise TypeError(
-            f"model must be compiled by thor_fx, got {type(model).__name__}: call "
-            "model = thor_fx.compile(model) first (instead of torch.compile)"
-        )
+        advice = "call model = thor_fx.compile(model) first (instead of torch.compile)"
+        if not isinstance(model, nn.Module):
+            advice += ", and pass the model itself, not its parameters"
+        raise TypeError(f"model must be compiled by thor_fx, got {type(model).__name__}: {advice}")
     return call.collector
 
 

@@ -30,7 +30,15 @@ from .distributed.owned import by_owners, check_owned, moved
 from .distributed.ownership import Ownership, ownership
 from .distributed.sending import Sending
 from .distributed.work import WorkSharing, everything
-from .distributed.wrappers import averager, averages_gradients, is_dealt_out, unwrapped, world_of_model
+from .distributed.wrappers import (
+    LATE,
+    averager,
+    averages_gradients,
+    has_others,
+    is_dealt_out,
+    unwrapped,
+    world_of_model,
+)
 from .factors import Moments
 from .group_members import check_centralization, check_replaced, members, named, with_rest
 from .hyper import HyperTensors
@@ -217,6 +225,7 @@ class Thor(torch.optim.Optimizer):
     ) -> None:
         self._collector: Collector = collector_of(model)
         self._world = world_of_model(model, process_group)
+        self._had_others = has_others()
         self._averages_gradients = not averages_gradients(model)
         self._averager = averager(model, self._world)
         self._lane: Lane | None = None
@@ -340,7 +349,7 @@ class Thor(torch.optim.Optimizer):
             RuntimeError: there are gradients, but the compiled model has not been run in training mode;
                 or a gradient scaler has divided the gradients, and nobody has said which; or the damping
                 adapts itself, and there is no closure; or another optimizer was made for the same model
-                since, or parameters were replaced.
+                since, or parameters were replaced; or this is a copy, which has no model.
         """
         if self._collector.reader is not self._reader:
             raise RuntimeError(SUCCEEDED)
@@ -353,21 +362,30 @@ class Thor(torch.optim.Optimizer):
                 loss = closure()
         if adaptive is not None and loss is None:
             raise RuntimeError(NEEDS_CLOSURE)
-        if all(p.grad is None for group in self.param_groups for p in group["params"]):
+        parameters = (p for group in self.param_groups for p in group["params"])
+        first = next((p for p in parameters if p.grad is not None), None)
+        if first is None:
             check_replaced(self._model, self.param_groups)
             return loss
+        step: int = self.param_groups[0]["step"]
+        compares = adaptive is not None and adaptive.compares(step)
         collected = self._collector.collected()
         try:
-            self._advance(collected, closure, loss)
+            with torch.autocast(first.device.type, enabled=False):  # trainers call us inside of theirs
+                waits = self._advance(collected, step, compares)
         except BaseException:
             self._collector.put_back(collected)  # after Ctrl-C, say, the step can be tried again
             raise
+        if compares and adaptive is not None and closure is not None:
+            self._adapt(adaptive, closure, loss)
+        for group in self.param_groups:
+            group["step"] = step + 1
+        self._prepare(step + 1, waits)
         return loss
 
-    def _advance(self, collected: Collected, closure: Callable[[], Any] | None, loss: Any) -> None:
-        """Take the step with what was collected for it."""
+    def _advance(self, collected: Collected, step: int, compares: bool) -> bool:
+        """Take step ``step``; return whether the next one has to collect factors, unscheduled."""
         moments, terms, sent, beside, arrived = collected
-        adaptive = self._options.adaptive
         lost = sent and self._built_for != self._collector.version
         if lost:
             moments = {}  # they went to those who were owners before there were new layers
@@ -377,7 +395,6 @@ class Thor(torch.optim.Optimizer):
         if self._sending is not None and moments and not sent:
             lost = beside is not None and bool(arrived) and beside.readers != self._sending.readers
             moments = {} if lost else self._sending.of_all_ranks(moments, arrived)
-        step: int = self.param_groups[0]["step"]
         gradients = {n: here_as(p.grad, p) for n, p in self._params.items() if p.grad is not None}
         unready = self._known.standing(self._found.layers, gradients)
         self._tell_unseen(moments, gradients)
@@ -387,7 +404,6 @@ class Thor(torch.optim.Optimizer):
             self._ahead.forget()
         served = unready.intersection(moments)
         skipped = self._inner.skipped.clone() if served else None
-        compares = adaptive is not None and adaptive.compares(step)
         refreshes = frozenset(map(layer_of, moments)) & unready if self._tx.between else None
         rates, terms = self._rates(), terms if moments else None
         given = Given(gradients, moments, terms, self._scales(), refreshes, compares)
@@ -396,12 +412,7 @@ class Thor(torch.optim.Optimizer):
         self._between(step, moments, unready, rates)
         if served and bool(skipped == self._inner.skipped):  # waits for the device, in the first step
             self._known.ready |= served
-        waits = self._known.wait(unready, served, gradients, step)
-        if compares and adaptive is not None and closure is not None:
-            self._adapt(adaptive, closure, loss)
-        for group in self.param_groups:
-            group["step"] = step + 1
-        self._prepare(step + 1, waits)
+        return self._known.wait(unready, served, gradients, step)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget gradients, and factors that no step has used."""
@@ -409,7 +420,7 @@ class Thor(torch.optim.Optimizer):
         self._collector.clear()
 
     def __repr__(self) -> str:
-        return f"{super().__repr__()}\nOptions: {self._options}"
+        return f"{super().__repr__()}\nOptions: {getattr(self, '_options', 'of a copy')}"
 
     @property
     def coverage(self) -> Coverage | None:
@@ -499,9 +510,11 @@ class Thor(torch.optim.Optimizer):
             group["format"] = format_of(self._options, self.block_size)
 
     def _load_readiness(self, saved: Mapping[str, Any] | None) -> None:
-        found = self._collector.coverage
+        found, kept = self._collector.coverage, layers_of(self.state.values())
         used = set() if found is None else {*found.layers, *found.trained}
-        self._known.load(saved, layers_of(self.state.values()), used)
+        if saved is not None and not kept:
+            saved = {**saved, "ready": []}  # inverses were taken out of the state, to start anew
+        self._known.load(saved, kept, used)
         self._overdue = saved is not None and saved["overdue"]
 
     def _prepare(self, step: int, waits: bool) -> None:
@@ -627,8 +640,9 @@ class Thor(torch.optim.Optimizer):
         if self._collector.coverage is None:
             raise RuntimeError(
                 "no compiled graph of the model has been seen: create Thor before the forward pass, call "
-                "the model itself (not model.forward) in training mode, and then backward. If you did, "
-                "torch.compile captures nothing of this model: see TORCH_LOGS=graph_breaks"
+                "the model itself (not model.forward, nor torch.compile(model)) in training mode, and then "
+                "backward. If you did, torch.compile captures nothing of this model: see "
+                "TORCH_LOGS=graph_breaks"
             )
         if self._built_for == self._collector.version and not self._moved():
             return
@@ -661,6 +675,8 @@ class Thor(torch.optim.Optimizer):
             check_ranks(self._tx, self._params, self._found)
             if self._world is not None and self._averager is not None:
                 self._lane = lane(self._world, self._averager, self._collector.places)
+            if self._world is None and has_others() and not self._had_others:
+                warn(LATE)
             self._compared = True
         self._send()
 

@@ -14,6 +14,7 @@ NOT_AVERAGED = (
     "torch.distributed is initialised, and Thor averages nothing over its ranks: pass the model as it is "
     "wrapped in DistributedDataParallel, or process_group=. Ranks with models of their own need neither."
 )
+LATE = "Thor was created before torch.distributed was initialised: create it after that. " + NOT_AVERAGED
 
 
 def unwrapped(model: Any) -> Any:
@@ -65,10 +66,11 @@ def world_of_model(model: nn.Module, process_group: Any) -> World | None:
         process_group = model.process_group
     if process_group is None and is_dealt_out(model):
         process_group = dist.group.WORLD
-    if process_group is None and _has_others():
+    if process_group is None and has_others():
         warn(NOT_AVERAGED)
     return world_of(process_group)
 
 
-def _has_others() -> bool:
+def has_others() -> bool:
+    """Whether this process is one of several ranks."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
