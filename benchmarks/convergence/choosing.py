@@ -32,6 +32,7 @@ Record = dict[str, Any]
 STEPS, BATCH, SEEDS = 300, 128, (0, 1)
 INTERVAL = 10  # as in the study
 FREQUENCIES = (1, 2, 5, 10, 20, 50, 100)
+SETTING = ("rule", "frequency", "lr", "damping")
 FALLBACK = 0.2  # times the learning rate: what has no factors, under AdamW
 
 RULES: Mapping[str, Mapping[str, Any]] = {
@@ -135,9 +136,13 @@ def means(records: Sequence[Record]) -> list[Record]:
     """Means over seeds; the loss is infinite where any seed diverged."""
     cells: dict[tuple[Any, ...], list[Record]] = {}
     for record in records:
-        cells.setdefault(tuple(record[key] for key in ("rule", "frequency", "lr", "damping")), []).append(record)
-    return [{**cell[0], "loss": statistics.fmean(math.inf if r["loss"] is None else r["loss"] for r in cell)}
-            for cell in cells.values()]
+        cells.setdefault(tuple(record[name] for name in SETTING), []).append(record)
+    return [{**cell[0], "loss": statistics.fmean(map(reached, cell))} for cell in cells.values()]
+
+
+def reached(record: Record) -> float:
+    """The held-out loss at the end."""
+    return math.inf if record["loss"] is None else record["loss"]
 
 
 def main(command_line: Sequence[str] | None = None) -> None:
