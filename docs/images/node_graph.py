@@ -12,8 +12,8 @@ import networkx as nx
 
 from thor_fx.graphs.colors import color
 
-WIDTH, HEIGHT = 124, 38  # of a box
-GAP_X, GAP_Y = 14, 26
+WIDTH, HEIGHT = 98, 38  # of a box
+GAP_X, GAP_Y = 10, 24
 MARGIN, HEAD = 16, 46
 NARROW = 0.62  # of a box: the distance of a waypoint from what is at its left
 
@@ -76,15 +76,18 @@ def picture(panels: Sequence[Panel], *, stacked: bool = False) -> str:
 def arrange(graph: nx.DiGraph) -> tuple[nx.DiGraph, dict[str, Place]]:
     """The graph with a waypoint in every row that an edge passes, and the top left corners of all.
 
-    Parts that do not hang together stand beside each other.
+    Parts that do not hang together stand beside each other, single nodes below each other.
     """
     whole, places, left = nx.DiGraph(), {}, 0.0
     for part in sorted(nx.weakly_connected_components(graph), key=len, reverse=True):
+        if len(part) == 1:
+            continue
         routed, found = arrange_part(part_of(graph, part))
         whole = nx.compose(whole, routed)
         places |= {name: (left + x, y) for name, (x, y) in found.items()}
         left = max(x for x, _ in places.values()) + WIDTH + 2 * GAP_X
-    return whole, places
+    alone = [name for name in graph if graph.degree(name) == 0]
+    return whole, places | {name: (left, i * (HEIGHT + GAP_Y)) for i, name in enumerate(alone)}
 
 
 def part_of(graph: nx.DiGraph, names: Collection[str]) -> nx.DiGraph:
