@@ -16,7 +16,6 @@ HERE = Path(__file__).parent
 IMAGES = HERE.parents[1] / "docs" / "images"
 TITLES: Mapping[str, str] = {
     "thor": 'the defaults, damping_rule="factor"',
-    "relative": 'damping_rule="relative", kl_clip=0.01',
     "recommended": 'preset="recommended"',
 }
 
@@ -26,7 +25,7 @@ def grids(runs: Sequence[Record], path: Path) -> None:
     from matplotlib import colors
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(14, 4.6), layout="constrained")
+    figure = Figure(figsize=(11, 4.6), layout="constrained")
     found = [run for run in means(runs) if run["frequency"] == INTERVAL]
     finite = [run["loss"] for run in found if math.isfinite(run["loss"])]
     shade = colors.LogNorm(min(finite), max(finite))
@@ -67,7 +66,7 @@ def intervals(runs: Sequence[Record], path: Path) -> None:
     figure = Figure(figsize=(14, 4.2), layout="constrained")
     *by_damping, by_time = figure.subplots(1, 3)
     colours = colormaps["viridis"]([0.9 * i / (len(FREQUENCIES) - 1) for i in range(len(FREQUENCIES))])
-    for axis, rule in zip(by_damping, ("thor", "recommended"), strict=True):
+    for axis, rule in zip(by_damping, RULES, strict=True):
         for frequency, colour in zip(FREQUENCIES, colours, strict=True):
             line = at_best_rate(runs, rule, frequency)
             shown = [(run["damping"], run["loss"]) for run in line if math.isfinite(run["loss"])]
@@ -87,6 +86,8 @@ def intervals(runs: Sequence[Record], path: Path) -> None:
     by_time.legend(fontsize=8, frameon=False)
     for axis in figure.axes:
         axis.grid(alpha=0.3, lw=0.5, which="both")
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter("{x:g}")
         axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=100)
 

@@ -25,7 +25,7 @@ def packages(package: griffe.Module) -> Iterator[griffe.Module]:
     """A package, and those in it."""
     yield package
     for module in package.modules.values():
-        if not module.is_alias and module.is_package:
+        if not module.is_alias and module.is_init_module:
             yield from packages(module)
 
 
