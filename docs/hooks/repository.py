@@ -1,8 +1,8 @@
 """Documents outside of ``docs/`` as pages, and links between documents that work here and in the repository.
 
 README.md is the first page, CHANGELOG.md and others keep their names, and so do the documents, pictures and
-results of ``benchmarks/``; a script of ``examples/`` is a page with its code. In documents, links are those of
-the repository: ``../benchmarks/README.md``. Here they become links from page to page. One that leads to
+results of ``benchmarks/``; a script of ``examples/`` is a page with its code. In documents, links are those
+of the repository: ``../benchmarks/README.md``. Here they become links from page to page. One that leads to
 nothing is left as it is: ``tests/test_docs_site.py`` finds it.
 """
 
