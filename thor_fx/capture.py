@@ -144,8 +144,23 @@ def tracing_settings() -> Callable[[], contextlib.AbstractContextManager[Any]]:
         "allow_rnn": True,
         "ignore_logging_functions": torch._dynamo.config.ignore_logging_functions | _log_methods(),
     }
+    patched = _patching(**settings)
+    return functools.partial(_unlogged, patched) if OLD_PATCHES else patched
+
+
+# NOTE: [One patch] From torch 2.13 on, a patch of the settings has a context variable, whose value Python
+# keeps for good: one patch for every step would be a leak. The same one may be entered again, also while it
+# is entered already. That of torch 2.11 may not, and keeps nothing.
+OLD_PATCHES = torch.__version__.startswith("2.11")
+
+
+def _patching(**settings: Any) -> Callable[[], contextlib.AbstractContextManager[Any]]:
+    """A maker of contexts in which Dynamo has other settings."""
     patched = functools.partial(torch._dynamo.config.patch, **settings)
-    return functools.partial(_unlogged, patched) if torch.__version__.startswith("2.11") else patched
+    if OLD_PATCHES:
+        return patched
+    one = patched()
+    return lambda: one
 
 
 @contextlib.contextmanager
@@ -157,8 +172,10 @@ def _unlogged(patched: Callable[[], contextlib.AbstractContextManager[Any]]) -> 
 
 def rnns_looked_into() -> contextlib.AbstractContextManager[Any]:
     """Let Dynamo look into recurrent modules as it does under :func:`tracing_settings`; all else is stock."""
-    settings: Any = torch._dynamo.config.patch(allow_rnn=True)
-    return settings
+    return _allowing_rnns()
+
+
+_allowing_rnns = _patching(allow_rnn=True)
 
 
 def _log_methods() -> set[Callable[..., Any]]:
