@@ -169,6 +169,7 @@ COMPILING: dict[str, Right] = {
     "strict": flag,
     "passes": functions,
     "disable_passes": names,
+    "on_compile_error": one_of("raise", "eager"),
 }
 DOORS: dict[str, dict[str, Right]] = {
     "thor": SETTINGS,

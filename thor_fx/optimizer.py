@@ -420,7 +420,7 @@ class Thor(torch.optim.Optimizer):
         self._collector.clear()
 
     def __repr__(self) -> str:
-        return f"{super().__repr__()}\nOptions: {getattr(self, '_options', 'of a copy')}"
+        return f"{super().__repr__()}\nOptions: {self.__dict__.get('_options', 'of a copy')}"
 
     @property
     def coverage(self) -> Coverage | None:
@@ -492,7 +492,10 @@ class Thor(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """All that the next step depends on, besides the parameters."""
-        packed, found = super().state_dict(), self._collector.coverage
+        packed = super().state_dict()
+        if "_collector" not in self.__dict__:
+            return packed  # of a copy, which knows no layers
+        found = self._collector.coverage
         readiness = self._known.saved(() if found is None else found.trained)
         packed["param_groups"][0]["readiness"] = {**readiness, "overdue": self._overdue}
         return packed
