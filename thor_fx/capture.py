@@ -27,6 +27,7 @@ import torch._dynamo
 from torch import Tensor, fx
 from torch._dynamo.exc import BackendCompilerFailed, FailOnRecompileLimitHit, Unsupported
 from torch._dynamo.source import LocalSource
+from torch._dynamo.utils import preserve_rng_state
 from torch._functorch.aot_autograd import aot_export_joint_with_descriptors
 from torch._guards import TracingContext, tracing
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -44,6 +45,7 @@ from .recurrent import trainable_rnns
 
 CompilationFailed = BackendCompilerFailed
 GraphBreak = Unsupported
+without_drawing = preserve_rng_state
 LossFn = Callable[..., Any]
 Runner = Callable[..., Sequence[Any]]
 Handler = Callable[["Captured"], Runner]

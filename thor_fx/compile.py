@@ -27,6 +27,7 @@ from .capture import (
     own_code,
     rnns_looked_into,
     tracing_settings,
+    without_drawing,
     without_dynamo,
 )
 from .collector import Collector, SlottedGraph
@@ -254,36 +255,59 @@ class _Instances:
 
     def __init__(self, build: "_FactorCompiler", examples: Sequence[Any]) -> None:
         self._build = build
-        self._known: dict[tuple[int, ...], tuple[Runner, list[Tensor]]] = {}
-        self._shown: set[tuple[int, ...]] = set()
         described = build.described(examples)
         self._places = [place for place, one in enumerate(described) if isinstance(one, Param)]
-        if build.collector.looks is None:
-            self._remember(examples, build(examples))
-        else:
-            self._show(examples)
+        self._built: dict[tuple[int, ...], tuple[_Built, list[Tensor]]] = {}
+        self._runners: dict[tuple[int, ...], Runner] = {}
+        self._shown: set[tuple[int, ...]] = set()
+        self._runner(examples)
 
     def __call__(self, *args: Any) -> Any:
-        if self._build.collector.looks is not None:
-            self._show(args)
-            return self._build.plain()(*args)
-        key = self._key(args)
-        if key not in self._known:
-            self._remember(args, self._build(args))
-        return self._known[key][0](*args)
+        with without_drawing():  # tracing draws; where Dynamo captures, it sees to that itself
+            runner = self._runner(args)
+        return runner(*args)
 
-    def _key(self, args: Sequence[Any]) -> tuple[int, ...]:
-        return tuple(id(args[place]) for place in self._places)
+    def _runner(self, args: Sequence[Any]) -> Runner:
+        collector, key = self._build.collector, tuple(id(args[place]) for place in self._places)
+        if key not in self._built:
+            params = [
+                args[place] for place in self._places
+            ]  # while they live, nothing else is at their address
+            self._built[key] = self._build(args), params
+        built = self._built[key][0]
+        if collector.looks is not None:
+            if key not in self._shown:
+                built.show(collector, collector.looks)
+                self._shown.add(key)
+            return self._build.plain()
+        if key not in self._runners:
+            self._runners[key] = built.added(collector)
+        return self._runners[key]
 
-    def _show(self, args: Sequence[Any]) -> None:
-        key = self._key(args)
-        if key not in self._shown:
-            self._build.show(args)
-            self._shown.add(key)
 
-    def _remember(self, args: Sequence[Any], runner: Runner) -> None:
-        params = [args[place] for place in self._places]  # while they live, nothing else has their addresses
-        self._known[tuple(map(id, params))] = runner, params
+@dataclass(frozen=True)
+class _Built:
+    """A compiled graph that nobody knows of yet; without slots where it uses no parameter.
+
+    Attributes:
+        compiled: takes the slots behind its arguments.
+        slotted: the graph.
+    """
+
+    compiled: Runner
+    slotted: SlottedGraph | None
+
+    def added(self, collector: Collector) -> Runner:
+        """Let the factors of every run arrive."""
+        if self.slotted is None:
+            return self.compiled
+        return _runner(self.compiled, collector.add(self.slotted), collector)
+
+    def show(self, collector: Collector, looked_for: frozenset[str]) -> None:
+        """Tell of the layers that are looked for."""
+        if self.slotted is not None:
+            found = self.slotted.coverage.restrict(looked_for)
+            collector.show(replace(self.slotted, coverage=found))
 
 
 PLAIN = "plain"
@@ -306,24 +330,12 @@ class _FactorCompiler:
         held = {id(t) for part in self.model.modules() for t in _tensors_of(part)}
         return describe_forward_inputs(self.forward, examples, params, lambda t: id(t) in held)
 
-    def show(self, examples: Sequence[Any]) -> None:
-        """Tell the collector of the layers that it looks for."""
-        looked_for, described = self.collector.looks, self.described(examples)
-        params = dict(self.model.named_parameters())
-        used = {d.name: params[d.name] for d in described if isinstance(d, Param)}
-        if looked_for is None or not used:
-            return
-        found = coverage(survey(export_joint(self.forward, described), self.rules), self.rules)
-        found = found.restrict(looked_for)
-        owners = {name: used[name] for layer in found.layers.values() for name in layer.params}
-        self.collector.show(SlottedGraph(found, {}, owners))
-
-    def __call__(self, examples: Sequence[Any]) -> Runner:
+    def __call__(self, examples: Sequence[Any]) -> _Built:
         """What runs with the parameters of ``examples``."""
         params, described = dict(self.model.named_parameters()), self.described(examples)
         used = {d.name: params[d.name] for d in described if isinstance(d, Param)}
         if not used:
-            return self._compile(self.forward, self.inputs, lambda _gm, **_: None, key="")
+            return _Built(self._compile(self.forward, self.inputs, lambda _gm, **_: None, key=""), None)
         joint = export_joint(self.forward, described)
         found = coverage(survey(joint, self.rules), self.rules)
         log_coverage(f"graph {len(self.collector.graphs)}", found)
@@ -337,8 +349,7 @@ class _FactorCompiler:
         if form not in self.compiled:
             self.compiled[form] = self._compile_slotted(described, found, slots)
         owners = {name: used[name] for layer in found.layers.values() for name in layer.params}
-        graph = self.collector.add(SlottedGraph(found, slots, owners))
-        return _runner(self.compiled[form], graph, self.collector)
+        return _Built(self.compiled[form], SlottedGraph(found, slots, owners))
 
     def plain(self) -> Runner:
         """What ``torch.compile`` makes of the graph."""
