@@ -145,8 +145,15 @@ def tracing_settings() -> Callable[[], contextlib.AbstractContextManager[Any]]:
         "allow_rnn": True,
         "ignore_logging_functions": torch._dynamo.config.ignore_logging_functions | _log_methods(),
     }
-    patched = functools.partial(torch._dynamo.config.patch, **settings)
-    return functools.partial(_unlogged, patched) if torch.__version__.startswith("2.11") else patched
+    if torch.__version__.startswith("2.11"):
+        return functools.partial(_unlogged, functools.partial(torch._dynamo.config.patch, **settings))
+    return _again_and_again(**settings)
+
+
+def _again_and_again(**settings: Any) -> Callable[[], contextlib.AbstractContextManager[Any]]:
+    """One context for all calls: each that torch makes leaves a ``ContextVar`` that is never freed."""
+    patched: Any = torch._dynamo.config.patch(**settings)
+    return lambda: patched
 
 
 @contextlib.contextmanager
@@ -156,10 +163,11 @@ def _unlogged(patched: Callable[[], contextlib.AbstractContextManager[Any]]) -> 
         yield
 
 
-def rnns_looked_into() -> contextlib.AbstractContextManager[Any]:
-    """Let Dynamo look into recurrent modules as it does under :func:`tracing_settings`; all else is stock."""
-    settings: Any = torch._dynamo.config.patch(allow_rnn=True)
-    return settings
+def rnns_looked_into() -> Callable[[], contextlib.AbstractContextManager[Any]]:
+    """A maker of contexts in which Dynamo looks into recurrent modules as under :func:`tracing_settings`."""
+    if torch.__version__.startswith("2.11"):
+        return functools.partial(torch._dynamo.config.patch, allow_rnn=True)
+    return _again_and_again(allow_rnn=True)
 
 
 def _log_methods() -> set[Callable[..., Any]]:

@@ -177,7 +177,7 @@ class _Call:
         self.collector = collector
         backend, mode, options = collector.backend, collector.mode, collector.options
         self._model = model
-        self._tracing_settings = tracing_settings()
+        self._tracing_settings, self._rnns_looked_into = tracing_settings(), rnns_looked_into()
         self._captures_rnn = not any(isinstance(part, nn.RNNBase) for part in model.modules())
         settings: dict[str, Any] = {"mode": mode, "options": options} if backend == "inductor" else {}
 
@@ -205,7 +205,7 @@ class _Call:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         collects = self.collector.wanted and self._model.training and torch.is_grad_enabled()
         if not collects and self._breaks_at_rnn():
-            with rnns_looked_into():
+            with self._rnns_looked_into():
                 return self._plain(*args, **kwargs)
         if not collects:
             return self._plain(*args, **kwargs)
@@ -263,17 +263,14 @@ class _Instances:
         self._runner(examples)
 
     def __call__(self, *args: Any) -> Any:
-        with without_drawing():  # tracing draws; where Dynamo captures, it sees to that itself
-            runner = self._runner(args)
-        return runner(*args)
+        return self._runner(args)(*args)
 
     def _runner(self, args: Sequence[Any]) -> Runner:
         collector, key = self._build.collector, tuple(id(args[place]) for place in self._places)
         if key not in self._built:
-            params = [
-                args[place] for place in self._places
-            ]  # while they live, nothing else is at their address
-            self._built[key] = self._build(args), params
+            params = [args[place] for place in self._places]  # while they live, their addresses are theirs
+            with without_drawing():  # where Dynamo captures, it sees to that itself
+                self._built[key] = self._build(args), params
         built = self._built[key][0]
         if collector.looks is not None:
             if key not in self._shown:
@@ -354,7 +351,7 @@ class _FactorCompiler:
     def plain(self) -> Runner:
         """What ``torch.compile`` makes of the graph."""
         if PLAIN not in self.compiled:
-            with trainable_rnns():
+            with trainable_rnns(), without_drawing():
                 self.compiled[PLAIN] = compile_as_torch_does(
                     self.forward,
                     self.inputs,
