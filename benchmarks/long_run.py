@@ -97,11 +97,12 @@ DOORS = {"drop-in": drop_in, "functional": functional}
 
 
 def batches(shapes: int) -> Iterator[Batch]:
-    """One shape, or so many in an order without a pattern; with those of one row or one position."""
+    """One shape, or so many in an order without a pattern, but that those with a side of 1 come first."""
     generator = torch.Generator().manual_seed(1)
     sides = int(shapes**0.5) + 1
     pairs = list(itertools.product(range(1, sides + 1), repeat=2))[:shapes] if shapes > 1 else [(8, 5)]
-    for place in itertools.cycle(torch.randperm(len(pairs), generator=generator).tolist()):
+    places = torch.randperm(len(pairs), generator=generator).tolist()
+    for place in itertools.cycle(sorted(places, key=lambda place: 1 not in pairs[place])):
         rows, length = pairs[place]
         x = torch.randn(rows, length, IN, generator=generator)
         yield x, torch.randint(CLASSES, (rows,), generator=generator)
