@@ -580,10 +580,6 @@ class Thor(torch.optim.Optimizer):
             )
         if self._built_for == self._collector.version:
             return
-        if self._built_for is not None:
-            known = {*self._found.layers, *self._known.unfound}
-            if not known.issuperset(self._collector.coverage.layers):
-                self._set_due(None)  # there are new layers: back to the schedule
         self._forget()
         self._built_for = self._collector.version
         self._labels = {
@@ -593,9 +589,10 @@ class Thor(torch.optim.Optimizer):
         }
         self._params = {name: p for name, p in self._model.named_parameters() if name in self._labels}
         self._dtype = HyperTensors.dtype(self._params)
-        self._found: Coverage = _complete(self._collector.coverage, self._params)
+        self._found = _complete(self._collector.coverage, self._params)
         trained = self._collector.coverage.trained
-        self._known.restart(self._found.layers, self._params.keys() - trained, trained)
+        if self._known.restart(self._found.layers, self._params.keys() - trained, trained):
+            self._set_due(None)  # there are new layers: back to the schedule
         self._tx = self._transform()
         mode, options = self._collector.mode, self._collector.options
         params = {name: here(p) for name, p in self._params.items()}
