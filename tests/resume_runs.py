@@ -7,7 +7,9 @@ Run as a script, this is a process that has imported everything, forks one that 
 the next. One line of JSON says which training is asked for, another what came of it.
 """
 
+import contextlib
 import hashlib
+import importlib
 import json
 import os
 import random
@@ -428,11 +430,32 @@ def runs(case: Case, folder: Path, kills: int, seed: int) -> dict[str, Any]:
     return {"codes": codes, "kills": done, "whole": read_log(whole), "logs": logs}
 
 
+def import_what_a_training_does() -> None:
+    """So that children need not; torch for GPUs allows no fork behind a backward pass."""
+
+    def two_trainings(folder: Path) -> None:
+        for name in ("plain", "functional"):
+            (folder / name).mkdir()
+            train(CASES[name], folder / name, steps=5)
+
+    with tempfile.TemporaryDirectory() as folder:
+        if torch.version.cuda is None:
+            two_trainings(Path(folder))
+            return
+        pid, names = os.fork(), Path(folder) / "names"
+        if pid == 0:
+            two_trainings(Path(folder))
+            names.write_text(" ".join(sys.modules))
+            os._exit(0)
+        os.waitpid(pid, 0)
+        for name in names.read_text().split():
+            with contextlib.suppress(ImportError):
+                importlib.import_module(name)
+
+
 def serve() -> None:
     """Read a request a line, write an answer a line, until there are none."""
-    for name in ("plain", "functional"):  # whatever is imported when it is first used
-        with tempfile.TemporaryDirectory() as folder:
-            train(CASES[name], Path(folder), steps=5)
+    import_what_a_training_does()
     for line in sys.stdin:
         asked = json.loads(line)
         with tempfile.TemporaryDirectory() as folder:

@@ -41,8 +41,8 @@ def assert_nothing_grows(found: list[dict[str, Any]]) -> None:
     middle, end = found[4], found[-1]
     assert len({each["tensors"] for each in found[1:]}) == 1
     assert len({each["graphs"] for each in found}) == 1
-    # bytes per step: less than any object has; Python keeps some lists longer than they are
-    assert end["allocated"] - middle["allocated"] < 16 * (end["steps"] - middle["steps"])
+    # one object in ten steps would be more: what is kept is kept for the same few steps
+    assert end["blocks"] - middle["blocks"] < (end["steps"] - middle["steps"]) / 10
     assert end["resident"] - middle["resident"] < 8e6
     first, last = (sorted(each["milliseconds"] for each in part)[1] for part in (found[1:4], found[7:]))
     assert last < 3 * first  # other processes are on this machine, too
@@ -54,10 +54,8 @@ def test_shapes_share_a_few_graphs(looks, door):
 
 
 def assert_few_graphs(found: list[dict[str, Any]]) -> None:
-    # of both kinds of step: the first shape, one side free, both free; one row, one position, one of each
-    assert found[-1]["graphs"] <= 2 * 6
-    assert found[-1]["graphs"] == found[len(found) // 2]["graphs"]
-    assert len({each["tensors"] for each in found[len(found) // 2 :]}) == 1
+    assert found[-1]["graphs"] <= 10  # of two kinds of step: the first size, all, and sides of 1
+    assert len({(each["graphs"], each["tensors"]) for each in found[len(found) // 2 :]}) == 1
 
 
 def test_a_step_that_needs_a_graph_for_every_size_says_so():

@@ -17,7 +17,13 @@ from resume_runs import CASES, STEPS
 
 Ask = Callable[[str, int, int], dict[str, Any]]
 
-KILLS = {name: 3 if place < 2 else 2 for place, name in enumerate(CASES)}
+OFTEN = [
+    "plain", "async", "by trace", "sampled", "scaled", "adapts", "many", "rounded", "branching by trace",
+    "ranks' checkpoint", "functional by trace", "functional many",
+]  # fmt: skip
+"""Trainings that differ most in what they keep; all of them are killed under ``-m fuzz``."""
+
+KILLS = {name: 5 if place < 2 else 4 for place, name in enumerate(OFTEN)}
 """Of every training; all together 50."""
 
 MORE = int(os.environ.get("THOR_FX_KILLS", "250"))
@@ -52,12 +58,14 @@ def assert_nothing_was_lost(found: dict[str, Any], kills: int) -> None:
     for log in found["logs"]:
         taken = [step for step, _ in log]
         # a process begins where the one before it has got to, or one further: it died before its line
-        assert all(after - before in {1, 2} for before, after in zip([0, *taken], taken, strict=False))
+        gaps = [after - before - 1 for before, after in zip([0, *taken], taken, strict=False)]
+        assert min(gaps) == 0
+        assert sum(gaps) <= kills
         assert taken[-1] == STEPS
         assert [(step, text) for step, text in log if whole[step] != text] == []
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", OFTEN)
 def test_a_killed_training_continues_bit_by_bit(ask, case):
     assert_nothing_was_lost(ask(case, KILLS[case], list(CASES).index(case)), KILLS[case])
 

@@ -28,6 +28,7 @@ from torch import Tensor, fx
 from torch._dynamo.convert_frame import compile_lock
 from torch._dynamo.exc import BackendCompilerFailed, FailOnRecompileLimitHit, Unsupported
 from torch._dynamo.source import LocalSource
+from torch._dynamo.utils import preserve_rng_state
 from torch._functorch.aot_autograd import aot_export_joint_with_descriptors
 from torch._guards import TracingContext, tracing
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -45,6 +46,7 @@ from .recurrent import trainable_rnns
 
 CompilationFailed = BackendCompilerFailed
 GraphBreak = Unsupported
+without_drawing = preserve_rng_state
 LossFn = Callable[..., Any]
 Runner = Callable[..., Sequence[Any]]
 Handler = Callable[["Captured"], Runner]
@@ -170,12 +172,9 @@ def _unlogged(patched: Callable[[], contextlib.AbstractContextManager[Any]]) -> 
         yield
 
 
-def rnns_looked_into() -> contextlib.AbstractContextManager[Any]:
-    """Let Dynamo look into recurrent modules as it does under :func:`tracing_settings`; all else is stock."""
-    return _allowing_rnns()
-
-
-_allowing_rnns = _patching(allow_rnn=True)
+def rnns_looked_into() -> Callable[[], contextlib.AbstractContextManager[Any]]:
+    """A maker of contexts in which Dynamo looks into recurrent modules as under :func:`tracing_settings`."""
+    return _patching(allow_rnn=True)
 
 
 def _log_methods() -> set[Callable[..., Any]]:

@@ -29,6 +29,7 @@ from .capture import (
     patient,
     rnns_looked_into,
     tracing_settings,
+    without_drawing,
     without_dynamo,
 )
 from .collector import Collector, SlottedGraph
@@ -198,7 +199,7 @@ class _Call:
         self.collector = collector
         backend, mode, options = collector.backend, collector.mode, collector.options
         self._model = model
-        self._tracing_settings = tracing_settings()
+        self._tracing_settings, self._rnns_looked_into = tracing_settings(), rnns_looked_into()
         self._captures_rnn = not any(isinstance(part, nn.RNNBase) for part in model.modules())
         settings: dict[str, Any] = {"backend": backend}
         if backend == "inductor" and collector.on_compile_error == "eager":
@@ -238,7 +239,7 @@ class _Call:
     def _run(self, *args: Any, **kwargs: Any) -> Any:
         collects = self.collector.wanted and self._model.training and torch.is_grad_enabled()
         if not collects and self._breaks_at_rnn():
-            with rnns_looked_into():
+            with self._rnns_looked_into():
                 return self._plain(*args, **kwargs)
         if not collects:
             return self._plain(*args, **kwargs)
@@ -288,40 +289,58 @@ class _Instances:
 
     def __init__(self, build: "_FactorCompiler", examples: Sequence[Any]) -> None:
         self._build = build
-        self._known: dict[tuple[int, ...], tuple[Runner, list[Tensor]]] = {}
-        self._shown: set[tuple[int, ...]] = set()
         described = build.described(examples)
         self._places = [place for place, one in enumerate(described) if isinstance(one, Param)]
-        if build.collector.looks is None:
-            self._first = build(examples)
-            self._remember(examples, self._first)
-        else:
-            self._first = build.plain()
-            self._show(examples)
+        self._built: dict[tuple[int, ...], tuple[_Built, list[Tensor]]] = {}
+        self._runners: dict[tuple[int, ...], Runner] = {}
+        self._shown: set[tuple[int, ...]] = set()
+        self._first = self._runner(examples)
 
     def __call__(self, *args: Any) -> Any:
         if any(map(is_fake, args)):  # Dynamo cuts a graph at DDP's buckets, and asks for shapes
             return self._first(*args)
-        if self._build.collector.looks is not None:
-            self._show(args)
-            return self._build.plain()(*args)
-        key = self._key(args)
-        if key not in self._known:
-            self._remember(args, self._build(args))
-        return self._known[key][0](*args)
+        return self._runner(args)(*args)
 
-    def _key(self, args: Sequence[Any]) -> tuple[int, ...]:
-        return tuple(id(args[place]) for place in self._places)
+    def _runner(self, args: Sequence[Any]) -> Runner:
+        collector, key = self._build.collector, tuple(id(args[place]) for place in self._places)
+        if key not in self._built:
+            params = [args[place] for place in self._places]  # while they live, their addresses are theirs
+            with without_drawing():  # where Dynamo captures, it sees to that itself
+                self._built[key] = self._build(args), params
+        built = self._built[key][0]
+        if collector.looks is not None:
+            if key not in self._shown:
+                built.show(collector, collector.looks)
+                self._shown.add(key)
+            return self._build.plain()
+        if key not in self._runners:
+            self._runners[key] = built.added(collector)
+        return self._runners[key]
 
-    def _show(self, args: Sequence[Any]) -> None:
-        key = self._key(args)
-        if key not in self._shown:
-            self._build.show(args)
-            self._shown.add(key)
 
-    def _remember(self, args: Sequence[Any], runner: Runner) -> None:
-        params = [args[place] for place in self._places]  # while they live, nothing else has their addresses
-        self._known[tuple(map(id, params))] = runner, params
+@dataclass(frozen=True)
+class _Built:
+    """A compiled graph that nobody knows of yet; without slots where it uses no parameter.
+
+    Attributes:
+        compiled: takes the slots behind its arguments.
+        slotted: the graph.
+    """
+
+    compiled: Runner
+    slotted: SlottedGraph | None
+
+    def added(self, collector: Collector) -> Runner:
+        """Let the factors of every run arrive."""
+        if self.slotted is None:
+            return self.compiled
+        return _runner(self.compiled, collector.add(self.slotted), collector)
+
+    def show(self, collector: Collector, looked_for: frozenset[str]) -> None:
+        """Tell of the layers that are looked for."""
+        if self.slotted is not None:
+            found = self.slotted.coverage.restrict(looked_for)
+            collector.show(replace(self.slotted, coverage=found))
 
 
 PLAIN = "plain"
@@ -344,24 +363,12 @@ class _FactorCompiler:
         held = {id(t) for part in self.model.modules() for t in _tensors_of(part)}
         return describe_forward_inputs(self.forward, examples, params, lambda t: id(t) in held)
 
-    def show(self, examples: Sequence[Any]) -> None:
-        """Tell the collector of the layers that it looks for."""
-        looked_for, described = self.collector.looks, self.described(examples)
-        params = dict(self.model.named_parameters())
-        used = {d.name: params[d.name] for d in described if isinstance(d, Param)}
-        if looked_for is None or not used:
-            return
-        found = coverage(survey(export_joint(self.forward, described), self.rules), self.rules)
-        found = found.restrict(looked_for)
-        owners = {name: used[name] for layer in found.layers.values() for name in layer.params}
-        self.collector.show(SlottedGraph(found, {}, owners))
-
-    def __call__(self, examples: Sequence[Any]) -> Runner:
+    def __call__(self, examples: Sequence[Any]) -> _Built:
         """What runs with the parameters of ``examples``."""
         params, described = dict(self.model.named_parameters()), self.described(examples)
         used = {d.name: params[d.name] for d in described if isinstance(d, Param)}
         if not used:
-            return self._compile(self.forward, self.inputs, lambda _gm, **_: None, key="")
+            return _Built(self._compile(self.forward, self.inputs, lambda _gm, **_: None, key=""), None)
         joint = export_joint(self.forward, described)
         found = coverage(survey(joint, self.rules), self.rules)
         log_coverage(f"graph {len(self.collector.graphs)}", found)
@@ -375,13 +382,12 @@ class _FactorCompiler:
         if form not in self.compiled:
             self.compiled[form] = self._compile_slotted(described, found, slots)
         owners = {name: used[name] for layer in found.layers.values() for name in layer.params}
-        graph = self.collector.add(SlottedGraph(found, slots, owners))
-        return _runner(self.compiled[form], graph, self.collector)
+        return _Built(self.compiled[form], SlottedGraph(found, slots, owners))
 
     def plain(self) -> Runner:
         """What ``torch.compile`` makes of the graph."""
         if PLAIN not in self.compiled:
-            with trainable_rnns():
+            with trainable_rnns(), without_drawing():
                 self.compiled[PLAIN] = compile_as_torch_does(
                     self.forward,
                     self.inputs,

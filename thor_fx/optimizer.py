@@ -650,10 +650,6 @@ class Thor(torch.optim.Optimizer):
         if self._built_for == self._collector.version and not self._moved():
             return
         check_replaced(self._model, self.param_groups)
-        if self._built_for is not None:
-            known = {*self._found.layers, *self._known.unfound}
-            if not known.issuperset(self._collector.coverage.layers):
-                self._set_due(None)  # there are new layers: back to the schedule
         self._forget()
         self._built_for = self._collector.version
         self._labels = {
@@ -665,9 +661,10 @@ class Thor(torch.optim.Optimizer):
         self._dtype = HyperTensors.dtype(self._params)
         some = next(iter(self._params.values()))
         self._form = some.dtype, some.device
-        self._found: Coverage = _complete(self._collector.coverage, self._params)
+        self._found = _complete(self._collector.coverage, self._params)
         trained = self._collector.coverage.trained
-        self._known.restart(self._found.layers, self._params.keys() - trained, trained)
+        if self._known.restart(self._found.layers, self._params.keys() - trained, trained):
+            self._set_due(None)  # there are new layers: back to the schedule
         self._tx = self._transform()
         mode, options = self._collector.mode, self._collector.options
         params = {name: here(p) for name, p in self._params.items()}

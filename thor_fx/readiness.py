@@ -31,6 +31,7 @@ class Readiness:
         self.unknown: set[str] = set()
         self.unfound: set[str] = set()
         self.recorded = True
+        self._layers: set[str] = set()  # that graphs use
         self._waiting: dict[str, int] = {}  # layers and parameters without factors, and until when
         self._longest = 0  # the latest of these steps
 
@@ -52,14 +53,26 @@ class Readiness:
         self.ready, self._waiting = set(known["ready"]), dict(known["waiting"])
         self._longest = max(self._waiting.values(), default=0)
         self.unfound = layers.union(known["used"]) - used
+        self._layers = used
 
-    def restart(self, layers: Collection[str], unknown: set[str], used: Collection[str]) -> None:
-        """Go on with other layers; ``used``: the parameters that graphs use."""
-        self.unknown = unknown
+    def restart(self, layers: Collection[str], unknown: set[str], used: Collection[str]) -> bool:
+        """Go on with other layers.
+
+        Args:
+            layers: that graphs use.
+            unknown: the parameters that none does.
+            used: those that one does.
+
+        Returns:
+            Whether there are layers among them that no graph had used, neither before a state was saved.
+        """
+        grown = not {*self._layers, *self.unfound}.issuperset(layers)
+        self.unknown, self._layers = unknown, set(layers)
         self.unfound.difference_update(layers, used)
         names = {*layers, *unknown, *self.unfound}
         self.ready &= names
         self._waiting = {name: last for name, last in self._waiting.items() if name in names}
+        return grown
 
     def standing(self, layers: Mapping[str, Layer], gradients: Mapping[str, Tensor]) -> set[str]:
         """The layers that have gradients but stand still."""
