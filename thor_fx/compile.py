@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, fx, nn
 
-from .arguments import check_type, checked_disabled
+from .arguments import check_choice, check_dynamic, check_type, checked_disabled
 from .capture import (
     CompilationFailed,
     GraphBreak,
@@ -23,15 +23,25 @@ from .capture import (
     describe_forward_inputs,
     examples_of,
     export_joint,
+    is_fake,
     make_slot,
     own_code,
+    patient,
     rnns_looked_into,
     tracing_settings,
     without_dynamo,
 )
 from .collector import Collector, SlottedGraph
 from .distributed.wrappers import unwrapped
-from .inductor import JointPass, check_backend, compile_differentiable
+from .inductor import (
+    COMPILER_ERRORS,
+    JointPass,
+    check_backend,
+    check_settings,
+    compile_as_torch_does,
+    compile_differentiable,
+    tell_of_compiler,
+)
 from .joint_graphs import describe_joint
 from .layers import Coverage, CoverageError, coverage
 from .logs import log_coverage
@@ -47,6 +57,7 @@ from .passes.stages import run_watched
 from .passes.survey import survey
 from .recurrent import has_recurrent_operator, trainable_rnns
 from .trace_log import tracer
+from .uncompiled import OnCompileError
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -61,6 +72,7 @@ def compile(
     strict: bool = False,
     passes: Sequence[Pass] = (),
     disable_passes: Collection[str] = (),
+    on_compile_error: OnCompileError = "raise",
     **kwargs: Any,
 ) -> Module:
     """Compile a model so that :class:`thor_fx.Thor` can read its Kronecker factors.
@@ -82,15 +94,19 @@ def compile(
             read with :func:`thor_fx.statistics`.
         disable_passes: optimisations to go without, by name; the results are the same up to rounding:
             ``docs/passes.md``.
+        on_compile_error: ``"eager"``: a graph that Inductor cannot compile runs uncompiled, with a warning
+            that gives the reason; so does an update. ``"raise"``: it is an error.
         **kwargs: further arguments of ``torch.compile`` (``fullgraph``, ``dynamic``, ...).
 
     Returns:
         ``model`` itself; call it, not its ``forward``.
 
     Raises:
-        TypeError: ``model`` is no module, or has a parameter that is not floating-point; or a pass is not
-            callable.
-        ValueError: ``model`` has no trainable parameter, or a backend or an optimisation is unknown.
+        TypeError: ``model`` is no module, or has a parameter that is not floating-point; a pass is not
+            callable, or another argument has a wrong type; the message names it.
+        ValueError: ``model`` has no trainable parameter; a backend, a mode, a setting of Inductor, an
+            optimisation or ``on_compile_error`` is unknown; or there are both ``mode`` and ``options``,
+            which torch refuses.
 
     Example:
         >>> import torch, thor_fx
@@ -106,11 +122,17 @@ def compile(
     check_backend(backend)
     factors_by = backend if factor_backend is None else factor_backend
     check_backend(factors_by, "factor_backend")
-    check_params(dict(model.named_parameters()), parts=True)
+    check_params(dict(model.named_parameters()), name="model", parts=True)
+    check_settings(mode, options)
+    if backend == "inductor" and mode is not None and options is not None:
+        raise ValueError("torch.compile takes mode or options: options may hold what mode stands for")
     check_type("strict", strict, bool, "True or False")
+    check_choice("on_compile_error", on_compile_error, OnCompileError)
+    check_dynamic(kwargs.get("dynamic"))
     own, disabled = checked_passes(passes), checked_disabled(disable_passes)
     inner = unwrapped(model)
     settings: dict[str, Any] = {"mode": mode, "options": options, "strict": strict}
+    settings["on_compile_error"] = on_compile_error
     collector = Collector(backend, factors_by, **settings, passes=own, disabled=disabled)
     collector.use(collector.rules)
     call = _Call(inner, collector, kwargs)
@@ -126,10 +148,10 @@ def collector_of(model: Any) -> Collector:
     """
     call = getattr(unwrapped(model), "_compiled_call_impl", None)
     if not isinstance(call, _Call):
-        raise TypeError(
-            f"model must be compiled by thor_fx, got {type(model).__name__}: call "
-            "model = thor_fx.compile(model) first (instead of torch.compile)"
-        )
+        advice = "call model = thor_fx.compile(model) first (instead of torch.compile)"
+        if not isinstance(model, nn.Module):
+            advice += ", and pass the model itself, not its parameters"
+        raise TypeError(f"model must be compiled by thor_fx, got {type(model).__name__}: {advice}")
     return call.collector
 
 
@@ -178,7 +200,12 @@ class _Call:
         self._model = model
         self._tracing_settings = tracing_settings()
         self._captures_rnn = not any(isinstance(part, nn.RNNBase) for part in model.modules())
-        settings: dict[str, Any] = {"mode": mode, "options": options} if backend == "inductor" else {}
+        settings: dict[str, Any] = {"backend": backend}
+        if backend == "inductor" and collector.on_compile_error == "eager":
+            forgiving = partial(compile_as_torch_does, mode=mode, options=options, on_error="eager")
+            settings = {"backend": forgiving}
+        elif backend == "inductor":
+            settings |= {"mode": mode, "options": options}
 
         def plain(*args: Any, **kw: Any) -> Any:
             return model._call_impl(*args, **kw)
@@ -191,17 +218,24 @@ class _Call:
             build = _FactorCompiler(model, collector, collector.rules, copy.deepcopy(forward), inputs)
             return without_dynamo(_Instances(build, examples_of(forward)))
 
-        self._plain = torch.compile(own_code(plain), backend=backend, **settings, **kwargs)
+        self._plain = patient(torch.compile(own_code(plain), **settings, **kwargs))
 
         def compile_factor() -> Callable[..., Any]:
             whole = {} if self.collector.rules.fisher == "empirical" else {"fullgraph": True}
-            return torch.compile(own_code(factor), backend=factor_backend, **{**kwargs, **whole})
+            return patient(torch.compile(own_code(factor), backend=factor_backend, **{**kwargs, **whole}))
 
         self._compile_factor = compile_factor
         self._factor = compile_factor()
         self._generation = self.collector.generation
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return self._run(*args, **kwargs)
+        except COMPILER_ERRORS as error:
+            tell_of_compiler(error)
+            raise
+
+    def _run(self, *args: Any, **kwargs: Any) -> Any:
         collects = self.collector.wanted and self._model.training and torch.is_grad_enabled()
         if not collects and self._breaks_at_rnn():
             with rnns_looked_into():
@@ -255,19 +289,42 @@ class _Instances:
     def __init__(self, build: "_FactorCompiler", examples: Sequence[Any]) -> None:
         self._build = build
         self._known: dict[tuple[int, ...], tuple[Runner, list[Tensor]]] = {}
-        places, first = build(examples)
-        self._places = places
-        self._remember(examples, first)
+        self._shown: set[tuple[int, ...]] = set()
+        described = build.described(examples)
+        self._places = [place for place, one in enumerate(described) if isinstance(one, Param)]
+        if build.collector.looks is None:
+            self._first = build(examples)
+            self._remember(examples, self._first)
+        else:
+            self._first = build.plain()
+            self._show(examples)
 
     def __call__(self, *args: Any) -> Any:
-        key = tuple(id(args[place]) for place in self._places)
+        if any(map(is_fake, args)):  # Dynamo cuts a graph at DDP's buckets, and asks for shapes
+            return self._first(*args)
+        if self._build.collector.looks is not None:
+            self._show(args)
+            return self._build.plain()(*args)
+        key = self._key(args)
         if key not in self._known:
-            self._remember(args, self._build(args)[1])
+            self._remember(args, self._build(args))
         return self._known[key][0](*args)
+
+    def _key(self, args: Sequence[Any]) -> tuple[int, ...]:
+        return tuple(id(args[place]) for place in self._places)
+
+    def _show(self, args: Sequence[Any]) -> None:
+        key = self._key(args)
+        if key not in self._shown:
+            self._build.show(args)
+            self._shown.add(key)
 
     def _remember(self, args: Sequence[Any], runner: Runner) -> None:
         params = [args[place] for place in self._places]  # while they live, nothing else has their addresses
         self._known[tuple(map(id, params))] = runner, params
+
+
+PLAIN = "plain"
 
 
 @dataclass(frozen=True)
@@ -281,15 +338,30 @@ class _FactorCompiler:
     inputs: Sequence[Any]
     compiled: dict[Any, Runner] = field(default_factory=dict)
 
-    def __call__(self, examples: Sequence[Any]) -> tuple[list[int], Runner]:
-        """Where the parameters are among the arguments, and what runs with those of ``examples``."""
+    def described(self, examples: Sequence[Any]) -> tuple[InputDescriptor, ...]:
+        """What the arguments are."""
         params = dict(self.model.named_parameters())
         held = {id(t) for part in self.model.modules() for t in _tensors_of(part)}
-        described = describe_forward_inputs(self.forward, examples, params, lambda t: id(t) in held)
+        return describe_forward_inputs(self.forward, examples, params, lambda t: id(t) in held)
+
+    def show(self, examples: Sequence[Any]) -> None:
+        """Tell the collector of the layers that it looks for."""
+        looked_for, described = self.collector.looks, self.described(examples)
+        params = dict(self.model.named_parameters())
         used = {d.name: params[d.name] for d in described if isinstance(d, Param)}
-        places = [place for place, descriptor in enumerate(described) if isinstance(descriptor, Param)]
-        if not places:
-            return [], self._compile(self.forward, self.inputs, lambda _gm, **_: None, key="")
+        if looked_for is None or not used:
+            return
+        found = coverage(survey(export_joint(self.forward, described), self.rules), self.rules)
+        found = found.restrict(looked_for)
+        owners = {name: used[name] for layer in found.layers.values() for name in layer.params}
+        self.collector.show(SlottedGraph(found, {}, owners))
+
+    def __call__(self, examples: Sequence[Any]) -> Runner:
+        """What runs with the parameters of ``examples``."""
+        params, described = dict(self.model.named_parameters()), self.described(examples)
+        used = {d.name: params[d.name] for d in described if isinstance(d, Param)}
+        if not used:
+            return self._compile(self.forward, self.inputs, lambda _gm, **_: None, key="")
         joint = export_joint(self.forward, described)
         found = coverage(survey(joint, self.rules), self.rules)
         log_coverage(f"graph {len(self.collector.graphs)}", found)
@@ -304,7 +376,21 @@ class _FactorCompiler:
             self.compiled[form] = self._compile_slotted(described, found, slots)
         owners = {name: used[name] for layer in found.layers.values() for name in layer.params}
         graph = self.collector.add(SlottedGraph(found, slots, owners))
-        return places, _runner(self.compiled[form], graph, self.collector)
+        return _runner(self.compiled[form], graph, self.collector)
+
+    def plain(self) -> Runner:
+        """What ``torch.compile`` makes of the graph."""
+        if PLAIN not in self.compiled:
+            with trainable_rnns():
+                self.compiled[PLAIN] = compile_as_torch_does(
+                    self.forward,
+                    self.inputs,
+                    backend=self.collector.backend,
+                    mode=self.collector.mode,
+                    options=self.collector.options,
+                    on_error=self.collector.on_compile_error,
+                )
+        return self.compiled[PLAIN]
 
     def _statistics(self, joint: fx.GraphModule) -> dict[Statistic, Tensor]:
         """What the user's passes measure, as fake values: slots are there before the graph is compiled."""
@@ -328,11 +414,11 @@ class _FactorCompiler:
     def _compile(
         self, forward: fx.GraphModule, inputs: Sequence[Any], joint_pass: JointPass, key: str | None
     ) -> Runner:
-        backend, mode, options = self.collector.factor_backend, self.collector.mode, self.collector.options
+        known = self.collector
+        settings: dict[str, Any] = {"backend": known.factor_backend, "mode": known.mode}
+        settings |= {"options": known.options, "on_error": known.on_compile_error}
         with trainable_rnns():
-            return compile_differentiable(
-                forward, inputs, joint_pass, key=key, backend=backend, mode=mode, options=options
-            )
+            return compile_differentiable(forward, inputs, joint_pass, key=key, **settings)
 
 
 def _splits(described: Sequence[InputDescriptor]) -> list[Split]:
