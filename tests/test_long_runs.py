@@ -77,6 +77,7 @@ def test_a_step_that_needs_a_graph_for_every_size_says_so():
     step(params, state, torch.ones(3, 4))  # and sizes that there are graphs for go on
 
 
+@pytest.mark.fuzz
 @pytest.mark.nightly
 def test_nothing_grows_in_the_whole_length(tmp_path: Path):
     for name, found in run(tmp_path).items():

@@ -73,6 +73,7 @@ def test_there_are_fifty_kills():
     assert sum(KILLS.values()) == 50
 
 
+@pytest.mark.fuzz
 @pytest.mark.nightly
 @pytest.mark.parametrize("case", CASES)
 def test_a_training_that_is_killed_often_continues_bit_by_bit(ask, case):
