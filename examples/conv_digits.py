@@ -1,12 +1,17 @@
 """Classify handwritten digits with a small residual net, and count how many new ones it gets right."""
 
-import sys
+import argparse
 
 import torch
 from sklearn.datasets import load_digits
 from torch import nn
 
 import thor_fx
+
+parser = argparse.ArgumentParser(description=__doc__)
+parser.add_argument("backend", nargs="?", default="inductor")
+parser.add_argument("--epochs", type=int, default=5)
+args = parser.parse_args()
 
 
 class Residual(nn.Module):
@@ -23,21 +28,21 @@ class Residual(nn.Module):
 torch.manual_seed(0)
 pixels, labels = load_digits(return_X_y=True)
 order = torch.randperm(len(labels))
-x = torch.tensor(pixels / 16, dtype=torch.float32)[order].unflatten(1, (1, 8, 8))
+x = torch.tensor(pixels / 16, dtype=torch.get_default_dtype())[order].unflatten(1, (1, 8, 8))
 y = torch.tensor(labels)[order]
 stem = nn.Conv2d(1, 16, 3, padding=1)
 model = nn.Sequential(stem, Residual(16), nn.MaxPool2d(2), Residual(16), nn.Flatten(), nn.Linear(256, 10))
 
-model = thor_fx.compile(model, backend=sys.argv[1] if sys.argv[1:] else "inductor")
+model = thor_fx.compile(model, backend=args.backend)
 opt = thor_fx.Thor(model, lr=0.02, preset="recommended")
 
-for epoch in range(5):
+for epoch in range(args.epochs):
     for batch in torch.randperm(1500).split(128)[:-1]:
         loss = nn.functional.cross_entropy(model(x[batch]), y[batch])
         loss.backward()
         opt.step()
         opt.zero_grad()
-    if epoch in {0, 4}:
+    if epoch in {0, args.epochs - 1}:
         print(f"epoch {epoch + 1}: loss {loss.item():.4f}")
 
 model.eval()

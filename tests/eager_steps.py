@@ -8,10 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from oracle import Use, damped, pair
+from averaged_thor import blocks_of
+from hooks import Seen, uses_by_hooks
+from oracle import Pair, damped
 from training import Batch, Parameters, snapshot
 
 D = torch.float64
+MODULES = nn.Linear, nn.Conv2d, nn.Embedding
 DEFAULTS: dict[str, Any] = {
     "weight_decay": 0.0,
     "loss_scale": 1.0,
@@ -20,6 +23,9 @@ DEFAULTS: dict[str, Any] = {
     "frequency": 100,
     "damping_rule": "factor",
     "bias": "raw",
+    "block_size": 128,
+    "max_dim": 8192,
+    "factor_decay": None,
     "kl_clip": None,
     "clip": "tensor",
     "clip_norm": 1.0,
@@ -32,43 +38,60 @@ DEFAULTS: dict[str, Any] = {
 
 
 class Slow:
-    """Trains a model of ``nn.Linear`` and ``nn.LayerNorm``, whose loss is the mean over the batch."""
+    """Trains a model whose loss is the mean over the targets ``y``; no convolution has groups.
+
+    Layers are (out, in) matrices here: kernels are flattened, tables transposed.
+    """
 
     def __init__(self, model: nn.Module, **settings: Any) -> None:
         self.model, self.o = model, {**DEFAULTS, **settings}
         self.params = {name: p.detach() for name, p in model.named_parameters()}  # the same memory
-        linear = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
-        joint = {n for n, m in linear.items() if m.bias is not None and self.o["bias"] == "joint"}
-        self.layers = {f"{n}.weight": f"{n}.bias" if n in joint else None for n in linear}
+        modules = {n: m for n, m in model.named_modules() if isinstance(m, MODULES)}
+        self.tables = {f"{n}.weight" for n, m in modules.items() if isinstance(m, nn.Embedding)}
+        biased = {n for n, m in modules.items() if getattr(m, "bias", None) is not None}
+        joint = biased if self.o["bias"] == "joint" else set()
+        self.layers = {f"{n}.weight": f"{n}.bias" if n in joint else None for n in modules}
         norms = [n for n, m in model.named_modules() if isinstance(m, nn.LayerNorm)]
         self.norms = {f"{n}.{part}" for n in norms for part in ("weight", "bias")}
-        inside = {name for layer in self.layers.items() for name in layer if name is not None}
-        self.inside = inside
-        self.inverses: dict[str, tuple[Tensor, Tensor]] = {}
+        self.inside = {name for layer in self.layers.items() for name in layer if name is not None}
+        self.sums: dict[str, tuple[Any, ...]] = {}
+        self.inverses: dict[str, tuple[Tensor, ...]] = {}
         self.moving: Parameters = {}
         self.mean: Parameters = {}
         self.square: Parameters = {}
         self.steps = 0
 
-    def measure(self, x: Tensor, y: Tensor) -> tuple[Parameters, dict[str, Any]]:
+    def measure(self, x: Tensor, y: Tensor) -> tuple[Parameters, dict[str, Pair]]:
         """Gradients by name, and undamped factor pairs by layer."""
-        uses: dict[str, Use] = {}
-        handles = []
-        for name in self.layers:
+        self.model.zero_grad()
+        uses = uses_by_hooks(self.model, lambda: F.cross_entropy(self.model(x).flatten(0, -2), y.flatten()))
+        gradients = {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
+        return gradients, {name: self.pair(name, seen, y.numel()) for name, seen in uses.items()}
 
-            def forward(_, inputs, output, name=name):
-                a = inputs[0].detach()
-                if self.layers[name] is not None:
-                    a = torch.cat([a, torch.ones(len(a), 1, dtype=a.dtype)], 1)
-                output.register_hook(lambda g: uses.__setitem__(name, Use(a, g)))
+    def pair(self, layer: str, uses: Sequence[Seen], n: int) -> Pair:
+        ungrouped = [use for (use,) in (seen.groups for seen in uses)]
+        a, g = (torch.cat(rows) for rows in zip(*ungrouped, strict=True))
+        if self.layers[layer] is not None:
+            a = torch.cat([a, torch.ones(len(a), 1, dtype=a.dtype)], 1)
+        return Pair(a.T @ a / len(a), n * g.T @ g, len(a))
 
-            handles.append(
-                self.model.get_submodule(name.removesuffix(".weight")).register_forward_hook(forward)
-            )
-        gradients = torch.autograd.grad(F.cross_entropy(self.model(x), y), list(self.model.parameters()))
-        for handle in handles:
-            handle.remove()
-        return dict(zip(self.params, gradients, strict=True)), {n: pair([u], len(x)) for n, u in uses.items()}
+    def invert(self, layer: str, pair: Pair) -> None:
+        """Of the running averages, block by block."""
+        decay = self.o["factor_decay"] or 0.0
+        old = self.sums.get(layer, (torch.zeros_like(pair.A), torch.zeros_like(pair.G), 0.0))
+        sums = tuple(decay * s + (1 - decay) * new for s, new in zip(old, (pair.A, pair.G, 1.0), strict=True))
+        self.sums[layer] = sums
+        A, G = sums[0] / sums[2], sums[1] / sums[2]
+        A, G = blocks_of(A, self.input_block(layer, len(A))), blocks_of(G, self.o["block_size"])
+        dampings = self.damping(A, G)
+        self.inverses[layer] = tuple(
+            torch.linalg.inv(damped(m, d)) for m, d in zip((A, G), dampings, strict=True)
+        )
+
+    def input_block(self, layer: str, side: int) -> int:
+        """Where that side of a convolution is long, its blocks are those of whole channels."""
+        size, taps = self.o["block_size"], self.params[layer][0].numel() // self.params[layer].shape[1]
+        return size // taps * taps if side > self.o["max_dim"] else size
 
     def damping(self, A: Tensor, G: Tensor) -> tuple[float, float]:
         lam, a, g = self.o["damping"], A.trace().item() / len(A), G.trace().item() / len(G)
@@ -81,12 +104,15 @@ class Slow:
         }[self.o["damping_rule"]]
 
     def matrix(self, layer: str, tensors: Mapping[str, Tensor]) -> Tensor:
-        bias = self.layers[layer]
-        return tensors[layer] if bias is None else torch.cat([tensors[layer], tensors[bias][:, None]], 1)
+        bias, matrix = self.layers[layer], tensors[layer].flatten(1)
+        matrix = matrix.T if layer in self.tables else matrix
+        return matrix if bias is None else torch.cat([matrix, tensors[bias][:, None]], 1)
 
     def put(self, layer: str, matrix: Tensor, tensors: Parameters) -> None:
         bias = self.layers[layer]
-        tensors[layer] = matrix if bias is None else matrix[:, :-1]
+        weight = matrix if bias is None else matrix[:, :-1]
+        weight = weight.T if layer in self.tables else weight
+        tensors[layer] = weight.reshape(self.params[layer].shape)
         if bias is not None:
             tensors[bias] = matrix[:, -1]
 
@@ -108,13 +134,14 @@ class Slow:
 
     def step(self, x: Tensor, y: Tensor) -> Parameters:
         """The change of every parameter."""
-        o, (gradients, pairs) = self.o, self.measure(x, y)
+        return self.change(*self.measure(x, y), y.numel())
+
+    def change(self, gradients: Parameters, pairs: Mapping[str, Pair], terms: int) -> Parameters:
+        """The same, by the gradients and factors of a loss of so many terms."""
+        o = self.o
         if self.steps % o["frequency"] == 0:
-            for name, (A, G, _) in pairs.items():
-                dampings = self.damping(A, G)
-                self.inverses[name] = tuple(
-                    torch.linalg.inv(damped(m, d)) for m, d in zip((A, G), dampings, strict=True)
-                )
+            for name, pair in pairs.items():
+                self.invert(name, pair)
         outside = {n: g for n, g in gradients.items() if n not in self.inside}
         inside = {n: g for n, g in gradients.items() if n in self.inside}
         change: Parameters = {}
@@ -127,7 +154,7 @@ class Slow:
         U = {**given, **outside}
         for n in self.norms & outside.keys():
             d = o["damping"] if o["damping_rule"] in {"factor", "relative"} else math.sqrt(o["damping"])
-            U[n] = outside[n] / (outside[n] ** 2 / len(x) + d)
+            U[n] = outside[n] / (outside[n] ** 2 / terms + d)
         for layer, (A, G) in self.inverses.items():
             self.put(layer, G @ self.matrix(layer, given) @ A, U)
         if o["kl_clip"] is not None:
@@ -166,6 +193,10 @@ class Slow:
         self.steps += 1
         return change
 
+    def add(self, change: Parameters) -> None:
+        for name, value in change.items():
+            self.params[name].add_(value)
+
 
 def nearly_orthogonal(matrix: Tensor) -> Tensor:
     """Muon's polynomial, three times, on the singular values alone."""
@@ -181,8 +212,6 @@ def slowly(model: nn.Module, data: Sequence[Batch], **settings: Any) -> list[Par
     """The parameters after every step."""
     slow, trajectory = Slow(model, **settings), []
     for batch in data:
-        change = slow.step(*batch)
-        for name, value in change.items():
-            slow.params[name].add_(value)
+        slow.add(slow.step(*batch))
         trajectory.append(snapshot(slow.params))
     return trajectory

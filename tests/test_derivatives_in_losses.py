@@ -10,7 +10,7 @@ from dense import case
 from models import random
 
 # torch makes its rules of forward mode by torch.jit.script, which it calls deprecated
-pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
 
 D = torch.float64
 ROWS, WIDTH = 6, 5

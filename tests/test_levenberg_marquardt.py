@@ -157,8 +157,7 @@ def slow_dampings(rule: LevenbergMarquardt, data, make, **settings):
             d = slow.matrix(layer, change)
             predicted += (d * (torch.linalg.inv(G) @ d @ torch.linalg.inv(A))).sum().item() / 2
         before = F.cross_entropy(model(x), y).item()
-        for name, d in change.items():
-            slow.params[name].add_(d)
+        slow.add(change)
         if (step + 1) % rule.interval == 0:
             later = F.cross_entropy(model(x), y).item()
             ratio = (later - before) / predicted

@@ -5,6 +5,7 @@ two micro-batches make every division exact: so nothing is left to a tolerance.
 """
 
 import contextlib
+import copy
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -275,6 +276,10 @@ def gpt() -> Any:
     return model
 
 
+def its_own_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    return model(**batch).loss
+
+
 class Recorder:
     """A collator that remembers its batches: the Trainer shuffles."""
 
@@ -286,13 +291,12 @@ class Recorder:
         return self.batches[-1]
 
 
-def with_trainer(
-    folder: Path, half: bool = False, resume: Path | None = None, collate: Any = None
-) -> nn.Module:
-    """The model that the Trainer has trained; frequency 3, and a checkpoint behind step 3."""
+def by_trainer(
+    model: nn.Module, folder: Path, half: bool = False, resume: Path | None = None, collate: Any = None
+) -> thor_fx.Thor:
+    """The optimizer of a model that the Trainer has trained; frequency 3, and a checkpoint behind step 3."""
     transformers = pytest.importorskip("transformers")
-    model = compiled(gpt())
-    optimizer = thor(model, frequency=3)
+    optimizer = thor(compiled(model), frequency=3)
     args = transformers.TrainingArguments(
         str(folder),
         per_device_train_batch_size=4,
@@ -309,6 +313,12 @@ def with_trainer(
     how: dict[str, Any] = {"train_dataset": windows(), "data_collator": collate or Recorder()}
     trainer = transformers.Trainer(model, args, optimizers=(optimizer, falling(optimizer)), **how)
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    return optimizer
+
+
+def with_trainer(folder: Path, **how: Any) -> nn.Module:
+    model = gpt()
+    optimizer = by_trainer(model, folder, **how)
     assert_trained(snapshot(model.state_dict()), gpt(), optimizer, layers=6)
     return model
 
@@ -317,10 +327,10 @@ def with_trainer(
 def test_trainer(half: bool, tmp_path: Path):
     """In float32 it resumes, too, and what it saves has the model's own names."""
     recorder = Recorder()
-    model = with_trainer(tmp_path, half, collate=recorder)
+    model = with_trainer(tmp_path, half=half, collate=recorder)
     plain = compiled(gpt())
     data = recorder.batches[: TRAINER_STEPS * MICRO_BATCHES]
-    expected = plain_loop(plain, thor(plain, frequency=3), data, lambda m, batch: m(**batch).loss, half)
+    expected = plain_loop(plain, thor(plain, frequency=3), data, its_own_loss, half)
     assert identical(snapshot(model.state_dict()), expected)
     if half:
         return
@@ -334,30 +344,35 @@ def test_trainer(half: bool, tmp_path: Path):
 
 # --- adapters of PEFT -----------------------------------------------------------------------------------
 
+SIZE = {"r": 4, "lora_alpha": 8}
+
 
 class Adapted(nn.Module):
-    """LoRA by hand: ``W x + b`` of a frozen layer, and ``scale B A x``."""
+    """LoRA by hand: ``W x + b`` of a frozen layer, and ``scale B A x``. It starts at the adapters of PEFT."""
 
-    def __init__(self, layer: nn.Linear, rank: int, scale: float) -> None:
+    def __init__(self, peft_layer: nn.Module, layer: nn.Module, scale: float) -> None:
         super().__init__()
-        self.layer, self.scale = layer.requires_grad_(False), scale
-        self.A = nn.Linear(layer.in_features, rank, bias=False)
-        self.B = nn.Linear(rank, layer.out_features, bias=False)
+        self.layer, self.scale = layer, scale
+        self.A, self.B = (copy.deepcopy(pair.default) for pair in (peft_layer.lora_A, peft_layer.lora_B))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layer(x) + self.B(self.A(x)) * self.scale
 
 
+def adapted_by_hand(model: nn.Module, model_of_peft: nn.Module, names: Sequence[str]) -> nn.Module:
+    """The model with adapters of its own at these places, and all else frozen."""
+    model.requires_grad_(False)
+    scale = SIZE["lora_alpha"] / SIZE["r"]
+    for name in names:
+        peft_layer = model_of_peft.base_model.model.get_submodule(name)
+        model.set_submodule(name, Adapted(peft_layer, model.get_submodule(name), scale))
+    return model
+
+
 def test_adapters(tmp_path: Path):
     peft = pytest.importorskip("peft")
-    model = peft.get_peft_model(mlp(), peft.LoraConfig(r=4, lora_alpha=8, target_modules=["0", "2"]))
-    by_hand = mlp()
-    for name in ("0", "2"):
-        adapted = Adapted(by_hand.get_submodule(name), 4, 2.0)
-        for side in "AB":
-            pair = getattr(model.base_model.model.get_submodule(name), f"lora_{side}").default
-            getattr(adapted, side).load_state_dict(pair.state_dict())
-        by_hand.set_submodule(name, adapted)
+    model = peft.get_peft_model(mlp(), peft.LoraConfig(**SIZE, target_modules=["0", "2"]))
+    by_hand = adapted_by_hand(mlp(), model, ["0", "2"])
     optimizers = [thor(compiled(one)) for one in (model, by_hand)]
     for one, optimizer in zip((model, by_hand), optimizers, strict=True):
         plain_loop(one, optimizer, EPOCHS * [*loader()])
@@ -383,3 +398,24 @@ def test_adapters(tmp_path: Path):
         adapted = by_hand.get_submodule(name)
         whole = adapted.layer.weight + adapted.scale * (adapted.B.weight @ adapted.A.weight)
         torch.testing.assert_close(merged.get_submodule(name).weight, whole, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.filterwarnings(  # peft's use of transformers
+    "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
+)
+def test_adapters_of_a_transformer(tmp_path: Path):
+    """In the Trainer, as LoRA by hand in the plain loop."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(**SIZE, target_modules=["c_attn"], fan_in_fan_out=True)
+    model, recorder = peft.get_peft_model(gpt(), config), Recorder()
+    by_hand = adapted_by_hand(gpt(), model, ["transformer.h.0.attn.c_attn"])
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    start = snapshot(model.state_dict())
+    optimizer = by_trainer(model, tmp_path, collate=recorder)
+    data = recorder.batches[: TRAINER_STEPS * MICRO_BATCHES]
+    plain_loop(by_hand, thor(compiled(by_hand), frequency=3), data, its_own_loss)
+    expected = [p for p in by_hand.parameters() if p.requires_grad]
+    assert all(torch.equal(p, other) for p, other in zip(trained.values(), expected, strict=True))
+    assert [*optimizer.coverage.layers] == [*trained]
+    moved = [name for name, p in model.state_dict().items() if not torch.equal(p, start[name])]
+    assert moved == [*trained]
