@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from .ahead import Ahead
+from .alarm import Alarm, at_hand
 from .between import run_between
 from .block_size import choose
 from .block_size_rule import BlockSizeReport
@@ -36,7 +37,7 @@ from .inverses import METHODS, Inverse
 from .layers import Coverage
 from .levenberg_marquardt import LevenbergMarquardt, loss_again
 from .links import thor_chain
-from .metrics import Metrics, metrics, trace
+from .metrics import Metrics, failures, metrics, trace
 from .optimizer_state import counters_of, layers_with_inverses, restore, views
 from .options import MAX_DIM, Fallback, MomentumOn, Options, damping_schedule, number_schedule
 from .own_passes import Statistics
@@ -244,6 +245,8 @@ class Thor(torch.optim.Optimizer):
         self._overdue = False
         self._compared = False  # with the other ranks
         self._known = Readiness()
+        self._alarm = Alarm()
+        self._scaled = False  # by a gradient scaler, whose overflows are no news
         self._forget()
         defaults: dict[str, Any] = {"lr": lr, "damping": damping, "momentum": momentum}
         defaults |= {"weight_decay": weight_decay, "fallback_lr": fallback_lr}
@@ -331,21 +334,28 @@ class Thor(torch.optim.Optimizer):
             self._ahead.forget()
         served = unready.intersection(moments)
         skipped = self._inner.skipped.clone() if served else None
+        before = at_hand(self._inner.skipped)
         compares = adaptive is not None and adaptive.compares(step)
         refreshes = frozenset(map(layer_of, moments)) & unready if self._tx.between else None
         rates, terms = self._rates(), terms if moments else None
-        given = Given(gradients, moments, terms, self._scales(), refreshes, compares)
+        scales = self._scales()
+        self._scaled = bool(scales)
+        given = Given(gradients, moments, terms, scales, refreshes, compares)
         with waiting_for_others(self._world, f"in step {step}"):
             self._update(given, rates)
-        self._between(step, moments, unready, rates)
+        counted = at_hand(self._inner.skipped) == before if before is not None else True
+        if counted:
+            self._between(step, moments, unready, rates)
+        if moments:
+            self._look()
         if served and bool(skipped == self._inner.skipped):  # waits for the device, in the first step
             self._known.ready |= served
         waits = self._known.wait(unready, served, gradients, step)
         if compares and adaptive is not None and closure is not None:
             self._adapt(adaptive, closure, loss)
         for group in self.param_groups:
-            group["step"] = step + 1
-        self._collector.wanted = self._overdue or waits or self._scheduled(step + 1)
+            group["step"] = step + counted  # else this step is taken again, with its schedules and factors
+        self._collector.wanted = self._overdue or waits or self._scheduled(step + counted)
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -387,7 +397,9 @@ class Thor(torch.optim.Optimizer):
         found: Metrics = {"step": self.param_groups[0]["step"]}
         for i, group in enumerate(self.param_groups):
             found |= {f"{name}/{i}" if i else name: float(group[name]) for name in ("lr", "damping")}
-        found |= metrics(self._inner)
+        counts = metrics(self._inner)
+        self._warn(int(counts["skipped_steps"]), int(counts["failed_inverses"]))
+        found |= counts
         if self._inner is None:  # before the first step
             return found
         block_size = self.block_size
@@ -465,6 +477,14 @@ class Thor(torch.optim.Optimizer):
         due = run_between(self._tx, self._inner, self._update.params, self._found, rates, taken)
         if due is not None:
             self._set_due(due)
+
+    def _look(self) -> None:
+        """Warn of what went wrong so far, where the host knows."""
+        skipped = at_hand(self._inner.skipped)
+        self._warn(skipped or 0, sum(at_hand(count) or 0 for count in failures(self._inner)))
+
+    def _warn(self, skipped: int, failed: int) -> None:
+        self._alarm.look(skipped=0 if self._scaled else skipped, failed=failed)
 
     def _scales(self) -> dict[str, Tensor]:
         device = self._inner.skipped.device

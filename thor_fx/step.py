@@ -13,6 +13,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from .ahead import Ahead
+from .alarm import Alarm, at_hand
 from .arguments import check_type, checked_disabled
 from .between import run_between
 from .block_size import choose_by_step
@@ -26,7 +27,7 @@ from .inductor import Compiled, check_backend, compile_graph, inductor_decomposi
 from .kinds import Kind, kind_of, kinds
 from .layers import Coverage
 from .logs import log_coverage
-from .metrics import Metrics, metrics, trace
+from .metrics import Metrics, failures, metrics, trace
 from .own_passes import Statistics, checked_passes, statistics_of
 from .parameters import check_params, trainable
 from .passes import canonicalize, pipeline
@@ -34,7 +35,7 @@ from .passes.outputs import Statistic
 from .passes.pipeline import Pass
 from .recompute import recompute
 from .trace_log import tracer
-from .transform import Params, State, Taken, Transform
+from .transform import Params, SkipState, State, Taken, Transform
 from .update import fixed_arguments, loss_alone
 from .whole_step import WholeStep, covered, results_of
 
@@ -43,7 +44,7 @@ class StepState(NamedTuple):
     """What a training step carries over.
 
     Attributes:
-        step: steps taken so far.
+        step: steps taken so far; one that is skipped does not count where the host knows of it, on a CPU.
         inner: the state of the transform.
         buffers: buffers of the model, where the loss function takes them.
         ready: whether any step so far was not skipped; until then every step is a factor step.
@@ -233,6 +234,7 @@ class CompiledStep:
         self._flat: tuple[State, list[Tensor]] = (None, [])
         self._shapes: list[torch.Size] | None = None  # unknown before init
         self._ahead = Ahead()
+        self._alarm = Alarm()
 
     def init(self, params: Params, *batch: Any, buffers: Any = None) -> StepState:
         """Trace, compile, and return the state for the first step. Nothing runs yet.
@@ -286,15 +288,20 @@ class CompiledStep:
         kind = kind_of(self._tx, state.step, state.due, ready=state.ready)
         if kind.factors != "plain":
             self._ahead.forget()
+        skipped = _skipped(state.inner)
         call = _Call(kind, [*self._leaves(state.inner), *hyper])
         with waiting_for_others(self._tx.world, f"in step {state.step}"):
             loss, aux = self._run(params, call, batch, state.buffers)
         buffers, aux = (None, aux) if state.buffers is None else aux
-        # waits for the device, once: in the first step
-        ready = state.ready or metrics(state.inner)["skipped_steps"] <= state.step
-        due = self._between(params, state, kind, hyper)
+        counted = skipped is None or _skipped(state.inner) == skipped
+        ready = state.ready or (counted and self._was_good(state))
+        due = self._between(params, state, kind, hyper) if counted else state.due
         damping = self._damping(state, loss, call.later)
-        new = state._replace(step=state.step + 1, buffers=buffers, ready=ready, due=due, damping=damping)
+        if kind.factors != "plain":
+            self._look(state)
+        # a step that was skipped is taken again, with its schedules and factors
+        step = state.step + counted
+        new = state._replace(step=step, buffers=buffers, ready=ready, due=due, damping=damping)
         return params, new, StepOutput(loss, aux, call.statistics)
 
     def metrics(self, state: StepState) -> Metrics:
@@ -304,10 +311,23 @@ class CompiledStep:
         own = {
             name: float(value) for name, value in {**rates, **adapted}.items() if name in {"lr", "damping"}
         }
-        found: Metrics = {"step": state.step, **own, **metrics(state.inner)}
+        counts = metrics(state.inner)
+        self._alarm.look(skipped=int(counts["skipped_steps"]), failed=int(counts["failed_inverses"]))
+        found: Metrics = {"step": state.step, **own, **counts}
         if self.coverage is None or self._block_size == "auto":
             return found
         return found | trace(state.inner, self.coverage.layers, self._block_size)
+
+    def _was_good(self, state: StepState) -> bool:
+        """Whether the first steps were not all skipped. Waits for the device where that is no CPU, once."""
+        if _skipped(state.inner) is not None:
+            return True  # or this step would not have counted
+        return metrics(state.inner)["skipped_steps"] <= state.step
+
+    def _look(self, state: StepState) -> None:
+        """Warn of what went wrong so far, where the host knows."""
+        failed = sum(at_hand(count) or 0 for count in failures(state.inner))
+        self._alarm.look(skipped=_skipped(state.inner) or 0, failed=failed)
 
     def _between(self, params: Params, state: StepState, kind: Kind, hyper: Sequence[Tensor]) -> int | None:
         """What the transform does after the step, in place; when it wants factors next."""
@@ -442,6 +462,11 @@ def _copies(params: Params, state: StepState) -> tuple[Params, StepState, Mappin
     copied = {name: copy(p) if trainable(p) else p for name, p in params.items()}
     inner, buffers = pytree.tree_map_only(Tensor, copy, (state.inner, state.buffers))
     return copied, state._replace(inner=inner, buffers=buffers), known
+
+
+def _skipped(inner: State) -> int | None:
+    """How many steps were skipped so far; None where nobody counts, or asking would wait for a device."""
+    return at_hand(inner.skipped) if isinstance(inner, SkipState) else None
 
 
 def _trained(params: Params, found: Coverage) -> dict[str, Tensor]:
