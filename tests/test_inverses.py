@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from stacks import KINDS, LAMBDA, LAYERS, TERMS, Stacked, constant, tensors
-from thor_fx.inverses.attempts import NOT_FINITE
 from thor_fx.inverses import METHODS, Stack, newton_schulz, replace, select
+from thor_fx.inverses.attempts import NOT_FINITE
 from thor_fx.passes.sides import Side
 from thor_fx.refresh import per_side
 

@@ -3,6 +3,7 @@
 import os
 
 from . import presets
+from .alarm import NumericsWarning
 from .block_size import block_size_report
 from .block_size_rule import BlockSizeReport
 from .compile import compile, statistics
@@ -37,6 +38,7 @@ __all__ = [
     "Layer",
     "LevenbergMarquardt",
     "NotRunnable",
+    "NumericsWarning",
     "Report",
     "Signals",
     "Staggered",

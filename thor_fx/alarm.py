@@ -12,15 +12,15 @@ class NumericsWarning(RuntimeWarning):
 
 SKIPPED = (
     "thor_fx: {count} step(s) so far changed nothing, because a gradient or a new parameter was NaN or "
-    "infinite. If the loss is NaN, look for the operator in the model; if it is finite, the step is too long: "
-    "lower lr, raise damping, or clip. Said once; metrics()['skipped_steps'] counts on. See "
+    "infinite. If the loss is NaN, look for the operator in the model; if it is finite, the step is too "
+    "long: lower lr, raise damping, or clip. Said once; metrics()['skipped_steps'] counts on. See "
     "docs/reliability.md."
 )
 FAILED = (
-    "thor_fx: {count} factor block(s) so far had no finite inverse: they keep the last one, or step along the "
-    "gradient, and are damped by more in the next attempt. Usual causes are damping that is tiny beside the "
-    "factors (raise it, or take damping_rule='relative') and activations whose squares overflow. Said once; "
-    "metrics()['failed_inverses'] counts on. See docs/reliability.md."
+    "thor_fx: {count} factor block(s) so far had no finite inverse: they keep the last one, or step along "
+    "the gradient, and are damped by more in the next attempt. Usual causes are damping that is tiny beside "
+    "the factors (raise it, or take damping_rule='relative') and activations whose squares overflow. Said "
+    "once; metrics()['failed_inverses'] counts on. See docs/reliability.md."
 )
 
 

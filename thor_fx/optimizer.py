@@ -334,20 +334,12 @@ class Thor(torch.optim.Optimizer):
             self._ahead.forget()
         served = unready.intersection(moments)
         skipped = self._inner.skipped.clone() if served else None
-        before = at_hand(self._inner.skipped)
         compares = adaptive is not None and adaptive.compares(step)
         refreshes = frozenset(map(layer_of, moments)) & unready if self._tx.between else None
         rates, terms = self._rates(), terms if moments else None
-        scales = self._scales()
-        self._scaled = bool(scales)
-        given = Given(gradients, moments, terms, scales, refreshes, compares)
-        with waiting_for_others(self._world, f"in step {step}"):
-            self._update(given, rates)
-        counted = at_hand(self._inner.skipped) == before if before is not None else True
-        if counted:
-            self._between(step, moments, unready, rates)
-        if moments:
-            self._look()
+        given = Given(gradients, moments, terms, self._scales(), refreshes, compares)
+        counted = self._take(given, rates, step)
+        self._between(step, moments, unready, rates, counted=counted)
         if served and bool(skipped == self._inner.skipped):  # waits for the device, in the first step
             self._known.ready |= served
         waits = self._known.wait(unready, served, gradients, step)
@@ -466,11 +458,27 @@ class Thor(torch.optim.Optimizer):
         if names:
             tell_unseen(names, strict=self._collector.strict)
 
+    def _take(self, given: Given, rates: list[Tensor], step: int) -> bool:
+        """Take a step; whether it counts: one that was skipped does not, where the host knows of it."""
+        before = at_hand(self._inner.skipped)
+        self._scaled = bool(given.scales)
+        with waiting_for_others(self._world, f"in step {step}"):
+            self._update(given, rates)
+        if given.moments:
+            self._look()
+        return before is None or at_hand(self._inner.skipped) == before
+
     def _between(
-        self, step: int, moments: Mapping[str, Moments], unready: set[str], rates: list[Tensor]
+        self,
+        step: int,
+        moments: Mapping[str, Moments],
+        unready: set[str],
+        rates: list[Tensor],
+        *,
+        counted: bool,
     ) -> None:
-        """What happens after the step, whose inverses act from the next one on."""
-        if self._tx.between is None:
+        """What happens after a step that counted, whose inverses act from the next one on."""
+        if self._tx.between is None or not counted:
             return
         measured = frozenset(map(layer_of, moments)) - unready
         taken = Taken(step, measured, frozenset(self._known.ready), self._ahead)

@@ -47,7 +47,6 @@ from .renewal import Memory, Renewal
 from .schedule import Schedule
 from .transform import Params, Signals, Taken, Transform, Updates, divided
 
-
 Renewed = tuple[dict[str, State], dict[str, Tensor]]
 """Inverses by shape of layer, and how the attempts at them have ended: :func:`thor_fx.refresh.refresh`."""
 
@@ -71,7 +70,7 @@ class PreconditionState(NamedTuple):
     failures: Tensor
     refreshes: Tensor
     memory: Memory | tuple[()] = ()
-    failing: dict[str, Tensor] = {}
+    failing: dict[str, Tensor] = {}  # noqa: RUF012 - never written
 
 
 def precondition(

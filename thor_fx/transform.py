@@ -292,8 +292,8 @@ def clip_by_norm(largest: float) -> Transform:
 def within(norm: Tensor, largest: float) -> Tensor:
     """What makes a norm ``largest`` where it is larger, 0-D.
 
-    NaN for an infinite norm, whose squares have overflowed: such a step is skipped and counted, where a factor
-    of 0 would stop a tensor without a word.
+    NaN for an infinite norm, whose squares have overflowed: such a step is skipped and counted, where a
+    factor of 0 would stop a tensor without a word.
     """
     return torch.where(norm.isinf(), torch.nan, largest / norm.clamp_min(largest))
 

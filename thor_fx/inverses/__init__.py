@@ -3,11 +3,11 @@
 from collections.abc import Mapping
 from typing import Literal
 
+from .attempts import FAILED, in_a_row
 from .cholesky import CHOLESKY
 from .eigen import EIGEN
 from .ekfac import EKFAC
 from .eva import EVA
-from .attempts import FAILED, in_a_row
 from .method import Damping, Method, Pair, Stack, State, Work, pick, put, replace, select
 from .newton_schulz import NEWTON_SCHULZ
 

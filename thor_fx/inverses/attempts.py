@@ -5,16 +5,16 @@ It keeps its last good inverse. One that never had any gets that of a diagonal m
     D = diag(sum_j |M_ij|) + d I          D^-1 g is the first-order direction, entry by entry
 
 ``D >= M + d I``, because no row of the difference has a diagonal entry below the sum of the others
-(Gershgorin; Horn & Johnson 2013, theorem 6.1.10): the step is never longer than the natural one would be. A row
-of zeros has no gradient, and gets 0. Where a sum is infinite or NaN there is no bound, and no step is known to
-be short enough: the block stands still.
+(Gershgorin; Horn & Johnson 2013, theorem 6.1.10): the step is never longer than the natural one would be. A
+row of zeros has no gradient, and gets 0. Where a sum is infinite or NaN there is no bound, and no step is
+known to be short enough: the block stands still.
 
 At its next attempts it is damped by more, as long as they fail::
 
     10^k max(d, FLOOR tr M)               k: failures in a row, at most MOST
 
-The floor is what makes a damping of nothing, or of little beside ``M``, grow. A block that was not finite is no
-matter of damping, and does not count.
+The floor is what makes a damping of nothing, or of little beside ``M``, grow. A block that was not finite is
+no matter of damping, and does not count.
 
 Legend: N blocks of side b, or diagonals of length b; L matrices with U of either in each.
 """
@@ -51,7 +51,7 @@ def strength(parts: Tensor, damping: Tensor, failing: Tensor) -> Tensor:
 
 def bounds(parts: Tensor) -> Tensor:
     """The diagonals of matrices that are no smaller, (N, b)."""
-    return parts.abs() if parts.dim() == 2 else torch.linalg.vector_norm(parts, ord=1, dim=-1)
+    return parts.abs() if parts.dim() == 2 else parts.abs().sum(-1)
 
 
 def ended(good: Tensor, above: Tensor) -> Tensor:

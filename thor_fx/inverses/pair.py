@@ -82,7 +82,7 @@ def _refresh(
     states, outcomes = [], []
     for stack in stacks:
         sides_of_it = [[next(results) for _ in side] for side in stack.before]
-        states.append(InversePair(*(tuple(_renewed(*job, old) for job, old in side) for side in sides_of_it)))
+        states.append(InversePair(*(tuple(_renewed(job, old) for job, old in side) for side in sides_of_it)))
         outcomes.append(by_matrix([job[-1] for side in sides_of_it for job, _ in side], stack.failing))
     return states, outcomes
 
@@ -100,12 +100,16 @@ def _one_size(invert: Invert, part: Tensor, damping: Tensor, failing: Tensor) ->
     return inverse, good, first_order(above, damping), ended(good, above)
 
 
-def _renewed(inverse: Tensor, good: Tensor, simple: Tensor, _ended: Tensor, before: Tensor) -> Tensor:
+def _renewed(job: Job, before: Tensor) -> Tensor:
     """What has no good inverse keeps its previous one; what never had any gets the first-order one."""
+    inverse, good, simple, _ = job
     old = before.reshape(inverse.shape)
-    diagonal, blank = (old, simple) if old.dim() == 2 else (diagonals(old), torch.diag_embed(simple))
-    old = keep((diagonal == 0).all(-1), blank, old)
-    return keep(good, inverse, old).reshape(before.shape)
+    diagonal = old if old.dim() == 2 else diagonals(old)
+    nothing = (diagonal == 0).all(-1)
+    added = torch.where(nothing[:, None], simple, torch.zeros_like(simple))
+    return keep(good, inverse, old + (added if old.dim() == 2 else torch.diag_embed(added))).reshape(
+        before.shape
+    )
 
 
 def _apply(state: InversePair, gradients: Tensor, _terms: Tensor, _lam: Tensor) -> tuple[Tensor, InversePair]:
