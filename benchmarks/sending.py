@@ -1,4 +1,4 @@
-"""What sending factors costs a factor step of the drop-in door, and what it would beside backward.
+"""What sending factors costs a factor step of the drop-in door, beside backward and behind it.
 
     python benchmarks/sending.py
 
@@ -6,16 +6,17 @@ Ten square layers in DistributedDataParallel, on two ranks of this machine, ever
 interpreted. Three optimizers take turns:
 
 ==========  ======================================================================================
-``sent``    factors are summed over ranks in the update, as thor_fx does it
-``beside``  as many bytes travel from the moment that a graph's backward has delivered its factors
+``beside``  the factors of a graph are summed over ranks from when its backward has made them
+``behind``  in the update, as where DDP does not say when it averages (``find_unused_parameters``)
 ``unsent``  factors stay where they are: no way of sending them can take less time
 ==========  ======================================================================================
 
-The last two are for the clock only: every rank then inverts its own factors. Dynamo cuts the model at DDP's
+The last is for the clock only: every rank then inverts its own factors. Dynamo cuts the model at DDP's
 buckets, so there are several graphs, and factors of the last layers are there early.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import statistics
@@ -26,6 +27,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -33,15 +35,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import thor_fx
-from thor_fx.collector import Collector
 from thor_fx.compile import collector_of
 from thor_fx.distributed.collectives import World
 from thor_fx.distributed.packing import packed_numel
 
-VARIANTS = ("sent", "beside", "unsent")
+VARIANTS = ("beside", "behind", "unsent")
 THOR: dict[str, Any] = {"lr": 1e-6, "damping": 0.03, "momentum": 0.9, "frequency": 1}
-
-SUM, ARRIVED = World.sum, Collector._arrived
 
 
 class Run:
@@ -52,36 +51,23 @@ class Run:
         pairs = [layer for _ in range(layers) for layer in (nn.Linear(width, width), nn.Tanh())]
         self.variant, self.seconds = variant, list[float]()
         self.model = DistributedDataParallel(thor_fx.compile(nn.Sequential(*pairs), backend="aot_eager"))
-        self.optimizer = thor_fx.Thor(self.model, **THOR)
-        self.numbers, self.travelling = 0, list[Any]()
+        behind = patch("thor_fx.optimizer.averager", lambda *_: None)
+        with behind if variant == "behind" else contextlib.nullcontext():
+            self.optimizer = thor_fx.Thor(self.model, **THOR)
 
     def step(self, x: Tensor) -> None:
-        if self.variant != "sent":
-            World.sum = lambda _, tensor: tensor.clone()  # type: ignore[method-assign, assignment]
-        if self.variant == "beside":
-            Collector._arrived = self._arrived  # type: ignore[method-assign, assignment]
-        try:
+        stays = patch.object(World, "sum", lambda _, tensor: tensor.clone())
+        with stays if self.variant == "unsent" else contextlib.nullcontext():
             self.seconds.append(self._timed(x))
-        finally:
-            World.sum, Collector._arrived = SUM, ARRIVED  # type: ignore[method-assign]
 
     def _timed(self, x: Tensor) -> float:
         dist.barrier()
         start = time.perf_counter()
         self.model(x).square().mean().backward()
-        while self.travelling:
-            self.travelling.pop().wait()
         self.optimizer.step()
         self.optimizer.zero_grad()
         dist.barrier()
         return time.perf_counter() - start
-
-    def _arrived(self, layer: str | None, outer: int | None, terms: Tensor) -> None:
-        """In place of the collector's method: a graph's share of the bytes sets off."""
-        collector = collector_of(self.model)
-        ARRIVED(collector, layer, outer, terms)
-        share = torch.ones(self.numbers // len(collector.graphs))
-        self.travelling.append(dist.all_reduce(share, async_op=True))
 
     def sent(self) -> int:
         """Numbers of all factors; known after a step."""
@@ -97,9 +83,8 @@ def one_rank(width: int, layers: int, rows: int, rounds: int, result: Path) -> N
     for _ in range(rounds + 1):
         for run in runs:
             run.step(x)
-            run.numbers = run.sent()
     found = {
-        "factors_mb": 4e-6 * runs[0].numbers,
+        "factors_mb": 4e-6 * runs[0].sent(),
         "gradients_mb": 4e-6 * sum(p.numel() for p in runs[0].model.parameters()),
         "graphs": len(collector_of(runs[0].model).graphs),
         "seconds": {run.variant: run.seconds[1:] for run in runs},

@@ -12,9 +12,11 @@ from typing import Any
 import torch
 from torch import fx
 
+from .axes import Axis, axes_of, merged
 from .gathered import part_of
-from .nodes import CASTS, PERMUTES, RESHAPES, arguments, shape, source, target
-from .operands import Operand
+from .members import Apart
+from .nodes import arguments, shape, source, target
+from .operands import Matrix, Operand
 from .patches import Pixels
 from .reindex import Path, simplify, take
 from .walk import NoSite, Rule, Site, Walk, unlike
@@ -35,12 +37,15 @@ class Bias:
     path: Path
 
 
+Features = tuple[str, Axis]
+"""A node, and the axes of it that are groups and features."""
+
+
 @dataclass(frozen=True)
 class _Sum:
-    """A summand of a bias's gradient: the sum of ``cotangent`` over all axes but ``axis``."""
+    """A summand of a bias's gradient: the sum of a cotangent over all of its axes but ``features``."""
 
-    cotangent: fx.Node
-    axis: int
+    features: Features
     path: Path
 
 
@@ -54,18 +59,19 @@ def find_biases(
         gradients: of the parameters that may be biases, by name.
         walk: with whatever rules; ours are put in.
     """
-    candidates: dict[tuple[tuple[str, int], ...], list[tuple[Bias, int]]] = {}
+    candidates: dict[tuple[Features, ...], list[tuple[Bias, int]]] = {}
     for name, gradient in gradients.items():
         for bias, read in _parts(name, gradient, walk).items():
             length = take(bias.path, torch.empty(_sizes(gradient), device="meta")).numel()
             candidates.setdefault(tuple(sorted(read)), []).append((bias, length))
     biases: dict[str, Bias] = {}
     for layer, sites in layers.items():
-        read = sorted((_root(site.cotangent.node).name, _feature_axis(site.cotangent)) for site in sites)
+        found = [_features(part_of(site.cotangent)) for site in sites]
+        read = sorted(features for features in found if features is not None)
         cotangent = part_of(sites[0].cotangent)
         length = cotangent.features * sites[0].groups
         fitting = [bias for bias, size in candidates.get(tuple(read), []) if size == length]
-        if fitting and not any(site.flipped for site in sites):
+        if fitting and None not in found and not any(site.flipped for site in sites):
             biases[layer] = fitting[0]
             if cotangent is not sites[0].cotangent:  # the path is that in the part of this rank
                 biases[layer] = replace(fitting[0], path=())
@@ -73,16 +79,16 @@ def find_biases(
     return {layer: bias for layer, bias in biases.items() if used.count(bias) == 1}
 
 
-def _parts(name: str, gradient: fx.Node, walk: Walk) -> dict[Bias, list[tuple[str, int]]]:
-    """The parts of a bias, each with the names and axes of the cotangents that are summed in it."""
+def _parts(name: str, gradient: fx.Node, walk: Walk) -> dict[Bias, list[Features]]:
+    """The parts of a bias, each with what of the cotangents is summed in it."""
     try:
         found = list(Walk(name, walk.backward, walk.data, _ENDS).visit(gradient, ()))
     except NoSite:
         return {}
-    parts: dict[Bias, list[tuple[str, int]]] = {}
+    parts: dict[Bias, list[Features]] = {}
     for item in found:
         bias = Bias(name, simplify(item.path, _sizes(gradient)))
-        parts.setdefault(bias, []).append((item.cotangent.name, item.axis))
+        parts.setdefault(bias, []).append(item.features)
     return parts
 
 
@@ -93,29 +99,38 @@ def _sizes(gradient: fx.Node) -> tuple[int, ...]:
 def _sum(_walk: Walk, node: fx.Node, path: Path) -> Iterator[_Sum]:
     summed, axes = arguments(node)[:2]
     dims = len(shape(summed))
-    kept = [axis for axis in range(dims) if axis not in {a % dims for a in axes}]
-    if len(kept) == 1 and kept[0] in {1, dims - 1}:
-        yield _Sum(_root(summed), 1 if kept[0] == 1 and dims > 2 else -1, path)
-        return
-    raise unlike(node)
+    gone = {axis % dims for axis in axes} or set(range(dims))
+    places = [axis for axis in range(dims) if axis not in gone]
+    kept = _lying(summed, *places) if places else None
+    if kept is None:
+        raise unlike(node)
+    yield _Sum(kept, path)
 
 
 def _getitem(_walk: Walk, node: fx.Node, path: Path) -> Iterator[_Sum]:
     operation, position = arguments(node)
-    if target(operation) is not aten.convolution_backward.default or position != 2:
+    kept = _lying(source(operation), 1) if position == 2 else None
+    if target(operation) is not aten.convolution_backward.default or kept is None:
         raise unlike(node)
-    yield _Sum(_root(source(operation)), 1, path)
+    yield _Sum(kept, path)
 
 
-def _root(node: fx.Node) -> fx.Node:
-    """The node that a chain of views and casts starts from: the same for all readers of one value."""
-    while target(node) in CASTS | RESHAPES | PERMUTES:
-        node = source(node)
-    return node
+def _features(cotangent: Operand) -> Features | None:
+    """Which axes of what a cotangent is a view of are its groups and its features."""
+    if isinstance(cotangent, Apart):
+        return _features(cotangent.inner)
+    if isinstance(cotangent, Pixels):
+        return _lying(cotangent.node, 1)
+    last = -2 if isinstance(cotangent, Matrix) and cotangent.transposed else -1
+    grouped = isinstance(cotangent, Matrix) and cotangent.grouped
+    return _lying(cotangent.node, *([0] if grouped else []), last)
 
 
-def _feature_axis(cotangent: Operand) -> int:
-    return 1 if isinstance(cotangent, Pixels) else -1
+def _lying(node: fx.Node, *places: int) -> Features | None:
+    root, axes = axes_of(node)
+    found = [axes[place] for place in places]
+    known = [axis for axis in found if axis is not None]
+    return (root.name, merged(known)) if len(known) == len(found) else None
 
 
 _ENDS: dict[Any, Rule] = {aten.sum.dim_IntList: _sum, operator.getitem: _getitem}

@@ -16,7 +16,7 @@ VIEWS = {aten._unsafe_view.default}  # not reshape, which may have to copy
 
 
 def canonicalize(gm: fx.GraphModule) -> None:
-    """Rewrite ``gm`` in place to the spelling above."""
+    """Rewrite ``gm`` in place: transpositions are permutes, reshapes views, and nothing is a mere alias."""
     for node in list(gm.graph.nodes):
         if target(node) in ALIASES:
             _forward_alias(node)

@@ -20,11 +20,9 @@ from .outputs import KEY as DESCRIPTOR
 from .outputs import Frozen, Param
 from .patches import Patches, Pixels
 from .reindex import Path, Permute, View
-from .walk import SWAP, NoSite, Rule, Site, Walk, in_short, is_zero, scaled_product, unlike
+from .walk import SWAP, SWAP_GROUPED, NoSite, Rule, Site, Walk, in_short, is_zero, scaled_product, unlike
 
 aten = torch.ops.aten
-
-SWAP_GROUPED = Permute((0, 2, 1))
 
 
 # --- products of matrices ------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from torch import Tensor
 from .biases import Bias
 from .experts import Routed
 from .lookups import Bag, OneHot
+from .members import Alike, OwnEntries, OwnLooked
 from .operands import Operand, Pooled
 from .patches import Patches
 from .reindex import Path
@@ -233,7 +234,7 @@ def _measured(operand: Operand, rules: Rules, notes: list[str]) -> Operand:
     """The operand as the rules read it: a share of its rows, rounded."""
     if one_hot(operand):
         return operand  # is counted
-    if rules.dtype is not None and not isinstance(operand, Patches | Routed):
+    if rules.dtype is not None and not isinstance(operand, Patches | Routed | OwnLooked):
         operand = Rounded(operand.node, operand, rules.dtype)
     if rules.every == 1:
         return operand
@@ -249,7 +250,7 @@ WHOLE_ROWS = "its rows lie on no axis of their own, so all of them are measured"
 
 def one_hot(operand: Operand) -> bool:
     """Whether the operand's factor is a diagonal by nature."""
-    return isinstance(operand, OneHot | Bag)
+    return isinstance(operand.inner if isinstance(operand, Alike) else operand, OneHot | Bag | OwnEntries)
 
 
 def _batch_axis(sites: tuple[Site, ...], report: SiteReport) -> int | None:

@@ -149,10 +149,9 @@ class Bag(Operand):
         """(V,): lookups of one entry in one bag add up before they are squared."""
         bag, weights = self._lookups(*values)
         place, order = (bag * self.size + values[0]).sort()
-        sums = torch.nn.functional.pad(weights[order].cumsum(0), (1, 0))  # of all lookups before
-        first, last = (torch.searchsorted(place, place, right=right) for right in (False, True))
-        here = sums[last] - sums[first]  # of the same entry in the same bag, for every lookup
-        return weights.new_zeros(self.size).index_add(0, values[0][order], weights[order] * here)
+        first = torch.searchsorted(place, place)  # of the same entry in the same bag, for every lookup
+        sums = weights.new_zeros(place.shape[0]).index_add(0, first, weights[order])
+        return weights.new_zeros(self.size).index_add(0, values[0][order], weights[order] * sums[first])
 
     def total(self, *values: Tensor) -> Tensor:
         """(V,)."""

@@ -15,18 +15,21 @@ import torch
 from torch import fx
 
 from .biases import Bias, find_biases
-from .contractions import SWAP_GROUPED, WEIGHTS
+from .contractions import WEIGHTS
 from .gathered import whole
 from .heads import Head
+from .members import by_member
 from .nodes import CASTS, PERMUTES, RESHAPES, arguments, downstream, shape, target, upstream, use_of
 from .norms import is_norm
 from .outputs import KEY, Frozen, Grad, Input, Loss, Output, Param, Tangent, input_nodes, output_nodes
 from .reindex import Path, Permute, disjoint, simplify, take
-from .walk import SUMS, SWAP, NoSite, Site, Walk
+from .walk import SUMS, SWAP, SWAP_GROUPED, NoSite, Site, Walk
 
 aten = torch.ops.aten
 
 UNUSED = "the loss does not depend on it"
+VECTORS = "a vector for every matrix of a layer"
+"""How the reason begins for the biases of an ensemble, which have two axes and are no weight."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,7 @@ def find_sites(gm: fx.GraphModule) -> SiteReport:
     sites: list[Site] = []
     norms: list[str] = []
     reasons: dict[str, str] = {}
-    vectors: dict[str, fx.Node] = {}
+    gradients: dict[str, fx.Node] = {}
     lines: dict[str, str] = {}
     for descriptor, node in [(d, n) for d, n in input_nodes(gm).items() if isinstance(d, Param)]:
         name = descriptor.name
@@ -90,10 +93,12 @@ def find_sites(gm: fx.GraphModule) -> SiteReport:
                 sites += whole(_sites_of(node, gradient, replace(walk, param=name)), descriptor.split)
             except NoSite as reason:
                 reasons[name] = f"a vector: {reason}" if len(shape(gradient)) < 2 else str(reason)
-                if len(shape(gradient)) < 2:
-                    vectors[name] = gradient
+                gradients[name] = gradient
     report = SiteReport(tuple(sites), tuple(norms), reasons, nearest(gm, sites))
-    return replace(report, biases=find_biases(report.layers, vectors, walk), lines=lines)
+    biases = find_biases(report.layers, gradients, walk)
+    for name in {bias.param for bias in biases.values() if len(shape(gradients[bias.param])) > 1}:
+        reasons[name] = f"{VECTORS}: {reasons[name]}"
+    return replace(report, biases=biases, lines=lines)
 
 
 def _data(gm: fx.GraphModule) -> list[fx.Node]:
@@ -128,6 +133,7 @@ def _sites_of(parameter: fx.Node, gradient: fx.Node, walk: Walk) -> list[Site]:
     if _is_added(parameter, walk):
         raise NoSite("it is added to activations, no factor of a product")
     sizes = tuple(int(size) for size in shape(gradient))
+    sites = [by_member(site, sizes) for site in sites]
     sites = _one_orientation([replace(site, path=simplify(site.path, sizes)) for site in sites], sizes)
     if not disjoint(list({site.path for site in sites}), sizes):
         raise NoSite("its uses are of parts that overlap, so no part has one factor pair")

@@ -35,6 +35,7 @@ aten = torch.ops.aten
 ZEROS = {aten.zeros.default, aten.zeros_like.default, aten.new_zeros.default}
 FULLS = {aten.full.default, aten.full_like.default, aten.new_full.default}
 SWAP = Permute((1, 0))
+SWAP_GROUPED = Permute((0, 2, 1))
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,13 @@
-"""Settings of the whole suite: a busy machine is no failure."""
+"""Settings of the whole suite: a busy machine is no failure, and what is drawn is the same in every run.
+
+``pytest -m fuzz --hypothesis-profile=nightly`` draws many more, and others every time.
+"""
+
+from typing import Any
 
 from hypothesis import HealthCheck, settings
 
-settings.register_profile("thor_fx", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+UNHURRIED: dict[str, Any] = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
+settings.register_profile("thor_fx", derandomize=True, **UNHURRIED)
+settings.register_profile("nightly", print_blob=True, **UNHURRIED)
 settings.load_profile("thor_fx")

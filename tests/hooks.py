@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from oracle import Pair, Use, both_ways, pair
 
+TURNED = ("embedding", "stored (in, out)")
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
@@ -58,13 +59,16 @@ def uses_by_hooks(model: nn.Module, loss: Callable[[], Tensor]) -> dict[str, lis
 
 
 def factors_by_hooks(uses: list[Seen], n: int) -> Pair:
-    """``A = (1/R) sum a a^T`` and ``G = n sum g g^T`` over all uses; stacked for a grouped convolution."""
-    embedded = [seen for seen in uses if seen.kind == "embedding"]
-    others = [seen for seen in uses if seen.kind != "embedding"]
-    if embedded and others:
-        return both_ways(_pair(others, n), _pair(embedded, n))
+    """``A = (1/R) sum a a^T`` and ``G = n sum g g^T`` over all uses; stacked for a grouped convolution.
+
+    Where a weight is used both as (out, in) and as (in, out), the pair is that of (out, in).
+    """
+    turned = [seen for seen in uses if seen.kind in TURNED]
+    straight = [seen for seen in uses if seen.kind not in TURNED]
+    if turned and straight:
+        return both_ways(_pair(straight, n), _pair(turned, n))
     found = _pair(uses, n)
-    return found._replace(A=found.A.diagonal()) if embedded else found
+    return found._replace(A=found.A.diagonal()) if {seen.kind for seen in uses} == {"embedding"} else found
 
 
 def _pair(uses: list[Seen], n: int) -> Pair:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -20,8 +21,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import thor_fx
+from thor_fx.compile import collector_of
 from thor_fx.distributed.collectives import world_of
 from thor_fx.distributed.distribute import distribute
+from thor_fx.distributed.factor_sums import Bucket, FactorSums
 from thor_fx.distributed.work import WorkSharing
 from thor_fx.distributed.wrappers import unwrapped
 from thor_fx.factors import flat_moments, measure
@@ -47,6 +50,9 @@ from training import (
 
 SETTINGS: dict[str, Any] = {"lr": 0.02, "damping": 0.1, "momentum": 0.9, "frequency": 2}
 STEPS, ROWS = 4, 12
+EVERY_STEP = {**SETTINGS, "frequency": 1}
+OTHER_WAY = (2, 3)
+PASSES = dict(zip(("first", "second", "third", "fourth"), batches(4, ROWS), strict=True))
 GROUPS = [{"params": ["0.weight", "1.weight"], "lr": 0.05, "damping": 0.2}]
 ONE_GROUP = ParameterGroups({"": {}})
 TIMEOUT = datetime.timedelta(seconds=60)
@@ -71,7 +77,37 @@ class Encoder(nn.Module):
         return self.head(self.layer(h).mean(1))
 
 
-MODELS = {**MODELS, "cnn": cnn, "encoder": Encoder}
+def wide() -> nn.Module:
+    """More than one of the buckets in which DDP sends gradients."""
+    return nn.Sequential(
+        nn.Linear(IN, 300), nn.Tanh(), nn.Linear(300, 300), nn.Tanh(), nn.Linear(300, 300), nn.Tanh(),
+        nn.Linear(300, CLASSES),
+    )  # fmt: skip
+
+
+class Broken(nn.Module):
+    """Three graphs; or, the other way, two, of other functions of the same weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inp, self.mid = nn.Linear(IN, HIDDEN), nn.Linear(HIDDEN, HIDDEN)
+        self.head = nn.Linear(HIDDEN, CLASSES)
+
+    def forward(self, x: Tensor, other_way: bool = False, shows_middle: bool = True) -> Tensor:
+        if not shows_middle:
+            return self.head(torch._dynamo.disable(self.mid)(self.inp(x).tanh()).tanh())
+        if other_way:
+            h = self.inp(x).sin()
+            torch._dynamo.graph_break()
+            return self.head(self.mid(h).sigmoid())
+        h = self.inp(x).tanh()
+        torch._dynamo.graph_break()
+        h = self.mid(h).tanh()
+        torch._dynamo.graph_break()
+        return self.head(h)
+
+
+MODELS = {**MODELS, "cnn": cnn, "encoder": Encoder, "broken": Broken, "wide": wide}
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "defaults": {},
@@ -132,12 +168,12 @@ def steps(options: str) -> int:
     return 7 if options.startswith("beside") else STEPS
 
 
-def wrapped(make: str, backend: str = "aot_eager", around: bool = False) -> nn.Module:
+def wrapped(make: str, backend: str = "aot_eager", around: bool = False, **how: Any) -> nn.Module:
     """A compiled model inside of DistributedDataParallel, or around it."""
     model = build(MODELS[make])
     if around:
         return thor_fx.compile(DistributedDataParallel(model), backend=backend)
-    return DistributedDataParallel(thor_fx.compile(model, backend=backend))
+    return DistributedDataParallel(thor_fx.compile(model, backend=backend), **how)
 
 
 def by_ddp(make: str, options: str = "defaults", **how: Any) -> list[Parameters]:
@@ -187,6 +223,93 @@ def accumulated() -> list[Parameters]:
         optimizer.zero_grad()
         trajectory.append(snapshot(dict(model.module.named_parameters())))
     return trajectory
+
+
+def beside() -> tuple[list[Parameters], list[list[str]]]:
+    """The second of every step's results: in what order gradients are made, and sums of factors started."""
+    model = wrapped("broken")
+    optimizer, trajectory, events = thor_fx.Thor(model, **EVERY_STEP), [], []
+    for name, parameter in model.module.named_parameters():
+        parameter.register_post_accumulate_grad_hook(lambda _, name=name: events[-1].append(f"made {name}"))
+    start = FactorSums.start
+
+    def started(sums: FactorSums, factors: Any, buckets: Sequence[Bucket]) -> Any:
+        events[-1] += ["sum " + " ".join(sorted({d.layer for d in bucket})) for bucket in buckets]
+        return start(sums, factors, buckets)
+
+    with patch.object(FactorSums, "start", started):
+        for x, y in map(shard, batches(STEPS, ROWS)):
+            events.append([])
+            F.cross_entropy(model(x), y).backward()
+            events[-1].append("over")
+            take_step(model, optimizer, trajectory)
+    return trajectory, events
+
+
+def cut() -> tuple[list[Parameters], int]:
+    """A model that Dynamo cuts where DDP's buckets end, and its graphs."""
+    model = wrapped("wide", bucket_cap_mb=1)
+    data = [shard(batch) for batch in batches(STEPS, ROWS)]
+    trajectory = train_by_closures(model, thor_fx.Thor(model, **SETTINGS), data)
+    return trajectory, len(collector_of(model).graphs)
+
+
+def branches() -> list[Parameters]:
+    """From the third step on the last rank runs graphs that no other rank has, and compiles alone."""
+    model, last = wrapped("broken"), world()[0] == world()[1] - 1
+    optimizer, trajectory = thor_fx.Thor(model, **EVERY_STEP, work_sharing="inverse"), []
+    for step, (x, y) in enumerate(map(shard, batches(STEPS, ROWS))):
+        F.cross_entropy(model(x, other_way=last and step in OTHER_WAY), y).backward()
+        take_step(model, optimizer, trajectory)
+    return trajectory
+
+
+def late_layer() -> tuple[list[Parameters], list[str]]:
+    """From the third step on graphs show one more layer; and the layers that this rank owns then."""
+    model, trajectory = wrapped("broken"), []
+    optimizer = thor_fx.Thor(model, **EVERY_STEP, work_sharing="gradient")
+    for step, (x, y) in enumerate(map(shard, batches(STEPS + 1, ROWS))):
+        F.cross_entropy(model(x, shows_middle=step >= 2), y).backward()
+        take_step(model, optimizer, trajectory)
+    names = dict(model.module.named_parameters())
+    return trajectory, [name for name, p in names.items() if "inverses" in optimizer.state[p]]
+
+
+def passes() -> list[Parameters]:
+    """Every step has other backward passes."""
+    model, (rank, size) = wrapped("mlp"), world()
+    optimizer, trajectory = thor_fx.Thor(model, **EVERY_STEP), []
+
+    def backward(name: str) -> None:
+        x, y = shard(PASSES[name])
+        (F.cross_entropy(model(x), y) / 2).backward()
+
+    backward("first")
+    take_step(model, optimizer, trajectory)
+    with model.no_sync():  # one rank has more of them than the others
+        for name in ("second", "third")[: 2 if rank == 0 else 1]:
+            backward(name)
+    backward("fourth")
+    take_step(model, optimizer, trajectory)
+    backward("first")  # averaged twice
+    backward("second")
+    take_step(model, optimizer, trajectory)
+    backward("first")  # in vain
+    optimizer.zero_grad()
+    with model.no_sync():  # averaged by hand
+        backward("third")
+        backward("fourth")
+    for parameter in model.parameters():
+        dist.all_reduce(parameter.grad)
+        parameter.grad /= size
+    take_step(model, optimizer, trajectory)
+    return trajectory
+
+
+def take_step(model: nn.Module, optimizer: thor_fx.Thor, trajectory: list[Parameters]) -> None:
+    optimizer.step()
+    optimizer.zero_grad()
+    trajectory.append(snapshot(dict(unwrapped(model).named_parameters())))
 
 
 def sampled() -> list[Parameters]:
@@ -307,6 +430,12 @@ RUNS: dict[str, Callable[[], Any]] = {
     "weighted": lambda: unequal(weighted),
     "unweighted": lambda: unequal(F.cross_entropy),
     "accumulated": accumulated,
+    "beside": beside,
+    "cut": cut,
+    "branches": branches,
+    "passes": passes,
+    "late layer": late_layer,
+    "unused": lambda: by_ddp("mlp", find_unused_parameters=True),
     "sampled": sampled,
     "auto blocks": auto_blocks,
     "overflow wrapped": lambda: overflow(True),

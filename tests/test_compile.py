@@ -16,7 +16,7 @@ from torch._dynamo.backends.common import aot_autograd
 import thor_fx
 from thor_fx.compile import collector_of
 from thor_fx.factors import Kronecker, kronecker
-from thor_fx.passes import Terms
+from thor_fx.passes import Factor, Terms
 from training import (
     CLASSES,
     HIDDEN,
@@ -309,6 +309,33 @@ def test_a_model_in_several_graphs_trains_as_one():
     assert sorted(optimizer.coverage.layers) == ["first.weight", "second.weight", "third.weight"]
     assert optimizer.coverage.terms == "third.weight"
     assert_same(trajectory, by_drop_in_door(build(Whole), data, **SETTINGS))
+
+
+class Twice(nn.Module):
+    """One weight in two graphs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.both, self.head = nn.Linear(IN, IN), nn.Linear(IN, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.both(x).tanh()
+        torch._dynamo.graph_break()
+        return self.head(self.both(h).tanh())
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+def test_graphs_that_make_one_factor_share_its_slot():
+    (batch,) = batches(1)
+    model, told = compiled(Twice), list[float]()
+    F.cross_entropy(model(batch[0]), batch[1]).backward()
+    one, two = (graph.slots[Factor("both.weight", "A")] for graph in collector_of(model).graphs)
+    assert one is two
+    whole = one.grad.trace()
+    one.grad = None
+    one.register_post_accumulate_grad_hook(lambda slot: told.append(float(slot.grad.trace())))
+    F.cross_entropy(model(batch[0]), batch[1]).backward()
+    assert told == [float(whole)], "once, when both graphs have made their part"
 
 
 class Rise(nn.Module):

@@ -255,3 +255,31 @@ def test_the_report_says_where_others_are_better():
     ]
     rows["recommended"] = row("ours", 1.0, None)
     assert "steps to the middle level: Muon 10; ours never" in losses({"rows": rows})
+
+
+def test_the_sweep_starts_every_run_anew_and_compiles_once():
+    import torch
+    from choosing import Trainer
+
+    from thor_fx.demo.tasks import load
+
+    trainer = Trainer("thor", frequency=2, steps=3, backend="eager")
+    digits = load(0, torch.device("cpu"))
+    settings = [(0.003, 0.1, 0), (0.003, 3.0, 0), (0.003, 0.1, 1), (0.003, 0.1, 0)]
+    losses = [trainer(digits, *setting)["loss"] for setting in settings]
+    assert losses[0] == losses[3]
+    assert len(set(losses)) == 3
+
+
+def test_what_is_drawn_of_the_sweep_is_what_was_run():
+    from choosing import DAMPINGS, FREQUENCIES, RATES, RULES, SEEDS, means
+    from choosing_pictures import at_best_rate, mean_ms
+
+    runs = json.loads((STUDY / "results" / "choosing.json").read_text())["runs"]
+    sweeps = {rule: len(DAMPINGS[rule]) * (len(RATES[rule]) + len(FREQUENCIES) - 1) for rule in RULES}
+    assert len(runs) == len(SEEDS) * sum(sweeps.values())
+    for rule, frequency in ((rule, frequency) for rule in RULES for frequency in FREQUENCIES):
+        assert [run["damping"] for run in at_best_rate(runs, rule, frequency)] == list(DAMPINGS[rule])
+    both = [{**runs[0], "seed": seed, "loss": loss} for seed, loss in ((0, 1.0), (1, None))]
+    assert means(both)[0]["loss"] == math.inf
+    assert mean_ms({"plain_ms": 1.0, "factor_ms": 3.0, "frequency": 4}) == 1.5

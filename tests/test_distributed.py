@@ -140,6 +140,77 @@ def test_micro_batches_without_sync_are_one_process(ranks):
     assert_same(all_equal(ranks["accumulated"]), expected, rtol=1e-10)
 
 
+def test_factors_travel_beside_the_rest_of_backward(two):
+    """Those of a graph start when it has made them, and no rank waits for the step."""
+    trajectories, events = zip(*two["beside"], strict=True)
+    model = compiled(MODELS["broken"])
+    optimizer = thor_fx.Thor(model, **rank_runs.EVERY_STEP)
+    expected = train_by_closures(model, optimizer, batches(STEPS, ROWS))
+    assert_same(all_equal(list(trajectories)), expected, rtol=1e-9)
+    graphs = ["sum head.weight", "sum mid.weight", "sum inp.weight"]
+    for first, *others in events:
+        assert first.index("over") < min(map(first.index, set(first) - set(gradients(first)) - {"over"}))
+        for step in others:
+            assert [event for event in step if event.startswith("sum")] == graphs, "one order"
+            assert step.index("sum head.weight") < step.index("made mid.weight"), step
+            assert step.index("sum mid.weight") < step.index("made inp.weight"), step
+            assert step.index("sum inp.weight") < step.index("over"), step
+
+
+def gradients(events: list[str]) -> list[str]:
+    return [event for event in events if event.startswith("made")]
+
+
+def test_a_model_that_is_cut_at_the_buckets_of_ddp_is_one_process(two):
+    trajectories, graphs = zip(*two["cut"], strict=True)
+    assert min(graphs) > 1
+    assert_same(all_equal(list(trajectories)), in_one_process("wide"), rtol=1e-9)
+
+
+def test_ranks_may_run_other_graphs(two):
+    """In one process: two runs of one loss, which has the terms of both."""
+    model = compiled(MODELS["broken"])
+    optimizer, expected = thor_fx.Thor(model, **rank_runs.EVERY_STEP, batch_size=ROWS), []
+    for step, (x, y) in enumerate(batches(STEPS, ROWS)):
+        ways = (False, step in rank_runs.OTHER_WAY)
+        logits = [model(part, other_way=way) for part, way in zip(x.chunk(2), ways, strict=True)]
+        F.cross_entropy(torch.cat(logits), y).backward()
+        rank_runs.take_step(model, optimizer, expected)
+    assert_same(all_equal(two["branches"]), expected, rtol=1e-9)
+
+
+def test_ranks_may_run_other_passes(two):
+    model = compiled(MODELS["mlp"])
+    optimizer, expected = thor_fx.Thor(model, **rank_runs.EVERY_STEP), []
+    half = ROWS // 2
+    for names in (
+        ["first"],
+        ["second", "third of one rank", "fourth"],
+        ["first", "second"],
+        ["third", "fourth"],
+    ):
+        for name in names:
+            x, y = rank_runs.PASSES[name.split()[0]]
+            for part in range(1 if "one rank" in name else 2):
+                rows = slice(part * half, (part + 1) * half)
+                (F.cross_entropy(model(x[rows]), y[rows]) / 4).backward()
+        rank_runs.take_step(model, optimizer, expected)
+    assert_same(all_equal(two["passes"]), expected, rtol=1e-9)
+
+
+def test_a_layer_that_is_found_late_has_an_owner_and_all_ranks_stay_equal(two):
+    """Its factors were on their way to nobody, and those of the others to their owners before."""
+    trajectories, owned = zip(*two["late layer"], strict=True)
+    found = all_equal(list(trajectories))
+    assert_moved(found, snapshot(dict(build(MODELS["broken"]).named_parameters())))
+    assert not torch.equal(found[-1]["mid.weight"], found[-2]["mid.weight"]), "it has inverses"
+    assert sorted(owned[0] + owned[1]) == ["head.weight", "inp.weight", "mid.weight"]
+
+
+def test_factors_are_summed_behind_backward_where_a_rank_may_leave_out_parameters(two):
+    assert all(map(identical, all_equal(two["unused"]), all_equal(two["ddp mlp"])))
+
+
 def test_when_collectives_start_changes_nothing(two):
     assert all(map(identical, all_equal(two["early"]), all_equal(two["late"])))
 

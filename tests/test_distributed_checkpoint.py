@@ -3,6 +3,7 @@
 One launch for each number of ranks; :mod:`checkpoint_runs` has the code that the ranks run.
 """
 
+import pickle
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ if not torch.distributed.is_available():
 
 from torch.distributed.checkpoint.api import CheckpointException
 
-from thor_fx.distributed import checkpoint
+from thor_fx.distributed import checkpoint, sealed
 from thor_fx.step import StepState
 
 SCRIPT = Path(checkpoint_runs.__file__)
@@ -146,6 +147,73 @@ def test_a_checkpoint_of_others_is_named(tmp_path: Path):
     with pytest.warns(UserWarning, match="single process"):
         torch.distributed.checkpoint.save({"x": torch.ones(2)}, checkpoint_id=tmp_path / "1")
     with pytest.raises(ValueError, match=r"not written by thor_fx.distributed.checkpoint.save: read it with"):
+        checkpoint.load(tmp_path / "1")
+
+
+# --- damage, versions, and what may be loaded --------------------------------------------------------
+
+DATA, METADATA = "__0_0.distcp", ".metadata"
+DAMAGED = r"the checkpoint in '.*1' is damaged, or not of thor_fx"
+
+
+@pytest.mark.parametrize("text", [b"a value of ours", torch.full((9,), torch.pi).numpy().tobytes()])
+def test_a_wrong_bit_is_seen(tmp_path: Path, text: bytes):
+    """In a value and in a tensor: torch reads either without a word."""
+    checkpoint.save(tmp_path / "1", {"name": "a value of ours", "x": torch.full((9,), torch.pi)})
+    file = tmp_path / "1" / DATA
+    content = bytearray(file.read_bytes())
+    content[content.index(text) + 5] ^= 4
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=DAMAGED + r".*(tensor 'x' is|the values besides tensors are not)"):
+        checkpoint.load(tmp_path / "1")
+
+
+@pytest.mark.parametrize("name", [DATA, METADATA])
+@pytest.mark.parametrize("kept", [0.0, 0.5, 0.99])
+def test_a_part_of_a_file_is_refused(tmp_path: Path, name: str, kept: float):
+    checkpoint.save(tmp_path / "1", {"x": torch.ones(9)})
+    content = (tmp_path / "1" / name).read_bytes()
+    (tmp_path / "1" / name).write_bytes(content[: int(kept * len(content))])
+    with pytest.raises(ValueError, match=DAMAGED):
+        checkpoint.load(tmp_path / "1")
+
+
+def test_a_file_that_is_missing_is_named(tmp_path: Path):
+    checkpoint.save(tmp_path / "1", {"x": torch.ones(9)})
+    (tmp_path / "1" / DATA).unlink()
+    with pytest.raises(ValueError, match=DAMAGED + ".*No such file"):
+        checkpoint.load(tmp_path / "1")
+
+
+class Unknown:
+    """What pickle would load."""
+
+
+def test_what_would_not_be_loaded_again_is_not_saved(tmp_path: Path):
+    with pytest.raises(TypeError, match=r"Unknown would not be loaded again: .*add_safe_globals"):
+        checkpoint.save(tmp_path / "1", {"own": Unknown()})
+    assert not (tmp_path / "1").exists()
+    with torch.serialization.safe_globals([Unknown]):
+        checkpoint.save(tmp_path / "1", {"own": Unknown()})
+        assert type(checkpoint.load(tmp_path / "1")["own"]) is Unknown
+    with pytest.raises(pickle.UnpicklingError, match="Unknown"):
+        checkpoint.load(tmp_path / "1")
+
+
+def test_a_checkpoint_of_version_0_is_loaded(tmp_path: Path):
+    """It had no seal, and the nest as an object."""
+    state = {"x": torch.ones(2), "step": StepState(3, (torch.zeros(1),)), "epoch": 1}
+    tensors, nest = checkpoint._parted(state)
+    with pytest.warns(UserWarning, match="single process"):
+        torch.distributed.checkpoint.save({**tensors, checkpoint.NEST: nest}, checkpoint_id=tmp_path / "1")
+    assert equal(checkpoint.load(tmp_path / "1"), state)
+
+
+def test_a_checkpoint_of_a_later_version_is_refused(tmp_path: Path, monkeypatch):
+    with monkeypatch.context() as later:
+        later.setattr(sealed, "VERSION", 7)
+        checkpoint.save(tmp_path / "1", {"x": torch.ones(2)})
+    with pytest.raises(ValueError, match=r"'.*1' is of version 7 .* versions up to 1: install"):
         checkpoint.load(tmp_path / "1")
 
 

@@ -448,6 +448,11 @@ def test_a_model_that_is_not_ours(model):
         thor_fx.Thor(model, **SETTINGS)
 
 
+def test_parameters_are_no_model():
+    with pytest.raises(TypeError, match=r"got generator: .* the model itself, not its parameters"):
+        thor_fx.Thor(build(mlp).parameters(), **SETTINGS)
+
+
 def test_a_model_compiled_in_place_by_torch():
     model = build(mlp)
     model.compile(backend="eager")

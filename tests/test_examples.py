@@ -13,15 +13,24 @@ from ranks import launched
 
 FOLDER = Path(__file__).parents[1] / "examples"
 ON_RANKS = FOLDER / "ddp_digits.py"
-OTHERS = "custom_pass", "fusion_study", "inspect_graph", "laplace_digits"
-CUSTOM, STUDY, INSPECT, LAPLACE = (FOLDER / f"{name}.py" for name in OTHERS)
-EXAMPLES = sorted({*FOLDER.glob("*.py")} - {ON_RANKS, CUSTOM, STUDY, INSPECT, LAPLACE})
+OTHERS = "char_gpt", "custom_pass", "fusion_study", "inspect_graph", "laplace_digits", "poisson"
+GPT, CUSTOM, STUDY, INSPECT, LAPLACE, POISSON = (FOLDER / f"{name}.py" for name in OTHERS)
+LOOPS = {"accelerate": ["accelerate"], "lightning": ["lightning"], "lora": ["peft"]}
+LOOPS["trainer"] = ["accelerate", "transformers"]
+BY_LOOP = {name: FOLDER / f"{name}_digits.py" for name in LOOPS}
+APART = {ON_RANKS, GPT, CUSTOM, STUDY, INSPECT, LAPLACE, POISSON, *BY_LOOP.values()}
+EXAMPLES = sorted({*FOLDER.glob("*.py")} - APART)
+COMPILED = [path for path in EXAMPLES if path.stem != "conv_digits"]  # there are enough compiled ones
+RUNS = [
+    *((path, "aot_eager") for path in EXAMPLES),
+    *(pytest.param(path, "inductor", marks=pytest.mark.inductor) for path in COMPILED),
+]
 
 
-def run(path: Path, argument: str, cwd: Path) -> str:
+def run(path: Path, arguments: str, cwd: Path) -> str:
     # NOTE: one thread: threads that wait for each other are slow where other tests run beside
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(path), argument]
+    command = [sys.executable, str(path), *arguments.split()]
     done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -31,12 +40,40 @@ def test_there_are_examples_of_both_doors():
     assert {"drop_in_digits", "functional_digits"} <= {path.stem for path in EXAMPLES}
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.inductor)])
-@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+@pytest.mark.parametrize(("path", "backend"), RUNS, ids=lambda value: getattr(value, "stem", value))
 def test_example(path: Path, backend: str, tmp_path: Path):
     losses = [float(loss) for loss in re.findall(r"loss (\d+\.\d+)", run(path, backend, tmp_path))]
     assert len(losses) == 2
     assert losses[1] < losses[0] / 5
+
+
+def test_a_gpt_learns_and_writes(tmp_path: Path):
+    printed, written = run(GPT, "aot_eager --steps 30", tmp_path).split("it writes:\n")
+    before, after = (float(bits) for bits in re.findall(r": (\d\.\d+) bits per character", printed))
+    assert after < before - 2
+    assert written.startswith("The ")
+    assert len(written) == len("The ") + 300 + 1  # and a line end
+
+
+def test_a_differential_equation_is_solved(tmp_path: Path):
+    printed = run(POISSON, "aot_eager --steps 80 --adam 0.1", tmp_path)
+    losses = [float(loss) for loss in re.findall(r": loss (\d+\.\d+)", printed)]
+    *errors, of_adam = [float(error) for error in re.findall(r"relative error (\d\.\d+)", printed)]
+    assert losses[1] < losses[0] / 500
+    assert errors[1] < 0.15
+    assert errors[1] < of_adam
+
+
+@pytest.mark.parametrize("name", LOOPS)
+def test_a_loop_of_another_package(name: str, tmp_path: Path):
+    for package in LOOPS[name]:
+        pytest.importorskip(package)
+    printed = run(BY_LOOP[name], "aot_eager", tmp_path)
+    first, last = map(float, re.findall(r"(?:first|last) loss (\d+\.\d+)", printed))
+    assert last < first / 5
+    right = re.findall(r"(\d+\.\d)% of the digits are right", printed)
+    assert len(right) == (name in {"lora", "trainer"})
+    assert all(float(share) > 85 for share in right)
 
 
 def test_a_pass_of_ones_own(tmp_path: Path):

@@ -49,6 +49,21 @@ def test_autocast_is_close_to_full_precision(dtype, name):
     assert 0 < max(found.values()) < STEPS * ONE_HALF_STEP[dtype], found
 
 
+def test_a_step_inside_of_autocast_is_computed_as_outside():
+    """Trainers call ``step`` inside of theirs; what is preconditioned is not rounded for it."""
+    trajectories = []
+    for inside in (True, False):
+        model = thor_fx.compile(build(mlp, torch.float32), backend="aot_eager")
+        optimizer = thor_fx.Thor(model, **{**SETTINGS, "damping": 0.1})
+        for x, y in batches(4, dtype=torch.float32):
+            F.cross_entropy(model(x), y).backward()
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=inside):
+                optimizer.step()
+            optimizer.zero_grad()
+        trajectories.append(snapshot(dict(model.named_parameters())))
+    assert identical(*trajectories)
+
+
 def train_under(make: Callable[[], nn.Module], dtype: torch.dtype, enabled: bool) -> Parameters:
     model, optimizer = next(both(make, torch.float32))
     for x, y in batches(5, dtype=torch.float32):

@@ -3,6 +3,7 @@
 import copy
 import functools
 import io
+import pickle
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -490,3 +491,74 @@ def test_a_second_optimizer_on_the_same_model_starts_afresh():
     twin.load_state_dict(model.state_dict())
     expected = by_drop_in_door(twin, data[2:], **SETTINGS)
     assert_same(train(model, thor(model), data[2:]), expected)
+
+
+@pytest.mark.parametrize("steps", [0, 4])
+def test_a_model_may_change_its_dtype(steps):
+    """As with optimizers of torch: momentum and inverses follow, and the schedule goes on."""
+    model, data = compiled(), batches(8)
+    optimizer = thor(model)
+    train(model, optimizer, data[:steps])
+    model.float()
+    narrow = [(x.float(), y) for x, y in data[steps:]]
+    found = train(model, optimizer, narrow)
+    assert all(p.dtype == torch.float32 for p in found[-1].values())
+    expected = by_drop_in_door(build(mlp), data, **SETTINGS)[steps:]
+    assert_same([{n: p.double() for n, p in params.items()} for params in found], expected, rtol=1e-4)
+    state = optimizer.state[model[0].weight]
+    inverses = [part for side in state["inverses"]["0.weight"].values() for part in side]
+    assert {state["momentum"].dtype, *(part.dtype for part in inverses)} == {torch.float32}
+
+
+def test_a_part_of_a_model_may_change_its_dtype_and_back():
+    model, data = compiled(), batches(6)
+    optimizer = thor(model)
+    train(model, optimizer, data[:2])
+    model[2].float()
+    model[2].double()
+    expected = by_drop_in_door(build(mlp), data, **SETTINGS)
+    assert_same(train(model, optimizer, data[2:]), expected[2:], rtol=1e-5)
+
+
+def test_a_copied_optimizer_says_what_to_do():
+    """It has the state, as a copy of any optimizer of torch; the compiled model it has not."""
+    model = compiled()
+    optimizer = thor(model)
+    train(model, optimizer, batches(1))
+    copied = copy.deepcopy(optimizer)
+    assert "Options: of a copy" in repr(copied)
+    for use in (
+        copied.step,
+        copied.zero_grad,
+        lambda: copied.load_state_dict(optimizer.state_dict()),
+        lambda: pickle.loads(pickle.dumps(optimizer)).add_param_group({"params": "0.weight"}),
+    ):
+        with pytest.raises(
+            RuntimeError, match=r"this Thor is a copy .* create Thor\(thor_fx\.compile\(model\)"
+        ):
+            use()
+    assert not hasattr(copied, "no_such_thing")
+    twin, data = compiled(), batches(4)
+    resumed = thor(twin)
+    twin.load_state_dict(model.state_dict())
+    resumed.load_state_dict(copied.state_dict())
+    one, other = train(twin, resumed, data[1:]), train(model, optimizer, data[1:])
+    assert all(map(identical, one, other))
+
+
+def test_a_process_group_that_comes_later_is_told_once(monkeypatch):
+    """Trainers initialise it: each rank would have inverses of its own, and the weights drift apart."""
+    model, data = compiled(), batches(2)
+    optimizer = thor(model)
+    monkeypatch.setattr("thor_fx.optimizer.has_others", lambda: True)
+    with pytest.warns(UserWarning, match=r"before torch.distributed was initialised: create it after that"):
+        train(model, optimizer, data[:1])
+    train(model, optimizer, data[1:])
+
+
+def test_a_wrapper_of_torch_compile_around_the_model_shows_nothing():
+    model, (x, y) = compiled(), batches(1)[0]
+    optimizer = thor(model)
+    F.cross_entropy(torch.compile(model, backend="aot_eager")(x), y).backward()
+    with pytest.raises(RuntimeError, match=r"nor torch.compile\(model\)"):
+        optimizer.step()

@@ -5,23 +5,42 @@ import re
 import pytest
 import torch
 from functorch import make_fx
+from torch import fx
 
-from thor_fx.passes import Grad, Input, Output, Param, Tangent, canonicalize, find_sites, outputs, run
+from thor_fx.passes import (
+    Factor,
+    Grad,
+    Input,
+    Output,
+    Param,
+    Tangent,
+    canonicalize,
+    emit_factors,
+    find_sites,
+    outputs,
+    run,
+)
 from thor_fx.passes.reindex import Narrow, Permute
 
 OUT, IN, ROWS = 3, 4, 6
 aten = torch.ops.aten
 
 
-def report(gradient, *shape):
-    """What is found where the gradient of ``w`` is ``gradient(x, t)``, (rows, in) and (rows, out)."""
+def traced(gradient, *arguments):
+    """A graph in which the gradient of ``w`` is ``gradient(x, t)``, of rows (R, in) and (R, out)."""
 
     def step(w, x, t):
         return [w.sum() + x.sum(), gradient(x, t)]
 
-    arguments = torch.ones(shape or (OUT, IN)), torch.ones(ROWS, IN), torch.ones(ROWS, OUT)
     gm = make_fx(step, tracing_mode="fake")(*arguments)
     outputs.describe(gm, [Param("w"), Input(0), Tangent(0)], [Output(0), Grad("w")])
+    return gm
+
+
+def report(gradient, *shape):
+    """What is found in it."""
+    arguments = torch.ones(shape or (OUT, IN)), torch.ones(ROWS, IN), torch.ones(ROWS, OUT)
+    gm = traced(gradient, *arguments)
     found, canonical = find_sites(gm), find_sites(run(gm, [canonicalize]))
     assert found.reasons.keys() == canonical.reasons.keys()
     assert [(s.layer, s.dims, s.path) for s in found.sites] == [
@@ -175,3 +194,24 @@ def test_other_shapes_that_are_no_contraction(gradient, shape, text):
 
 def test_one_piece_that_is_no_contraction_spoils_the_parameter():
     assert "tanh" in reason(lambda x, t: torch.cat([t.T @ x, (t.T @ x).tanh()]), 2 * OUT, IN)
+
+
+@pytest.mark.parametrize(
+    ("gradient", "squares"),
+    [
+        (lambda a, b: torch.add(a, b, alpha=3), 1 + 9),
+        (lambda a, b: torch.sub(a, b, alpha=3), 1 + 9),
+        (lambda a, b: 2 * torch.sub(a, torch.add(b, a, alpha=2), alpha=3), 4 * (1 + 9 + 36)),
+        (lambda a, b: (a - b) / 2, (1 + 1) / 4),
+    ],
+)
+def test_every_summand_has_its_factor(gradient, squares):
+    random = torch.Generator().manual_seed(0)
+    x, t = torch.randn(ROWS, IN, generator=random), torch.randn(ROWS, OUT, generator=random)
+    arguments = torch.ones(OUT, IN), x, t
+    gm = traced(lambda x, t: gradient(t.T @ x, t.T @ x.tanh()), *arguments)
+    emit_factors(gm)
+    interpreter = fx.Interpreter(gm, garbage_collect_values=False)
+    interpreter.run(*arguments)
+    found = interpreter.env[outputs.output_nodes(gm)[Factor("w", "G")]]
+    torch.testing.assert_close(found, squares * t.T @ t)

@@ -14,8 +14,16 @@ def check_number(name: str, value: Any, *, positive: bool = False) -> None:
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number, got {shown(value)}")
     bound = "> 0" if positive else ">= 0"
-    if not math.isfinite(value) or value < 0 or (positive and value == 0):
+    if not math.isfinite(as_float(value)) or value < 0 or (positive and value == 0):
         raise ValueError(f"{name} must be finite and {bound}, got {value!r}")
+
+
+def as_float(value: Any) -> float:
+    """A number as a float; infinite where it is an integer beyond all floats."""
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
 
 
 def check_integer(name: str, value: Any, *, optional: bool = False) -> None:
@@ -34,6 +42,12 @@ def check_type(name: str, value: Any, expected: type, allowed: str) -> None:
     """Refuse a value that is not of type ``expected``."""
     if not isinstance(value, expected):
         raise TypeError(f"{name} must be {allowed}, got {shown(value)}")
+
+
+def check_dynamic(value: Any) -> None:
+    """Refuse what ``torch.compile`` fails on when it compiles."""
+    if value is not None:
+        check_type("dynamic", value, bool, "True, False or None")
 
 
 def check_choice(name: str, value: Any, choices: Any) -> None:
@@ -72,7 +86,7 @@ def checked_disabled(names: Any) -> tuple[str, ...]:
         TypeError: it is no list of texts.
         ValueError: it names no optimisation.
     """
-    if isinstance(names, str) or not isinstance(names, Collection):
+    if isinstance(names, str) or hasattr(names, "__array__") or not isinstance(names, Collection):
         raise TypeError(f"disable_passes must be a list of names, got {shown(names)}")
     for name in names:
         check_type("disable_passes", name, str, "a list of names")

@@ -25,8 +25,10 @@ from unittest.mock import patch
 import torch
 import torch._dynamo
 from torch import Tensor, fx
-from torch._dynamo.exc import BackendCompilerFailed, Unsupported
+from torch._dynamo.convert_frame import compile_lock
+from torch._dynamo.exc import BackendCompilerFailed, FailOnRecompileLimitHit, Unsupported
 from torch._dynamo.source import LocalSource
+from torch._dynamo.utils import preserve_rng_state
 from torch._functorch.aot_autograd import aot_export_joint_with_descriptors
 from torch._guards import TracingContext, tracing
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -44,6 +46,7 @@ from .recurrent import trainable_rnns
 
 CompilationFailed = BackendCompilerFailed
 GraphBreak = Unsupported
+without_drawing = preserve_rng_state
 LossFn = Callable[..., Any]
 Runner = Callable[..., Sequence[Any]]
 Handler = Callable[["Captured"], Runner]
@@ -77,6 +80,13 @@ ONE_GRAPH = (
     "that cannot be traced outside of loss_fn."
 )
 
+MANY_GRAPHS = (
+    "thor_fx: {} graphs of this step have been compiled, and this call fits none of them. Sizes of batches "
+    "share a graph unless the loss function looks at them (a loop over rows, a size as a number): "
+    "TORCH_LOGS=recompiles says which. Pad batches to a few sizes, or raise "
+    "torch._dynamo.config.recompile_limit."
+)
+
 
 class LossCapture:
     """A loss function under Dynamo, whose compiled form is decided by ``handler``.
@@ -93,9 +103,9 @@ class LossCapture:
         self._settings = tracing_settings()
         self._params: Mapping[str, Tensor] = {}
         self._data: Sequence[Any] = ()
-        self._compiled = torch.compile(
-            own_code(_loss_and_detached_aux(loss_fn)), backend=self._backend, fullgraph=True, dynamic=dynamic
-        )
+        loss_and_aux = own_code(_loss_and_detached_aux(loss_fn))
+        settings: dict[str, Any] = {"fullgraph": True, "dynamic": dynamic}
+        self._compiled = patient(torch.compile(loss_and_aux, backend=self._backend, **settings))
 
     def __call__(
         self, params: Mapping[str, Tensor], *batch: Any, data: Sequence[Any] | None = None
@@ -109,6 +119,9 @@ class LossCapture:
             raise error.inner_exception from None
         except Unsupported as error:
             error.add_note(ONE_GRAPH)
+            raise
+        except FailOnRecompileLimitHit as error:
+            error.add_note(MANY_GRAPHS.format(torch._dynamo.config.recompile_limit))
             raise
         finally:
             self._params, self._data = {}, ()
@@ -133,8 +146,23 @@ def tracing_settings() -> Callable[[], contextlib.AbstractContextManager[Any]]:
         "allow_rnn": True,
         "ignore_logging_functions": torch._dynamo.config.ignore_logging_functions | _log_methods(),
     }
+    patched = _patching(**settings)
+    return functools.partial(_unlogged, patched) if OLD_PATCHES else patched
+
+
+# NOTE: [One patch] From torch 2.13 on, a patch of the settings has a context variable, whose value Python
+# keeps for good: one patch for every step would be a leak. The same one may be entered again, also while it
+# is entered already. That of torch 2.11 may not, and keeps nothing.
+OLD_PATCHES = torch.__version__.startswith("2.11")
+
+
+def _patching(**settings: Any) -> Callable[[], contextlib.AbstractContextManager[Any]]:
+    """A maker of contexts in which Dynamo has other settings."""
     patched = functools.partial(torch._dynamo.config.patch, **settings)
-    return functools.partial(_unlogged, patched) if torch.__version__.startswith("2.11") else patched
+    if OLD_PATCHES:
+        return patched
+    one = patched()
+    return lambda: one
 
 
 @contextlib.contextmanager
@@ -144,10 +172,9 @@ def _unlogged(patched: Callable[[], contextlib.AbstractContextManager[Any]]) -> 
         yield
 
 
-def rnns_looked_into() -> contextlib.AbstractContextManager[Any]:
-    """Let Dynamo look into recurrent modules as it does under :func:`tracing_settings`; all else is stock."""
-    settings: Any = torch._dynamo.config.patch(allow_rnn=True)
-    return settings
+def rnns_looked_into() -> Callable[[], contextlib.AbstractContextManager[Any]]:
+    """A maker of contexts in which Dynamo looks into recurrent modules as under :func:`tracing_settings`."""
+    return _patching(allow_rnn=True)
 
 
 def _log_methods() -> set[Callable[..., Any]]:
@@ -165,6 +192,32 @@ def own_code(function: Any) -> Callable[..., Any]:
 
 
 _serial = itertools.count()
+
+
+# NOTE: [Threads] While one thread traces, ``nn.Module`` is patched for all. Dynamo's guards read it, so
+# whoever traces holds Dynamo's lock. And before torch 2.15 a compiled function that another thread calls
+# meanwhile believes that it is being traced, and refuses before anything has run.
+
+
+def tracing_alone() -> contextlib.AbstractContextManager[Any]:
+    """Keep other threads from tracing: see NOTE: [Threads]."""
+    return compile_lock
+
+
+def patient(compiled: Callable[..., Any]) -> Callable[..., Any]:
+    """A compiled function that waits for other threads that trace: see NOTE: [Threads]."""
+
+    @functools.wraps(compiled)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return compiled(*args, **kwargs)
+        except RuntimeError as error:
+            if "using FX to symbolically trace" not in str(error):
+                raise
+        with tracing_alone():
+            return compiled(*args, **kwargs)
+
+    return call
 
 
 def without_dynamo(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -359,6 +412,11 @@ def make_slot(shape: Sequence[int], like: Tensor) -> Tensor:
     """A leaf that takes no memory, in the dtype that the factors of a parameter ``like`` are summed in."""
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
     return torch.zeros((), dtype=dtype, device=like.device).expand(tuple(shape)).requires_grad_()
+
+
+def is_fake(value: Any) -> bool:
+    """Whether a value stands for a tensor while something is compiled."""
+    return isinstance(value, FakeTensor)
 
 
 def new_leaf(slot: Tensor) -> Tensor:

@@ -9,27 +9,47 @@ counts: it is nearest to the loss.
 
 That is so for the empirical Fisher, whose cotangents say how the loss combines the runs. The other
 estimators make terms of equal weight in every run: all of them count.
+
+NOTE: [One slot] Graphs that make one factor (a weight that is used in two of them, a batch of another shape)
+share its slot. Autograd adds up all that a pass delivers to a leaf before it calls the hooks of that leaf:
+then the factor is that of the pass.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
 from .capture import current_backward, new_leaf
-from .factors import Moments, moments_of
+from .distributed.dtensors import is_part
+from .factors import Moments, flat_moments, moments_of
 from .layers import Coverage, Layer, turned_name
 from .passes.layout import Rules, layer_of
 from .passes.outputs import Factor, OutputDescriptor, Rows, Statistic, Terms
 from .passes.pipeline import Pass
 from .passes.reindex import disjoint, simplify
+from .uncompiled import OnCompileError
 
 Awaited = Callable[[], Mapping[Factor, Tensor]]
 """Waits for factors that are on their way."""
 
 Send = Callable[[Mapping[Factor, Tensor]], Awaited]
+
+
+class Beside(Protocol):
+    """What takes factors from slots and sends them: :class:`thor_fx.distributed.beside.Beside`."""
+
+    @property
+    def readers(self) -> Mapping[str, int]:
+        """By layer, the rank that alone reads its factors."""
+
+    def settle(self) -> dict[Factor, Tensor]:
+        """Wait for what was sent since the last call."""
+
+    def close(self) -> None:
+        """Take no more."""
 
 
 @dataclass(eq=False)
@@ -38,7 +58,7 @@ class SlottedGraph:
 
     Attributes:
         coverage: the parameters it uses.
-        slots: leaves whose ``grad`` is what the descriptor says.
+        slots: leaves whose ``grad`` is what the descriptor says; see NOTE: [One slot].
         params: the parameters that its factors belong to, by name.
         sent: what has left the slots and comes back as factors of all ranks, one entry for every pass.
     """
@@ -63,6 +83,21 @@ class SlottedGraph:
         """The slots of factors."""
         return {d: slot for d, slot in self.slots.items() if isinstance(d, Factor)}
 
+    def outdated_by(self, new: "SlottedGraph") -> bool:
+        """Whether another parameter has taken the place of one of these, or another dtype or device."""
+        alike = [name for name, p in self.params.items() if new.params.get(name, p) is not p]
+        slots = ((slot, new.slots.get(d, slot)) for d, slot in self.slots.items())
+        return bool(alike) or any((s.dtype, s.device) != (n.dtype, n.device) for s, n in slots)
+
+    def sharing(self, known: Mapping[Factor, Tensor]) -> "SlottedGraph":
+        """The same graph; its factors go to the slots that others have for them, as far as there are some."""
+        slots = dict(self.slots)
+        for factor, slot in self.factors().items():
+            other = known.get(factor)
+            if other is not None and _alike(other, slot):
+                slots[factor] = other
+        return replace(self, slots=slots)
+
     def turned(self, known: Mapping[str, Layer]) -> "SlottedGraph":
         """The same graph; what it calls the matrix of a layer is the transpose where others say so."""
         layers = dict(self.coverage.layers)
@@ -73,6 +108,10 @@ class SlottedGraph:
         other_way = {name for name, layer in layers.items() if layer.path != self.coverage.layers[name].path}
         slots = {_turned(d, other_way): slot for d, slot in self.slots.items()}
         return SlottedGraph(replace(self.coverage, layers=layers), slots, self.params)
+
+
+def _alike(one: Tensor, other: Tensor) -> bool:
+    return (one.shape, one.dtype, one.device) == (other.shape, other.dtype, other.device)
 
 
 def _is_transpose(layer: Layer, other: Layer, shape: tuple[int, ...]) -> bool:
@@ -112,6 +151,24 @@ class LossTerms:
         return sum(values[1:], start=values[0]) if values else None
 
 
+class Collected(NamedTuple):
+    """What there is for a step.
+
+    Attributes:
+        moments: of this rank, by layer.
+        terms: the number of loss terms, 0-D; None: nothing was collected.
+        sent: whether factors have left for their owners before.
+        beside: who sends factors beside backward.
+        arrived: those of all ranks that were sent so.
+    """
+
+    moments: Mapping[str, Moments]
+    terms: Tensor | None
+    sent: bool
+    beside: Beside | None
+    arrived: Mapping[Factor, Tensor]
+
+
 @dataclass
 class Collector:
     """Where the factors of a model arrive.
@@ -120,9 +177,11 @@ class Collector:
         backend: what the model is compiled with.
         factor_backend: what its factor steps are compiled with.
         wanted: whether the next forward pass in training mode is to collect factors.
+        looks: the parameters whose layers it only looks for, while it runs what a plain step runs; None: it
+            measures.
         graphs: every graph compiled so far.
         coverage: the coverage of all graphs together; None before the first.
-        version: changes with the coverage.
+        version: changes with what the coverage says of parameters.
         rules: which factors to collect.
         generation: how often those have changed.
         mode: what the model is compiled with, as in ``torch.compile``; the update is, too.
@@ -132,13 +191,17 @@ class Collector:
         has_sent: whether factors have left since the last :meth:`take`.
         passes: the user's own, over factor graphs.
         disabled: optimisations that factor graphs and updates go without.
+        on_compile_error: what becomes of a graph that cannot be compiled.
+        reader: who takes the factors; a later one takes them from an earlier one.
         send: starts to send the factors of a graph once backward has made them, and returns what waits for
             those to keep in their place. None: all are kept.
+        beside: sends factors of all graphs beside backward, to all ranks. None: nobody does.
     """
 
     backend: str
     factor_backend: str
     wanted: bool = True
+    looks: frozenset[str] | None = None
     graphs: list[SlottedGraph] = field(default_factory=list)
     coverage: Coverage | None = None
     version: int = 0
@@ -150,11 +213,15 @@ class Collector:
     copies: int = 1
     passes: tuple[Pass, ...] = ()
     disabled: tuple[str, ...] = ()
+    on_compile_error: OnCompileError = "raise"
+    reader: object = None
     send: Send | None = None
+    beside: Beside | None = None
     has_sent: bool = False
 
     _terms: LossTerms = field(default_factory=LossTerms)
     _filled: bool = False
+    _returned: tuple[Mapping[Any, Tensor], Tensor | None] = field(default_factory=lambda: ({}, None))
     _overlapping: set[str] = field(default_factory=set)
     _watched: dict[SlottedGraph, set[Factor]] = field(default_factory=dict)  # what this pass has made
 
@@ -163,6 +230,7 @@ class Collector:
         rules = replace(rules, disabled=self.disabled)
         if rules != self.rules:
             self.clear()
+            self.send_beside(None)
             self.rules, self.graphs, self.coverage = rules, [], None
             self._terms = LossTerms(all_runs=rules.fisher != "empirical")
             self._overlapping.clear()
@@ -171,15 +239,26 @@ class Collector:
 
     def add(self, graph: SlottedGraph) -> SlottedGraph:
         """Remember one more compiled graph; returned with the names that others use for its layers."""
+        graph = self.show(graph)
+        if not any(map(is_part, graph.params.values())):  # else a graph is sent as a whole
+            graph = graph.sharing(self.slots)
+        self.graphs.append(graph)
+        return graph
+
+    def show(self, graph: SlottedGraph) -> SlottedGraph:
+        """Make the layers of a graph known; returned as by :meth:`add`, and not remembered."""
         merged = graph.coverage
+        current = [known for known in self.graphs if not known.outdated_by(graph)]
+        if len(current) < len(self.graphs):
+            self.graphs, self.version, self.send = current, self.version + 1, None
         if self.coverage is not None:
             graph = graph.turned(self.coverage.layers)
             self._overlapping |= _unlike(self.coverage.layers, graph.coverage.layers)
             merged = self.coverage.merge(graph.coverage)
-        self.graphs.append(graph)
         self._overlapping |= _overlapping(merged, graph.params)
         merged = _without(merged, self._overlapping)
-        if merged != self.coverage:
+        known = self.coverage
+        if known is None or replace(merged, terms=known.terms) != known:  # runs say where terms are read
             self.version += 1
             self.send = None  # who gets the factors of new layers is not known yet
         self.coverage = merged
@@ -201,18 +280,54 @@ class Collector:
 
     def clear(self) -> None:
         """Forget what has been collected."""
+        self.arrived()
         if self._filled:
             self.take()
 
+    @property
+    def slots(self) -> dict[Factor, Tensor]:
+        """Where factors are delivered."""
+        found: dict[Factor, Tensor] = {}
+        for graph in reversed(self.graphs):  # where the first graph delivers them, if others do it elsewhere
+            found |= graph.factors()
+        return found
+
+    def places(self) -> dict[str, int]:
+        """By layer, the place of the first graph that uses it."""
+        return {name: i for i, graph in reversed([*enumerate(self.graphs)]) for name in graph.coverage.layers}
+
+    def send_beside(self, beside: Beside | None) -> None:
+        """Let another one send factors beside backward, or nobody."""
+        if self.beside is not None:
+            self.beside.close()
+        self.beside = beside
+
+    def arrived(self) -> dict[Factor, Tensor]:
+        """The factors of all ranks that were sent beside backward since the last call."""
+        return {} if self.beside is None else self.beside.settle()
+
     def take(self) -> tuple[dict[str, Moments], Tensor | None]:
-        """The moments by layer and the number of loss terms, since the last call."""
+        """The moments by layer and the number of loss terms, since the last call; of this rank."""
         if not self._filled:
             return {}, None
         self._filled = self.has_sent = False
-        sums: dict[OutputDescriptor, Tensor] = {}
+        known, terms = self._returned
+        sums: dict[OutputDescriptor, Tensor] = dict(known)
         for graph in self.graphs:
             _add(sums, graph.take())
-        return moments_of(sums), self._terms.take()
+        new, self._returned = self._terms.take(), ({}, None)
+        return moments_of(sums), new if terms is None else terms + (0 if new is None else new)
+
+    def collected(self) -> Collected:
+        """All that there is for a step."""
+        sent, beside, arrived = self.has_sent, self.beside, self.arrived()
+        return Collected(*self.take(), sent, beside, arrived)
+
+    def put_back(self, found: Collected) -> None:
+        """What a step that ended early could not use is for the next one, if nothing of it was sent."""
+        if found.moments and not found.sent and not found.arrived:
+            self._filled = True
+            self._returned = flat_moments(found.moments), found.terms
 
     def statistics(self) -> dict[tuple[str, str], Tensor]:
         """What the user's passes have measured and no step has used, summed over passes and graphs."""

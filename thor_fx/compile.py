@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, fx, nn
 
-from .arguments import check_type, checked_disabled
+from .arguments import check_choice, check_dynamic, check_type, checked_disabled
 from .capture import (
     CompilationFailed,
     GraphBreak,
@@ -23,15 +23,26 @@ from .capture import (
     describe_forward_inputs,
     examples_of,
     export_joint,
+    is_fake,
     make_slot,
     own_code,
+    patient,
     rnns_looked_into,
     tracing_settings,
+    without_drawing,
     without_dynamo,
 )
 from .collector import Collector, SlottedGraph
 from .distributed.wrappers import unwrapped
-from .inductor import JointPass, check_backend, compile_differentiable
+from .inductor import (
+    COMPILER_ERRORS,
+    JointPass,
+    check_backend,
+    check_settings,
+    compile_as_torch_does,
+    compile_differentiable,
+    tell_of_compiler,
+)
 from .joint_graphs import describe_joint
 from .layers import Coverage, CoverageError, coverage
 from .logs import log_coverage
@@ -47,6 +58,7 @@ from .passes.stages import run_watched
 from .passes.survey import survey
 from .recurrent import has_recurrent_operator, trainable_rnns
 from .trace_log import tracer
+from .uncompiled import OnCompileError
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -61,6 +73,7 @@ def compile(
     strict: bool = False,
     passes: Sequence[Pass] = (),
     disable_passes: Collection[str] = (),
+    on_compile_error: OnCompileError = "raise",
     **kwargs: Any,
 ) -> Module:
     """Compile a model so that :class:`thor_fx.Thor` can read its Kronecker factors.
@@ -82,15 +95,19 @@ def compile(
             read with :func:`thor_fx.statistics`.
         disable_passes: optimisations to go without, by name; the results are the same up to rounding:
             ``docs/passes.md``.
+        on_compile_error: ``"eager"``: a graph that Inductor cannot compile runs uncompiled, with a warning
+            that gives the reason; so does an update. ``"raise"``: it is an error.
         **kwargs: further arguments of ``torch.compile`` (``fullgraph``, ``dynamic``, ...).
 
     Returns:
         ``model`` itself; call it, not its ``forward``.
 
     Raises:
-        TypeError: ``model`` is no module, or has a parameter that is not floating-point; or a pass is not
-            callable.
-        ValueError: ``model`` has no trainable parameter, or a backend or an optimisation is unknown.
+        TypeError: ``model`` is no module, or has a parameter that is not floating-point; a pass is not
+            callable, or another argument has a wrong type; the message names it.
+        ValueError: ``model`` has no trainable parameter; a backend, a mode, a setting of Inductor, an
+            optimisation or ``on_compile_error`` is unknown; or there are both ``mode`` and ``options``,
+            which torch refuses.
 
     Example:
         >>> import torch, thor_fx
@@ -106,11 +123,17 @@ def compile(
     check_backend(backend)
     factors_by = backend if factor_backend is None else factor_backend
     check_backend(factors_by, "factor_backend")
-    check_params(dict(model.named_parameters()), parts=True)
+    check_params(dict(model.named_parameters()), name="model", parts=True)
+    check_settings(mode, options)
+    if backend == "inductor" and mode is not None and options is not None:
+        raise ValueError("torch.compile takes mode or options: options may hold what mode stands for")
     check_type("strict", strict, bool, "True or False")
+    check_choice("on_compile_error", on_compile_error, OnCompileError)
+    check_dynamic(kwargs.get("dynamic"))
     own, disabled = checked_passes(passes), checked_disabled(disable_passes)
     inner = unwrapped(model)
     settings: dict[str, Any] = {"mode": mode, "options": options, "strict": strict}
+    settings["on_compile_error"] = on_compile_error
     collector = Collector(backend, factors_by, **settings, passes=own, disabled=disabled)
     collector.use(collector.rules)
     call = _Call(inner, collector, kwargs)
@@ -126,10 +149,10 @@ def collector_of(model: Any) -> Collector:
     """
     call = getattr(unwrapped(model), "_compiled_call_impl", None)
     if not isinstance(call, _Call):
-        raise TypeError(
-            f"model must be compiled by thor_fx, got {type(model).__name__}: call "
-            "model = thor_fx.compile(model) first (instead of torch.compile)"
-        )
+        advice = "call model = thor_fx.compile(model) first (instead of torch.compile)"
+        if not isinstance(model, nn.Module):
+            advice += ", and pass the model itself, not its parameters"
+        raise TypeError(f"model must be compiled by thor_fx, got {type(model).__name__}: {advice}")
     return call.collector
 
 
@@ -176,9 +199,14 @@ class _Call:
         self.collector = collector
         backend, mode, options = collector.backend, collector.mode, collector.options
         self._model = model
-        self._tracing_settings = tracing_settings()
+        self._tracing_settings, self._rnns_looked_into = tracing_settings(), rnns_looked_into()
         self._captures_rnn = not any(isinstance(part, nn.RNNBase) for part in model.modules())
-        settings: dict[str, Any] = {"mode": mode, "options": options} if backend == "inductor" else {}
+        settings: dict[str, Any] = {"backend": backend}
+        if backend == "inductor" and collector.on_compile_error == "eager":
+            forgiving = partial(compile_as_torch_does, mode=mode, options=options, on_error="eager")
+            settings = {"backend": forgiving}
+        elif backend == "inductor":
+            settings |= {"mode": mode, "options": options}
 
         def plain(*args: Any, **kw: Any) -> Any:
             return model._call_impl(*args, **kw)
@@ -191,20 +219,27 @@ class _Call:
             build = _FactorCompiler(model, collector, collector.rules, copy.deepcopy(forward), inputs)
             return without_dynamo(_Instances(build, examples_of(forward)))
 
-        self._plain = torch.compile(own_code(plain), backend=backend, **settings, **kwargs)
+        self._plain = patient(torch.compile(own_code(plain), **settings, **kwargs))
 
         def compile_factor() -> Callable[..., Any]:
             whole = {} if self.collector.rules.fisher == "empirical" else {"fullgraph": True}
-            return torch.compile(own_code(factor), backend=factor_backend, **{**kwargs, **whole})
+            return patient(torch.compile(own_code(factor), backend=factor_backend, **{**kwargs, **whole}))
 
         self._compile_factor = compile_factor
         self._factor = compile_factor()
         self._generation = self.collector.generation
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return self._run(*args, **kwargs)
+        except COMPILER_ERRORS as error:
+            tell_of_compiler(error)
+            raise
+
+    def _run(self, *args: Any, **kwargs: Any) -> Any:
         collects = self.collector.wanted and self._model.training and torch.is_grad_enabled()
         if not collects and self._breaks_at_rnn():
-            with rnns_looked_into():
+            with self._rnns_looked_into():
                 return self._plain(*args, **kwargs)
         if not collects:
             return self._plain(*args, **kwargs)
@@ -254,20 +289,61 @@ class _Instances:
 
     def __init__(self, build: "_FactorCompiler", examples: Sequence[Any]) -> None:
         self._build = build
-        self._known: dict[tuple[int, ...], tuple[Runner, list[Tensor]]] = {}
-        places, first = build(examples)
-        self._places = places
-        self._remember(examples, first)
+        described = build.described(examples)
+        self._places = [place for place, one in enumerate(described) if isinstance(one, Param)]
+        self._built: dict[tuple[int, ...], tuple[_Built, list[Tensor]]] = {}
+        self._runners: dict[tuple[int, ...], Runner] = {}
+        self._shown: set[tuple[int, ...]] = set()
+        self._first = self._runner(examples)
 
     def __call__(self, *args: Any) -> Any:
-        key = tuple(id(args[place]) for place in self._places)
-        if key not in self._known:
-            self._remember(args, self._build(args)[1])
-        return self._known[key][0](*args)
+        if any(map(is_fake, args)):  # Dynamo cuts a graph at DDP's buckets, and asks for shapes
+            return self._first(*args)
+        return self._runner(args)(*args)
 
-    def _remember(self, args: Sequence[Any], runner: Runner) -> None:
-        params = [args[place] for place in self._places]  # while they live, nothing else has their addresses
-        self._known[tuple(map(id, params))] = runner, params
+    def _runner(self, args: Sequence[Any]) -> Runner:
+        collector, key = self._build.collector, tuple(id(args[place]) for place in self._places)
+        if key not in self._built:
+            params = [args[place] for place in self._places]  # while they live, their addresses are theirs
+            with without_drawing():  # where Dynamo captures, it sees to that itself
+                self._built[key] = self._build(args), params
+        built = self._built[key][0]
+        if collector.looks is not None:
+            if key not in self._shown:
+                built.show(collector, collector.looks)
+                self._shown.add(key)
+            return self._build.plain()
+        if key not in self._runners:
+            self._runners[key] = built.added(collector)
+        return self._runners[key]
+
+
+@dataclass(frozen=True)
+class _Built:
+    """A compiled graph that nobody knows of yet; without slots where it uses no parameter.
+
+    Attributes:
+        compiled: takes the slots behind its arguments.
+        slotted: the graph.
+    """
+
+    compiled: Runner
+    slotted: SlottedGraph | None
+
+    def added(self, collector: Collector) -> Runner:
+        """Let the factors of every run arrive."""
+        if self.slotted is None:
+            return self.compiled
+        return _runner(self.compiled, collector.add(self.slotted), collector)
+
+    def show(self, collector: Collector, looked_for: frozenset[str]) -> None:
+        """Tell of the layers that are looked for."""
+        if self.slotted is not None:
+            found = self.slotted.coverage.restrict(looked_for)
+            collector.show(replace(self.slotted, coverage=found))
+
+
+PLAIN = "plain"
 
 
 @dataclass(frozen=True)
@@ -281,15 +357,18 @@ class _FactorCompiler:
     inputs: Sequence[Any]
     compiled: dict[Any, Runner] = field(default_factory=dict)
 
-    def __call__(self, examples: Sequence[Any]) -> tuple[list[int], Runner]:
-        """Where the parameters are among the arguments, and what runs with those of ``examples``."""
+    def described(self, examples: Sequence[Any]) -> tuple[InputDescriptor, ...]:
+        """What the arguments are."""
         params = dict(self.model.named_parameters())
         held = {id(t) for part in self.model.modules() for t in _tensors_of(part)}
-        described = describe_forward_inputs(self.forward, examples, params, lambda t: id(t) in held)
+        return describe_forward_inputs(self.forward, examples, params, lambda t: id(t) in held)
+
+    def __call__(self, examples: Sequence[Any]) -> _Built:
+        """What runs with the parameters of ``examples``."""
+        params, described = dict(self.model.named_parameters()), self.described(examples)
         used = {d.name: params[d.name] for d in described if isinstance(d, Param)}
-        places = [place for place, descriptor in enumerate(described) if isinstance(descriptor, Param)]
-        if not places:
-            return [], self._compile(self.forward, self.inputs, lambda _gm, **_: None, key="")
+        if not used:
+            return _Built(self._compile(self.forward, self.inputs, lambda _gm, **_: None, key=""), None)
         joint = export_joint(self.forward, described)
         found = coverage(survey(joint, self.rules), self.rules)
         log_coverage(f"graph {len(self.collector.graphs)}", found)
@@ -303,8 +382,21 @@ class _FactorCompiler:
         if form not in self.compiled:
             self.compiled[form] = self._compile_slotted(described, found, slots)
         owners = {name: used[name] for layer in found.layers.values() for name in layer.params}
-        graph = self.collector.add(SlottedGraph(found, slots, owners))
-        return places, _runner(self.compiled[form], graph, self.collector)
+        return _Built(self.compiled[form], SlottedGraph(found, slots, owners))
+
+    def plain(self) -> Runner:
+        """What ``torch.compile`` makes of the graph."""
+        if PLAIN not in self.compiled:
+            with trainable_rnns(), without_drawing():
+                self.compiled[PLAIN] = compile_as_torch_does(
+                    self.forward,
+                    self.inputs,
+                    backend=self.collector.backend,
+                    mode=self.collector.mode,
+                    options=self.collector.options,
+                    on_error=self.collector.on_compile_error,
+                )
+        return self.compiled[PLAIN]
 
     def _statistics(self, joint: fx.GraphModule) -> dict[Statistic, Tensor]:
         """What the user's passes measure, as fake values: slots are there before the graph is compiled."""
@@ -328,11 +420,11 @@ class _FactorCompiler:
     def _compile(
         self, forward: fx.GraphModule, inputs: Sequence[Any], joint_pass: JointPass, key: str | None
     ) -> Runner:
-        backend, mode, options = self.collector.factor_backend, self.collector.mode, self.collector.options
+        known = self.collector
+        settings: dict[str, Any] = {"backend": known.factor_backend, "mode": known.mode}
+        settings |= {"options": known.options, "on_error": known.on_compile_error}
         with trainable_rnns():
-            return compile_differentiable(
-                forward, inputs, joint_pass, key=key, backend=backend, mode=mode, options=options
-            )
+            return compile_differentiable(forward, inputs, joint_pass, key=key, **settings)
 
 
 def _splits(described: Sequence[InputDescriptor]) -> list[Split]:

@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from .capture import without_dynamo
+from .capture import tracing_alone, without_dynamo
 from .factors import Moments, flat_moments
 from .inductor import Compiled, compile_graph
 from .layers import Coverage
 from .passes.switches import without
 from .transform import State, Transform
+from .uncompiled import OnCompileError
 from .update import fixed_arguments, update_graph
 
 
@@ -64,6 +65,7 @@ class CompiledUpdate:
         mode: as in ``torch.compile``.
         options: Inductor settings, as in ``torch.compile``.
         disabled: optimisations to go without.
+        on_error: what becomes of an update that cannot be compiled.
         state: of the transform.
     """
 
@@ -75,6 +77,7 @@ class CompiledUpdate:
     mode: str | None = None
     options: Mapping[str, Any] | None = None
     disabled: tuple[str, ...] = ()
+    on_error: OnCompileError = "raise"
     state: State = None
     _leaves: list[Tensor] = field(default_factory=list)
     _compiled: dict[Any, Compiled] = field(default_factory=dict)
@@ -88,7 +91,8 @@ class CompiledUpdate:
         """Take one step; ``rates`` are the hyper-parameters in the order of their names."""
         kind = given.kind
         if kind not in self._compiled:
-            self._compiled[kind] = self._compile(given)
+            with tracing_alone():
+                self._compiled[kind] = self._compile(given)
         self._compiled[kind](*self.params.values(), *given.tensors, *self._leaves, *rates)
 
     def _compile(self, given: Given) -> Compiled:
@@ -106,4 +110,5 @@ class CompiledUpdate:
         fakes = [node.meta["val"] for node in gm.graph.find_nodes(op="placeholder")]
         backend = self.factor_backend if moments else self.backend
         settings: dict[str, Any] = {"backend": backend, "mode": self.mode, "options": self.options}
+        settings["on_error"] = self.on_error
         return without_dynamo(compile_graph(gm, fakes, fixed=fixed_arguments(gm), **settings))

@@ -105,7 +105,8 @@ class Factors(dict[str, Kronecker]):
         shapes: Mapping[str, torch.Size],
     ) -> None:
         super().__init__(pairs)
-        self.layers, self.shapes = layers, shapes
+        self.layers: Mapping[str, Layer] = layers
+        self.shapes: Mapping[str, torch.Size] = shapes
 
     def tensors(self) -> dict[str, Tensor]:
         """All factors as plain tensors, ``"layer.A"`` and ``"layer.G"``: to save, or for other libraries."""

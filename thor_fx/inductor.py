@@ -14,22 +14,68 @@ import torch
 from functorch.compile import default_partition, make_boxed_func
 from torch import fx
 from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.backends.registry import lookup_backend
 from torch._dynamo.source import LocalSource
 from torch._guards import TracingContext, tracing
 from torch._inductor import config as inductor_config
-from torch._inductor import list_mode_options
+from torch._inductor import list_mode_options, list_options
 from torch._inductor.choices import InductorChoices
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.decomposition import select_decomp_table
+from torch._inductor.exc import GPUTooOldForTriton, InductorError, InvalidCxxCompiler, TritonMissing
 from torch._inductor.virtualized import V
 from torch._subclasses.fake_tensor import FakeTensor
 
+from .arguments import check_type
 from .distributed.collectives import is_collective
 from .passes.splice import Decompositions
 from .passes.stitch import BACKWARD, FORWARD, SIDE
+from .uncompiled import OnCompileError, compiled_or
 
 Compiled = Callable[..., Sequence[Any]]
+
+
+class NoCompiler(RuntimeError):
+    """Inductor needs a compiler that is not installed."""
+
+
+COMPILER_ERRORS = (InductorError, InvalidCxxCompiler, TritonMissing, GPUTooOldForTriton)
+"""What Inductor raises where it cannot compile."""
+
+_OTHERWISE = (
+    "; or pass backend='aot_eager' to thor_fx.compile or thor_fx.compile_step (and to Thor, if you gave it a "
+    "backend): it interprets the graphs, and needs no compiler"
+)
+_FOR_CPU = (
+    "backend='inductor' writes C++ for a CPU, and there is no C++ compiler: install one (apt install g++, "
+    "dnf install gcc-c++, conda install gxx, xcode-select --install), or let the variable CXX name it"
+    + _OTHERWISE
+)
+_FOR_GPU = (
+    "backend='inductor' writes Triton for a GPU, and Triton does not work here: pip install triton, in the "
+    "version that this torch names (pip show torch)" + _OTHERWISE
+)
+_FOR_TRITON = (
+    "Triton, which backend='inductor' writes for a GPU, builds its launchers with a C compiler, and there is "
+    "none: install one (apt install gcc), or let the variable CC name it" + _OTHERWISE
+)
+
+
+def tell_of_compiler(error: BaseException) -> None:
+    """Say in our words that a compiler is missing, if that is what an error of Inductor's is about.
+
+    Raises:
+        NoCompiler: naming it, and what to do.
+    """
+    cause = getattr(error, "inner_exception", error)
+    if isinstance(cause, InvalidCxxCompiler):
+        raise NoCompiler(f"{_FOR_CPU}. torch says: {cause}") from error
+    if isinstance(cause, TritonMissing | GPUTooOldForTriton):
+        raise NoCompiler(f"{_FOR_GPU}. torch says: {cause}") from error
+    if "Failed to find C compiler" in str(cause):
+        raise NoCompiler(f"{_FOR_TRITON}. Triton says: {cause}") from error
+
 
 BACKENDS = ("inductor", "aot_eager", "eager")
 
@@ -40,8 +86,29 @@ def check_backend(backend: str, name: str = "backend") -> None:
     Raises:
         ValueError: naming the ones that exist.
     """
-    if backend not in BACKENDS:
+    if not isinstance(backend, str) or backend not in BACKENDS:
         raise ValueError(f"{name} must be one of {list(BACKENDS)}, got {backend!r}")
+
+
+def check_settings(mode: Any, options: Any) -> None:
+    """Refuse a ``mode`` or ``options`` that Inductor does not have, whatever the backend.
+
+    Raises:
+        TypeError: ``mode`` is no text, or ``options`` no mapping.
+        ValueError: naming the modes that there are, or the option that there is not.
+    """
+    if mode is not None:
+        modes = list(list_mode_options())
+        check_type("mode", mode, str, f"one of {modes} or None")
+        if mode not in modes:
+            raise ValueError(f"mode must be one of {modes} or None, got {mode!r}")
+    if options is None:
+        return
+    check_type("options", options, Mapping, "a mapping from settings of Inductor to values, or None")
+    known = list_options()
+    for name in options:
+        if not isinstance(name, str) or name.replace("-", "_") not in known:
+            raise ValueError(f"options has {name!r}, which is no setting: see torch._inductor.list_options()")
 
 
 # NOTE: [Few pairs] Inductor asks of every two readers of one buffer, if they are near enough in order,
@@ -53,7 +120,7 @@ FEW_PAIRS = {"max_fusion_buffer_group_pairwise_attempts": 16}
 # NOTE: [Late waits] Inductor keeps the order of collectives, and orders everything else for little memory:
 # then it waits for most of them right behind their start. This pass comes last, and moves waits only: as late
 # as they can be.
-LATE_WAITS = {
+LATE_WAITS: dict[str, Any] = {
     "reorder_for_compute_comm_overlap": True,
     "reorder_for_compute_comm_overlap_passes": ["sink_waits"],
 }
@@ -67,6 +134,7 @@ def compile_graph(
     mode: str | None = None,
     options: Mapping[str, Any] | None = None,
     fixed: Collection[fx.Node] = (),
+    on_error: OnCompileError = "raise",
 ) -> Compiled:
     """Compile a flat graph that is not differentiated any further.
 
@@ -78,11 +146,15 @@ def compile_graph(
         options: Inductor settings, as in ``torch.compile``.
         fixed: the arguments that are the same tensors in every call. CUDA graphs write into no others, and
             copy those first.
+        on_error: ``"eager"``: where Inductor fails, interpret the graph as it is, with a warning.
+
+    Raises:
+        NoCompiler: Inductor finds none.
     """
     if backend != "inductor":
         return gm
     late = LATE_WAITS if any(map(is_collective, gm.graph.nodes)) else {}
-    patches = {**FEW_PAIRS, **late, **(list_mode_options(mode) if mode else {}), **(options or {})}
+    patches = {**FEW_PAIRS, **late, **_patches(mode, options)}
     if patches.get("triton.cudagraphs"):
         _tell_fixed(gm, fixed)
     fake_mode = next(fake.fake_mode for fake in fakes if isinstance(fake, FakeTensor))
@@ -92,7 +164,17 @@ def compile_graph(
         inductor_config.patch(patches),
         V.set_choices_handler(_halves_apart(V.choices) if _has_halves(gm) else V.choices),
     ):
-        return cast(Compiled, compile_fx(gm, list(fakes)))
+        spare, compiled = _spare(gm, on_error), functools.partial(compile_fx, gm, list(fakes))
+        try:
+            return cast(Compiled, compiled_or(compiled, lambda: spare, on_error))
+        except COMPILER_ERRORS as error:
+            tell_of_compiler(error)
+            raise
+
+
+def _spare(gm: fx.GraphModule, on_error: OnCompileError) -> fx.GraphModule:
+    """A graph to interpret where compiling ``gm``, which changes it, fails."""
+    return gm if on_error == "raise" else copy.deepcopy(gm)
 
 
 def _tell_fixed(gm: fx.GraphModule, fixed: Collection[fx.Node]) -> None:
@@ -155,6 +237,7 @@ def compile_differentiable(
     backend: str = "inductor",
     mode: str | None = None,
     options: Mapping[str, Any] | None = None,
+    on_error: OnCompileError = "raise",
 ) -> Compiled:
     """Compile a forward graph and its backward, with a pass over the joint graph in between.
 
@@ -166,18 +249,45 @@ def compile_differentiable(
         backend: as in :func:`compile_graph`.
         mode: as in ``torch.compile``.
         options: Inductor settings, as in ``torch.compile``.
+        on_error: as in :func:`compile_graph`.
     """
-    if backend != "inductor":
 
+    def interpreted(forward: fx.GraphModule) -> Compiled:
         def partition(gm: fx.GraphModule, joint_inputs: Any, **kwargs: Any) -> Any:
             joint_pass(gm, decompositions={})
             return default_partition(gm, joint_inputs, **kwargs)
 
         nop = aot_autograd(fw_compiler=_interpret, bw_compiler=_interpret, partition_fn=partition)
-        return nop(forward, list(inputs))
-    patches = {**(list_mode_options(mode) if mode else {}), **(options or {})}
+        return cast(Compiled, nop(forward, list(inputs)))
+
+    if backend != "inductor":
+        return interpreted(forward)
+    spare = _spare(forward, on_error)
+    patches = _patches(mode, options)
     patches["joint_custom_pre_pass"] = _OnJointGraph(joint_pass, key, patches.get("joint_custom_pre_pass"))
-    return cast(Compiled, compile_fx(forward, list(inputs), config_patches=patches))
+    compiled = functools.partial(compile_fx, forward, list(inputs), config_patches=patches)
+    return cast(Compiled, compiled_or(compiled, functools.partial(interpreted, spare), on_error))
+
+
+def _patches(mode: str | None, options: Mapping[str, Any] | None) -> dict[str, Any]:
+    return {**(list_mode_options(mode) if mode else {}), **(options or {})}
+
+
+def compile_as_torch_does(
+    forward: fx.GraphModule,
+    inputs: Sequence[Any],
+    *,
+    backend: str = "inductor",
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+    on_error: OnCompileError = "raise",
+) -> Compiled:
+    """What ``torch.compile`` makes of Dynamo's graph; arguments as of :func:`compile_differentiable`."""
+    if backend != "inductor":
+        return cast(Compiled, lookup_backend(backend)(forward, list(inputs)))
+    spare = _spare(forward, on_error)
+    compiled = functools.partial(compile_fx, forward, list(inputs), config_patches=_patches(mode, options))
+    return cast(Compiled, compiled_or(compiled, lambda: spare.forward, on_error))
 
 
 def _interpret(gm: fx.GraphModule, _: Sequence[Any]) -> Compiled:

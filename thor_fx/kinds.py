@@ -44,6 +44,7 @@ def kind_of(tx: Transform, step: int, due: int | None, *, ready: bool) -> Kind:
         ready: whether there are inverses; until then every step makes some.
     """
     factors: Factors = "plain"
+    due = None if tx.between is None else due  # a saved state may say what a rule of another step wanted
     if tx.frequency is not None and (not ready or tx.wants_factors(step, due)):
         factors = "measure" if ready and tx.between is not None else "refresh"
     return Kind(factors, tx.adaptive is not None and tx.adaptive.compares(step))

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from .passes.layout import Layout, Rules, Use, arrange, layer_of, transposed
 from .passes.reindex import Path, Permute
 from .passes.sides import Side, join
-from .passes.sites import UNUSED, SiteReport
+from .passes.sites import UNUSED, VECTORS, SiteReport
 from .passes.survey import FILTERED
 
 
@@ -181,7 +181,8 @@ class Coverage:
         Raises:
             CoverageError: naming every such weight, and why.
         """
-        missing = {n: why for n, why in self.fallback.items() if dims[n] >= 2 and why != FILTERED}
+        weights = {n: why for n, why in self.fallback.items() if dims[n] >= 2}
+        missing = {n: why for n, why in weights.items() if why != FILTERED and not why.startswith(VECTORS)}
         if missing:
             reasons = "\n".join(f"  {name}: {why}" for name, why in missing.items())
             raise CoverageError(
@@ -210,13 +211,17 @@ class Coverage:
         )
 
     def merge(self, other: "Coverage") -> "Coverage":
-        """The coverage of two graphs of one model; a weight with a site anywhere is preconditioned."""
+        """The coverage of two graphs of one model; a weight with a site anywhere is preconditioned.
+
+        Of two reasons for a fallback the first stays: graphs that differ in no more are no news to an update.
+        """
         layers = dict(self.layers)
         for name, layer in other.layers.items():
             layers[name] = layers[name].merge(layer) if name in layers else layer
         norms = tuple(dict.fromkeys((*self.norms, *other.norms)))
         covered = {*norms, *(name for layer in layers.values() for name in layer.params)}
-        fallback = {n: why for n, why in {**self.fallback, **other.fallback}.items() if n not in covered}
+        first = {**self.fallback, **{n: why for n, why in other.fallback.items() if n not in self.fallback}}
+        fallback = {n: why for n, why in first.items() if n not in covered}
         used = covered | set(fallback)
         unused = tuple(n for n in dict.fromkeys((*self.unused, *other.unused)) if n not in used)
         return Coverage(layers, norms, fallback, other.terms or self.terms, unused, self.frozen)

@@ -1,11 +1,10 @@
 """The drop-in door's optimizer: a shell around :func:`thor_fx.thor`, without mathematics of its own."""
 
 import itertools
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -13,24 +12,36 @@ from torch.distributed import ProcessGroup
 
 from .ahead import Ahead
 from .alarm import Alarm, at_hand
+from .another_model import check_same_model
+from .arguments import check_type
 from .between import run_between
 from .block_size import choose
 from .block_size_rule import BlockSizeReport
 from .blocks import BlockSize
 from .clips import Clip
-from .collector import Collector
+from .collector import Collected, Collector
 from .compile import collector_of
 from .compiled_update import CompiledUpdate, Given
 from .distributed.agreement import agreed, check_ranks
+from .distributed.beside import Beside, Lane, lane
 from .distributed.distribute import distribute, for_one_rank, shared_work
 from .distributed.dtensors import here, here_as
 from .distributed.faults import waiting_for_others
 from .distributed.owned import by_owners, check_owned, moved
 from .distributed.ownership import Ownership, ownership
+from .distributed.sending import Sending
 from .distributed.work import WorkSharing, everything
-from .distributed.wrappers import averages_gradients, is_dealt_out, unwrapped, world_of_model
+from .distributed.wrappers import (
+    LATE,
+    averager,
+    averages_gradients,
+    has_others,
+    is_dealt_out,
+    unwrapped,
+    world_of_model,
+)
 from .factors import Moments
-from .group_members import check_centralization, members, named, with_rest
+from .group_members import check_centralization, check_replaced, members, named, with_rest
 from .hyper import HyperTensors
 from .inductor import check_backend
 from .inverses import METHODS, Inverse
@@ -38,20 +49,32 @@ from .layers import Coverage
 from .levenberg_marquardt import LevenbergMarquardt, loss_again
 from .links import thor_chain
 from .metrics import Metrics, failures, metrics, trace
-from .optimizer_state import counters_of, layers_with_inverses, restore, views
+from .optimizer_state import (
+    counters_of,
+    layers_of,
+    layers_with_inverses,
+    loading,
+    restore,
+    views,
+    with_unfound,
+)
 from .options import MAX_DIM, Fallback, MomentumOn, Options, damping_schedule, number_schedule
 from .own_passes import Statistics
 from .parameter_groups import ParameterGroups
+from .parameters import check_one_device
 from .passes.layout import BiasRule, Fisher, Likelihood, LongSide, Sharing, layer_of
 from .presets import Preset, takes_preset
 from .readiness import Readiness
 from .refresh import DampingRule
 from .refresh_rules import RefreshRule
+from .saved_options import accepted, format_of, other_shapes
 from .scaling import Scaler, scales_of
 from .schedule import Schedule, Value
+from .state_versions import SavedState
 from .step_norm import StepNorm
 from .transform import Taken, Transform, skip_nonfinite, unscale
 from .unseen import NO_GRAPH, tell_unseen, unseen_weights
+from .warn import warn
 
 NEEDS_CLOSURE = (
     "damping=LevenbergMarquardt(...) compares the loss of a batch before and after the step: call "
@@ -60,11 +83,22 @@ NEEDS_CLOSURE = (
 
 NO_FACTORS = (
     "a factor step found no factors (was the model in evaluation mode?): the last inverses are used until "
-    "there are some"
+    "there are some. It is so too where torch has stopped compiling the model: it says that it hit "
+    "config.recompile_limit"
+)
+A_COPY = (
+    "this Thor is a copy or was unpickled, which keeps the state and nothing else: create "
+    "Thor(thor_fx.compile(model), ...) for the other model and give it load_state_dict(state_dict())"
 )
 NO_LAYERS = (
     "no weight has factors, so all of them take the first-order rule: thor_fx.explain says why, and "
     "layer_filter may leave out fewer"
+)
+
+
+SUCCEEDED = (
+    "another Thor was made for this model after this one, and it is the one that gets the factors: step that "
+    "one, or make a single Thor with groups of parameters, params=[...]"
 )
 
 
@@ -192,7 +226,10 @@ class Thor(torch.optim.Optimizer):
     ) -> None:
         self._collector: Collector = collector_of(model)
         self._world = world_of_model(model, process_group)
+        self._had_others = has_others()
         self._averages_gradients = not averages_gradients(model)
+        self._averager = averager(model, self._world)
+        self._lane: Lane | None = None
         self._model = model = unwrapped(model)
         self._scaler = loss_scale if isinstance(loss_scale, Scaler) else None
         constant = 1.0 if isinstance(loss_scale, Scaler) else loss_scale
@@ -247,14 +284,26 @@ class Thor(torch.optim.Optimizer):
         self._known = Readiness()
         self._alarm = Alarm()
         self._scaled = False  # by a gradient scaler, whose overflows are no news
+        self._reader = object()
+        self._saved_with = ""  # how options differ from those of the state that was loaded
         self._forget()
         defaults: dict[str, Any] = {"lr": lr, "damping": damping, "momentum": momentum}
         defaults |= {"weight_decay": weight_decay, "fallback_lr": fallback_lr}
         defaults |= {"grad_centralization": False, "step": 0}
-        super().__init__(with_rest(model, list(params or [])), defaults)
+        check_one_device(dict(model.named_parameters()))
+        super().__init__(with_rest(model, params), defaults)
         self._collector.use(self._options.rules)
-        self._collector.wanted = True
+        self._collector.wanted, self._collector.reader = True, self._reader
         self._collector.clear()
+        self._collector.send_beside(None)
+
+    if not TYPE_CHECKING:  # else all attributes that there are not would exist
+
+        def __getattr__(self, name: str) -> Any:
+            """What is missing: of an optimizer, torch copies and pickles the state only."""
+            if name in {"_collector", "_model", "_options"}:
+                raise RuntimeError(A_COPY)
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     # --- groups ------------------------------------------------------------------------------------
 
@@ -281,6 +330,7 @@ class Thor(torch.optim.Optimizer):
             group["block_size"] = self.block_size
         check_centralization(self._model, group)
         super().add_param_group(group)
+        self._note_format()
         self._schedules.append(schedules)
         self._set_due(None)
         self._adapts.append(adapts)
@@ -301,8 +351,11 @@ class Thor(torch.optim.Optimizer):
         Raises:
             RuntimeError: there are gradients, but the compiled model has not been run in training mode;
                 or a gradient scaler has divided the gradients, and nobody has said which; or the damping
-                adapts itself, and there is no closure.
+                adapts itself, and there is no closure; or another optimizer was made for the same model
+                since, or parameters were replaced; or this is a copy, which has no model.
         """
+        if self._collector.reader is not self._reader:
+            raise RuntimeError(SUCCEEDED)
         adaptive = self._options.adaptive
         if adaptive is not None and closure is None:
             raise RuntimeError(NEEDS_CLOSURE)
@@ -312,19 +365,39 @@ class Thor(torch.optim.Optimizer):
                 loss = closure()
         if adaptive is not None and loss is None:
             raise RuntimeError(NEEDS_CLOSURE)
-        if all(p.grad is None for group in self.param_groups for p in group["params"]):
+        parameters = (p for group in self.param_groups for p in group["params"])
+        first = next((p for p in parameters if p.grad is not None), None)
+        if first is None:
+            check_replaced(self._model, self.param_groups)
             return loss
-        sent = self._collector.has_sent
-        moments, terms = self._collector.take()
+        step: int = self.param_groups[0]["step"]
+        compares = adaptive is not None and adaptive.compares(step)
+        collected = self._collector.collected()
+        try:
+            with torch.autocast(first.device.type, enabled=False):  # trainers call us inside of theirs
+                counted, waits = self._advance(collected, step, compares)
+        except BaseException:
+            self._collector.put_back(collected)  # after Ctrl-C, say, the step can be tried again
+            raise
+        if compares and adaptive is not None and closure is not None:
+            self._adapt(adaptive, closure, loss)
+        for group in self.param_groups:
+            group["step"] = step + counted  # else this step is taken again, with its schedules and factors
+        self._prepare(step + counted, waits)
+        return loss
+
+    def _advance(self, collected: Collected, step: int, compares: bool) -> tuple[bool, bool]:
+        """Take step ``step``; return whether it counts, and if the next has to collect factors, unscheduled."""
+        moments, terms, sent, beside, arrived = collected
         lost = sent and self._built_for != self._collector.version
         if lost:
             moments = {}  # they went to those who were owners before there were new layers
         if self.block_size == "auto" and moments:
             self._choose_block_size(moments, terms)
         self._build()
-        if self._owners is not None and moments and not sent:
-            moments = self._owners.at_owners(moments)
-        step: int = self.param_groups[0]["step"]
+        if self._sending is not None and moments and not sent:
+            lost = beside is not None and bool(arrived) and beside.readers != self._sending.readers
+            moments = {} if lost else self._sending.of_all_ranks(moments, arrived)
         gradients = {n: here_as(p.grad, p) for n, p in self._params.items() if p.grad is not None}
         unready = self._known.standing(self._found.layers, gradients)
         self._tell_unseen(moments, gradients)
@@ -334,7 +407,6 @@ class Thor(torch.optim.Optimizer):
             self._ahead.forget()
         served = unready.intersection(moments)
         skipped = self._inner.skipped.clone() if served else None
-        compares = adaptive is not None and adaptive.compares(step)
         refreshes = frozenset(map(layer_of, moments)) & unready if self._tx.between else None
         rates, terms = self._rates(), terms if moments else None
         given = Given(gradients, moments, terms, self._scales(), refreshes, compares)
@@ -342,13 +414,7 @@ class Thor(torch.optim.Optimizer):
         self._between(step, moments, unready, rates, counted=counted)
         if served and bool(skipped == self._inner.skipped):  # waits for the device, in the first step
             self._known.ready |= served
-        waits = self._known.wait(unready, served, gradients, step)
-        if compares and adaptive is not None and closure is not None:
-            self._adapt(adaptive, closure, loss)
-        for group in self.param_groups:
-            group["step"] = step + counted  # else this step is taken again, with its schedules and factors
-        self._collector.wanted = self._overdue or waits or self._scheduled(step + counted)
-        return loss
+        return counted, self._known.wait(unready, served, gradients, step)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget gradients, and factors that no step has used."""
@@ -356,7 +422,7 @@ class Thor(torch.optim.Optimizer):
         self._collector.clear()
 
     def __repr__(self) -> str:
-        return f"{super().__repr__()}\nOptions: {self._options}"
+        return f"{super().__repr__()}\nOptions: {self.__dict__.get('_options', 'of a copy')}"
 
     @property
     def coverage(self) -> Coverage | None:
@@ -398,21 +464,80 @@ class Thor(torch.optim.Optimizer):
         return found | trace(self._inner, self._found.layers, None if block_size == "auto" else block_size)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue from a saved state; the momentum and all inverses are restored."""
+        """Continue from a saved state; the momentum and all inverses are restored.
+
+        Raises:
+            TypeError: ``state_dict`` is no dict.
+            ValueError: it is that of another optimizer, of another model, of a later version of thor_fx, or
+                of a ``Thor`` whose options give its tensors another meaning: ``docs/saving.md``; nothing has
+                been changed. Other shapes are refused in the next step, when the layers are known.
+        """
+        check_type("state_dict", state_dict, dict, "what Thor.state_dict() returned")
         before = self.block_size
-        super().load_state_dict(state_dict)
+        with loading(self, self._accepted):
+            super().load_state_dict(state_dict)
+        saved = self.param_groups[0]["format"]
+        self._load_readiness(self.param_groups[0].pop("readiness", None))
         if self._options.block_size != "auto":
             for group in self.param_groups:
                 group.pop("block_size", None)  # was chosen; this time it was given
+        if self._options.refresh is None:
+            self._set_due(None)  # was the word of a rule; this time there is none
+        self._note_format()
+        self._saved_with = other_shapes(saved, self.param_groups[0]["format"])
         if self.block_size != before:
             self.block_size_report = None
             self._forget()
         if self._built_for is not None:
             self._start()
         step: int = self.param_groups[0]["step"]
-        unknown = self._collector.coverage is None  # the layers have to be found before the next step
-        self._collector.wanted = unknown or self._scheduled(step)
+        self._prepare(step, self._known.waits(step - 1))
         self._collector.clear()
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that the next step depends on, besides the parameters."""
+        packed = super().state_dict()
+        if "_collector" not in self.__dict__:
+            return packed  # of a copy, which knows no layers
+        found = self._collector.coverage
+        readiness = self._known.saved(() if found is None else found.trained)
+        packed["param_groups"][0]["readiness"] = {**readiness, "overdue": self._overdue}
+        return packed
+
+    def _accepted(self, saved: SavedState) -> SavedState:
+        """A state dict as this optimizer saves it; or a ValueError that says what is wrong with it."""
+        saved = accepted(saved, own=format_of(self._options, self.block_size))
+        names = {param: name for name, param in self._model.named_parameters()}
+        check_same_model(saved, self.param_groups, names, alone=self._world is None)
+        return saved
+
+    def _note_format(self) -> None:
+        """Let every group say what its state is."""
+        for group in self.param_groups:
+            group["format"] = format_of(self._options, self.block_size)
+
+    def _load_readiness(self, saved: Mapping[str, Any] | None) -> None:
+        found, kept = self._collector.coverage, layers_of(self.state.values())
+        used = set() if found is None else {*found.layers, *found.trained}
+        if saved is not None and not kept:
+            saved = {**saved, "ready": []}  # inverses were taken out of the state, to start anew
+        self._known.load(saved, kept, used)
+        self._overdue = saved is not None and saved["overdue"]
+
+    def _prepare(self, step: int, waits: bool) -> None:
+        """Say what the forward pass of a step is to do: measure, or look for layers; or neither."""
+        measures = self._overdue or waits or self._scheduled(step)
+        found = self._collector.coverage
+        lost = found is None or bool(self._known.unfound)
+        self._collector.looks = self._looked_for(found) if lost and not measures else None
+        self._collector.wanted = lost or measures
+
+    def _looked_for(self, found: Coverage | None) -> frozenset[str]:
+        """The parameters that graphs had used when the state was saved; all, where it does not say."""
+        if not self._known.recorded:
+            return frozenset(name for name, _ in self._model.named_parameters())
+        used = {name.partition("[")[0] for name in self._known.unfound}
+        return frozenset(used if found is None else used | found.trained)
 
     def _scheduled(self, step: int) -> bool:
         """Whether factors are due in a step."""
@@ -434,8 +559,10 @@ class Thor(torch.optim.Optimizer):
         if "block_size" in self.param_groups[0]:  # else the state is one that was saved with a given size
             for entry in self.state.values():
                 entry.pop("inverses", None)
+            self._known.ready.clear()
         for group in self.param_groups:
             group["block_size"] = self.block_size_report.chosen
+        self._note_format()
         self._forget()
 
     def _factors_due(self, step: int, moments: Mapping[str, Moments], lost: bool) -> bool:
@@ -445,7 +572,7 @@ class Thor(torch.optim.Optimizer):
         self._overdue = missing and not none_at_all
         if missing and not self._warned and not lost:
             self._warned = True
-            warnings.warn(NO_LAYERS if none_at_all else NO_FACTORS, stacklevel=3)
+            warn(NO_LAYERS if none_at_all else NO_FACTORS)
         return due
 
     def _tell_unseen(self, moments: Mapping[str, Moments], gradients: Mapping[str, Tensor]) -> None:
@@ -481,7 +608,8 @@ class Thor(torch.optim.Optimizer):
         if self._tx.between is None or not counted:
             return
         measured = frozenset(map(layer_of, moments)) - unready
-        taken = Taken(step, measured, frozenset(self._known.ready), self._ahead)
+        ready = frozenset(self._known.ready.intersection(self._found.layers))
+        taken = Taken(step, measured, ready, self._ahead)
         due = run_between(self._tx, self._inner, self._update.params, self._found, rates, taken)
         if due is not None:
             self._set_due(due)
@@ -534,6 +662,7 @@ class Thor(torch.optim.Optimizer):
         self._labels: dict[str, str] = {}  # the group of every parameter
         self._inner: Any = None
         self._owners: Ownership | None = None
+        self._sending: Sending | None = None
         self._collector.send = None
         self._ahead = Ahead()
 
@@ -542,13 +671,13 @@ class Thor(torch.optim.Optimizer):
         if self._collector.coverage is None:
             raise RuntimeError(
                 "no compiled graph of the model has been seen: create Thor before the forward pass, call "
-                "the model itself (not model.forward) in training mode, and then backward. If you did, "
-                "torch.compile captures nothing of this model: see TORCH_LOGS=graph_breaks"
+                "the model itself (not model.forward, nor torch.compile(model)) in training mode, and then "
+                "backward. If you did, torch.compile captures nothing of this model: see "
+                "TORCH_LOGS=graph_breaks"
             )
-        if self._built_for == self._collector.version:
+        if self._built_for == self._collector.version and not self._moved():
             return
-        if self._built_for is not None:
-            self._set_due(None)  # there are new layers: back to the schedule
+        check_replaced(self._model, self.param_groups)
         self._forget()
         self._built_for = self._collector.version
         self._labels = {
@@ -558,34 +687,64 @@ class Thor(torch.optim.Optimizer):
         }
         self._params = {name: p for name, p in self._model.named_parameters() if name in self._labels}
         self._dtype = HyperTensors.dtype(self._params)
+        some = next(iter(self._params.values()))
+        self._form = some.dtype, some.device
         self._found = _complete(self._collector.coverage, self._params)
-        self._known.restart(self._found.layers, self._params.keys() - self._collector.coverage.trained)
+        trained = self._collector.coverage.trained
+        if self._known.restart(self._found.layers, self._params.keys() - trained, trained):
+            self._set_due(None)  # there are new layers: back to the schedule
         self._tx = self._transform()
         mode, options = self._collector.mode, self._collector.options
         params = {name: here(p) for name, p in self._params.items()}
-        how = (*self._backends, mode, options, self._collector.disabled)
+        how = (*self._backends, mode, options, self._collector.disabled, self._collector.on_compile_error)
         self._update = CompiledUpdate(self._tx, self._found, params, *how)
         self._start()
-        if self._owners is not None and self.block_size != "auto":
-            self._collector.send = self._owners.send
         if not self._compared:
             check_ranks(self._tx, self._params, self._found)
+            if self._world is not None and self._averager is not None:
+                self._lane = lane(self._world, self._averager, self._collector.places)
+            if self._world is None and has_others() and not self._had_others:
+                warn(LATE)
             self._compared = True
+        self._send()
+
+    def _send(self) -> None:
+        """Let factors leave in backward, to all ranks or to owners, once the block size is known."""
+        known, beside = self.block_size != "auto", None
+        if self._owners is not None:
+            self._sending = self._owners.sending
+            self._collector.send = self._sending.send if known else None
+        elif self._lane is not None:
+            made_for = self._resolved(), self._groups(), self._found, self._params
+            self._sending, collector = self._lane.sending(*made_for), self._collector
+            slots = collector.slots
+            beside = Beside(self._lane, self._sending, slots, lambda: collector.wanted) if known else None
+        self._collector.send_beside(beside)
+
+    def _resolved(self) -> Options:
+        """The options with a block size; that of whole factors as long as none has been chosen."""
+        return replace(self._options, block_size=None if self.block_size == "auto" else self.block_size)
+
+    def _moved(self) -> bool:
+        """Whether the parameters have got another dtype or device since (``model.to``)."""
+        some = next(iter(self._params.values()))
+        return (some.dtype, some.device) != self._form
 
     def _transform(self) -> Transform:
-        block_size = None if self.block_size == "auto" else self.block_size
-        copies, groups = self._collector.copies, self._groups()
+        copies, groups, known = self._collector.copies, self._groups(), self._resolved()
         settings = for_one_rank(self._options, self._world, copies)
-        known = replace(self._options, block_size=block_size)
         self._owners = ownership(self._world, known, self._params, self._found)
         parts = None if self._owners is None else self._owners.parts
         if parts is None:
             tx = skip_nonfinite(thor_chain(settings, groups, self._world))
         else:
             tx = skip_nonfinite(by_owners(thor_chain(settings, groups), parts), self._world)
-        ranks: dict[str, Any] = {"gradients": self._averages_gradients, "copies": copies, "parts": parts}
+        arrived = parts is not None or self._averager is not None
+        ranks: dict[str, Any] = {"gradients": self._averages_gradients, "copies": copies}
+        ranks |= {"parts": parts, "arrived": arrived}
         tx = unscale(distribute(tx, self._options, groups, self._world, **ranks))  # a rank has its own scaler
-        return tx if tx.resolve is None else tx.resolve(block_size)
+        assert known.block_size != "auto", "it is resolved"
+        return tx if tx.resolve is None else tx.resolve(known.block_size)
 
     def _held(self) -> Callable[[Coverage, Mapping[str, Tensor]], Coverage]:
         """Of a coverage, what this rank has inverses of."""
@@ -608,11 +767,12 @@ class Thor(torch.optim.Optimizer):
         if self._owners is not None:
             saved |= moved(self._owners.parts, saved)
         for name, entry in views(self._inner, self._found, self._params, self._labels, self._held()).items():
-            restore(entry, saved[name], name)
-            self.state[self._params[name]] = entry
-        marks = METHODS[self._options.inverse].marks
-        self._known.ready = layers_with_inverses(self.state.values(), marks) if continues else set()
+            restore(entry, saved[name], name, self._saved_with)
+            self.state[self._params[name]] = with_unfound(entry, saved[name], self._known.unfound)
         shares = self._owners is not None or self._options.work_sharing != "none"
+        if continues and (shares or not self._known.recorded):
+            marks = METHODS[self._options.inverse].marks
+            self._known.ready |= layers_with_inverses(self.state.values(), marks)
         if self._world is not None and shares:
             self._known.ready = set().union(*self._world.everybodys(self._known.ready))
         for label, counters in counters_of(self._inner).items():

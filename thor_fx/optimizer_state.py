@@ -4,10 +4,14 @@ The update works on stacks: the inverses of all layers of one shape are one tens
 of single parameters. :func:`views` gives the stacks' slices by parameter: the same memory.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from .adam import AdamState
 from .inverses import State
@@ -15,10 +19,14 @@ from .layers import Coverage
 from .precondition import PreconditionState
 from .refresh import by_shape, spans
 from .renewal import Memory
+from .state_versions import SavedState
 from .trace_rule import Watch
 from .transform import SkipState
 
 Entry = dict[str, Any]
+
+OF_LAYERS = ("inverses", "factors")
+"""What the state of a parameter has by layer."""
 
 
 def views(
@@ -105,8 +113,14 @@ def preconditioners(state: Any) -> dict[str, PreconditionState]:
     return {label: found for inner in inside for label, found in preconditioners(inner).items()}
 
 
-def restore(target: Any, saved: Any, name: str) -> None:
+def restore(target: Any, saved: Any, name: str, differs: str = "") -> None:
     """Copy what was saved of one parameter into its views; what was not saved stays as it is.
+
+    Args:
+        target: the views.
+        saved: of the same form.
+        name: of the parameter.
+        differs: the options that are known to be others than those that it was saved with.
 
     Raises:
         ValueError: a saved tensor has another shape, or the state is that of another kind of inverse.
@@ -116,6 +130,7 @@ def restore(target: Any, saved: Any, name: str) -> None:
             raise ValueError(
                 f"the saved state of {name!r} has shape {tuple(saved.shape)}, this optimizer needs "
                 f"{tuple(target.shape)}: use the block_size and the model that it was saved with"
+                f"{differs and f' ({differs})'}"
             )
         target.copy_(saved)
         return
@@ -124,11 +139,66 @@ def restore(target: Any, saved: Any, name: str) -> None:
             f"the saved state of {name!r} holds {sorted(saved)}, this optimizer needs {sorted(target)}: use "
             "the inverse= that it was saved with"
         )
+    if not isinstance(target, dict) and len(target) != len(saved):
+        raise ValueError(
+            f"the saved state of {name!r} has {len(saved)} tensors, this optimizer needs {len(target)}: use "
+            f"the block_size and the model that it was saved with{differs and f' ({differs})'}"
+        )
     pairs = target.items() if isinstance(target, dict) else enumerate(target)
     for key, inner in pairs:
         if isinstance(saved, dict) and key not in saved:
             continue
-        restore(inner, saved[key], f"{name}.{key}")
+        restore(inner, saved[key], f"{name}.{key}", differs)
+
+
+@contextmanager
+def loading(optimizer: torch.optim.Optimizer, accept: Callable[[SavedState], SavedState]) -> Iterator[None]:
+    """While it lasts, ``optimizer`` loads what ``accept`` makes of a state dict, in the dtypes that it has.
+
+    ``accept`` sees what the hooks of users have made of it. torch would give all of a parameter's state the
+    dtype of the parameter, and round inverses that are kept in float32 to bfloat16.
+    """
+    loaded: list[SavedState] = []
+
+    def before(_: torch.optim.Optimizer, saved: SavedState) -> SavedState:
+        loaded.append(accept(saved))
+        return loaded[-1]
+
+    def after(_: torch.optim.Optimizer) -> None:
+        groups = zip(loaded[-1]["param_groups"], optimizer.param_groups, strict=True)
+        params = itertools.chain.from_iterable(zip(s["params"], o["params"], strict=True) for s, o in groups)
+        for number, param in params:
+            if number in loaded[-1]["state"]:
+                optimizer.state[param] = _on(param.device, loaded[-1]["state"][number])
+
+    hooks = [
+        optimizer.register_load_state_dict_pre_hook(before),
+        optimizer.register_load_state_dict_post_hook(after, prepend=True),
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _on(device: torch.device, entry: Entry) -> Entry:
+    moved: Entry = pytree.tree_map_only(Tensor, lambda tensor: tensor.to(device), entry)
+    return moved
+
+
+def layers_of(entries: Iterable[Mapping[str, Any]]) -> set[str]:
+    """The layers that a state has inverses or factors of."""
+    return {layer for entry in entries for kept in OF_LAYERS for layer in entry.get(kept, {})}
+
+
+def with_unfound(entry: Entry, saved: Entry, unfound: Collection[str]) -> Entry:
+    """The state of a parameter, with what was saved of layers that no graph has shown yet."""
+    for kept in OF_LAYERS:
+        more = {layer: value for layer, value in saved.get(kept, {}).items() if layer in unfound}
+        if more:
+            entry[kept] = {**entry.get(kept, {}), **more}
+    return entry
 
 
 def _part(state: State, place: slice) -> Entry:

@@ -1,5 +1,7 @@
 """The arguments of THOR, checked once for both doors."""
 
+import math
+import numbers
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
@@ -204,7 +206,7 @@ def number_schedule(name: str, value: Any) -> Schedule:
 def _check_decay(decay: float | None) -> None:
     if decay is None:
         return
-    if isinstance(decay, bool) or not isinstance(decay, int | float):
+    if isinstance(decay, bool) or not isinstance(decay, numbers.Real):
         raise TypeError(f"factor_decay must be a number in [0, 1) or None, got {shown(decay)}")
     if not 0 <= decay < 1:
         raise ValueError(f"factor_decay must be in [0, 1), got {decay!r}")
@@ -212,7 +214,8 @@ def _check_decay(decay: float | None) -> None:
 
 def _check_rows(rows: Any) -> None:
     check_number("rows", rows, positive=True)
-    if rows > 1 or abs(1 / rows - round(1 / rows)) > 1e-6:
+    every = 1 / float(rows) if rows <= 1 else math.inf
+    if not math.isfinite(every) or abs(every - round(every)) > 1e-6:
         raise ValueError(f"rows must be 1 / k for a whole k, as 1, 0.5 or 0.25: every k-th row; got {rows!r}")
 
 
@@ -229,16 +232,16 @@ def damping_schedule(value: Any) -> Schedule:
 
 
 def _check_block_size(block_size: Any) -> None:
-    if isinstance(block_size, str) and block_size != "auto":
-        raise TypeError(f"block_size must be an integer >= 1, None or 'auto', got {shown(block_size)}")
-    if block_size != "auto":
+    if not isinstance(block_size, str):
         check_integer("block_size", block_size, optional=True)
+    elif block_size != "auto":
+        raise TypeError(f"block_size must be an integer >= 1, None or 'auto', got {shown(block_size)}")
 
 
 def _check_split_indices(indices: Sequence[int] | None) -> None:
     if indices is None:
         return
-    if isinstance(indices, str) or not isinstance(indices, Sequence):
+    if isinstance(indices, str | bytes) or not isinstance(indices, Sequence):
         raise TypeError(f"split_indices must be a list of integers or None, got {shown(indices)}")
     for index in indices:
         if isinstance(index, bool) or not isinstance(index, int):

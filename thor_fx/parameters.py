@@ -8,11 +8,12 @@ from torch import Tensor, nn
 from .distributed.dtensors import is_part
 
 
-def check_params(params: Any, *, parts: bool = False) -> None:
+def check_params(params: Any, *, name: str = "params", parts: bool = False) -> None:
     """Refuse what cannot be trained.
 
     Args:
         params: tensors by name.
+        name: what an error calls them where none is trainable.
         parts: whether ranks may have parts of them (DTensor).
 
     Raises:
@@ -24,11 +25,28 @@ def check_params(params: Any, *, parts: bool = False) -> None:
             f"params must be a mapping from names to tensors, got {type(params).__name__}: "
             "use dict(model.named_parameters())"
         )
-    for name, value in params.items():
-        check_param(name, value, parts)
+    for key, value in params.items():
+        check_param(key, value, parts)
     if not any(trainable(value) for value in params.values()):
         raise ValueError(
-            "params has no trainable tensor: unfreeze a parameter with requires_grad_(), or pass one"
+            f"{name} has no trainable tensor: unfreeze a parameter with requires_grad_(), or pass one"
+        )
+
+
+def check_one_device(params: Mapping[str, Tensor]) -> None:
+    """Refuse trainable parameters on several devices: layers of one shape are updated in one product.
+
+    Raises:
+        ValueError: naming one parameter on each device.
+    """
+    first: dict[str, str] = {}
+    for name, value in params.items():
+        if trainable(value):
+            first.setdefault(str(value.device), name)
+    if len(first) > 1:
+        shown = ", ".join(f"{device} ({name!r})" for device, name in first.items())
+        raise ValueError(
+            f"trainable parameters are on several devices: {shown}; move the model to one of them"
         )
 
 

@@ -24,7 +24,7 @@ from .passes.resample import is_draw
 from .passes.splice import Decompositions, in_mode
 from .passes.stitch import ORIGIN, SIDE, Halves
 
-EFFECTS = {torch.ops.prims._make_token.default, torch.ops.higher_order.with_effects}
+EFFECTS: set[Any] = {torch.ops.prims._make_token.default, torch.ops.higher_order.with_effects}
 
 WISH = "recompute"
 

@@ -10,13 +10,12 @@ constant, where it has side effects in an order (the checks of ``torch.linalg``,
 would change their order, and, with a warning, where torch's partitioner fails.
 """
 
-import warnings
-
 from torch import fx
 
 from .partitioner import CannotSplit, PartitionerFailed, forget_wishes, split
 from .passes.splice import Decompositions
 from .passes.stitch import OrderError, stitch
+from .warn import warn
 
 
 def recompute(gm: fx.GraphModule, *, decompositions: Decompositions | None = None) -> None:
@@ -31,6 +30,6 @@ def recompute(gm: fx.GraphModule, *, decompositions: Decompositions | None = Non
         stitch(gm, split(gm, decompositions))
         forget_wishes(gm)
     except PartitionerFailed as error:
-        warnings.warn(f"thor_fx: the step keeps all activations, for {error}: please report", stacklevel=2)
+        warn(f"thor_fx: the step keeps all activations, for {error}: please report")
     except (CannotSplit, OrderError):
         pass  # all activations are kept

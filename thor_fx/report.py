@@ -67,11 +67,11 @@ class Report:
     traced: Traced | None = field(default=None, repr=False)
 
     @property
-    def graph(self) -> nx.DiGraph:
+    def graph(self) -> "nx.DiGraph[str]":
         """The factor step up to its update, as a ``networkx.DiGraph``: :meth:`network`."""
         return self.network()
 
-    def network(self, step: StepKind = "factor") -> nx.DiGraph:
+    def network(self, step: StepKind = "factor") -> "nx.DiGraph[str]":
         """A step up to its update as a ``networkx.DiGraph``, with :class:`thor_fx.graphs.Facts` on the nodes.
 
         Args:

@@ -6,14 +6,14 @@ callable ``step -> value``. They are looked up on the host, so nothing recompile
 
 import math
 import numbers
-import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .arguments import shown
+from .arguments import as_float, shown
+from .warn import warn
 
 Value = float | Tensor | Callable[[int], float | Tensor]
 
@@ -45,7 +45,7 @@ class Schedule:
         if isinstance(value, Tensor):
             self._table = self._read(value)
         elif isinstance(value, numbers.Real) and not isinstance(value, bool):
-            self._table = [self._checked(float(value))]
+            self._table = [self._checked(as_float(value))]
         elif callable(value):
             self._function = value
         else:
@@ -53,7 +53,7 @@ class Schedule:
                 f"{name} must be a number, a 0-D or 1-D tensor, or a callable step -> value, "
                 f"got {type(value).__name__}: {value!r}"
             )
-        self.constant = self._function is None and (not isinstance(value, Tensor) or value.dim() == 0)
+        self.constant: bool = self._function is None and (not isinstance(value, Tensor) or value.dim() == 0)
 
     def __call__(self, step: int) -> float:
         """The value in step ``step``; a table that has run out keeps its last value, and says so once."""
@@ -61,10 +61,9 @@ class Schedule:
             return self._checked(self._number(self._function(step)))
         if step >= len(self._table) and not (self.constant or self._ran_out):
             self._ran_out = True
-            warnings.warn(
+            warn(
                 f"the {self.name} table has {len(self._table)} values and step {step} is past its end: "
-                f"its last value, {self._table[-1]:g}, is used from here on",
-                stacklevel=2,
+                f"its last value, {self._table[-1]:g}, is used from here on"
             )
         return self._table[min(step, len(self._table) - 1)]
 
@@ -77,6 +76,8 @@ class Schedule:
             raise ValueError(f"{self.name} must be a 0-D or 1-D tensor, got shape {tuple(value.shape)}")
         if value.dtype == torch.bool or value.is_complex():
             raise TypeError(f"{self.name} must be a tensor of real numbers, got dtype {value.dtype}")
+        if value.is_meta:
+            raise ValueError(f"{self.name} must be a tensor with values, got one on the meta device")
         if value.numel() == 0:
             raise ValueError(f"{self.name} is an empty table: give it one value per step")
         return [self._checked(v) for v in value.detach().double().reshape(-1).tolist()]
@@ -85,7 +86,7 @@ class Schedule:
         if isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex():
             return float(value)
         if isinstance(value, numbers.Real) and not isinstance(value, bool):
-            return float(value)
+            return as_float(value)
         raise TypeError(f"{self.name} must return a number for every step, got {shown(value)}")
 
     def _checked(self, value: float) -> float:

@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from .ahead import Ahead
 from .alarm import Alarm, at_hand
-from .arguments import check_type, checked_disabled
+from .arguments import check_choice, check_dynamic, check_type, checked_disabled
 from .between import run_between
 from .block_size import choose_by_step
 from .block_size_rule import BlockSizeReport
@@ -23,19 +23,22 @@ from .capture import Captured, LossCapture, LossFn, Runner
 from .distributed.agreement import agreed, check_ranks
 from .distributed.faults import waiting_for_others
 from .hyper import HyperTensors
-from .inductor import Compiled, check_backend, compile_graph, inductor_decompositions
+from .inductor import Compiled, check_backend, check_settings, compile_graph, inductor_decompositions
 from .kinds import Kind, kind_of, kinds
 from .layers import Coverage
 from .logs import log_coverage
 from .metrics import Metrics, failures, metrics, trace
 from .own_passes import Statistics, checked_passes, statistics_of
-from .parameters import check_params, trainable
+from .parameters import check_one_device, check_params, trainable
 from .passes import canonicalize, pipeline
 from .passes.outputs import Statistic
 from .passes.pipeline import Pass
 from .recompute import recompute
+from .state_form import Form
+from .state_versions import STEP, VERSION, migrated
 from .trace_log import tracer
 from .transform import Params, SkipState, State, Taken, Transform
+from .uncompiled import OnCompileError
 from .update import fixed_arguments, loss_alone
 from .whole_step import WholeStep, covered, results_of
 
@@ -51,6 +54,7 @@ class StepState(NamedTuple):
         due: the next factor step, where a refresh rule has set it; None: as ``frequency`` says.
         damping: of the next step, where it adapts itself (:class:`thor_fx.LevenbergMarquardt`).
         block_size: what ``block_size="auto"`` has become; None where it was given, or nothing can be cut.
+        version: of what it holds, for states that were saved: :mod:`thor_fx.state_versions`.
     """
 
     step: int
@@ -60,6 +64,7 @@ class StepState(NamedTuple):
     due: int | None = None
     damping: float | None = None
     block_size: int | None = None
+    version: int = 0  # that of a saved state which has none
 
 
 class StepOutput(NamedTuple):
@@ -90,6 +95,7 @@ def compile_step(
     strict: bool = False,
     passes: Sequence[Pass] = (),
     disable_passes: Collection[str] = (),
+    on_compile_error: OnCompileError = "raise",
 ) -> "CompiledStep":
     """Compile loss, gradient, factors and update into one function.
 
@@ -110,14 +116,18 @@ def compile_step(
             in the ``statistics`` of the output.
         disable_passes: optimisations to go without, by name; the results are the same up to rounding:
             ``docs/passes.md``.
+        on_compile_error: ``"eager"``: a step that Inductor cannot compile runs uncompiled, with a warning
+            that gives the reason. ``"raise"``: it is an error.
 
     Returns:
         A step with ``state = step.init(params, *batch)`` and
         ``params, state, out = step(params, state, *batch)``.
 
     Raises:
-        TypeError: ``loss_fn`` is not callable, ``tx`` is no transform, or a pass is not callable.
-        ValueError: a backend or an optimisation is unknown.
+        TypeError: ``loss_fn`` is not callable, ``tx`` is no transform, a pass is not callable, or another
+            argument has a wrong type; the message names it.
+        ValueError: a backend, a mode, a setting of Inductor, an optimisation or ``on_compile_error`` is
+            unknown.
 
     Example:
         >>> import torch, thor_fx
@@ -140,10 +150,14 @@ def compile_step(
     check_backend(backend)
     factors_by = backend if factor_backend is None else factor_backend
     check_backend(factors_by, "factor_backend")
-    check_type("strict", strict, bool, "True or False")
-    compilers = _Compiler(backend, mode, options), _Compiler(factors_by, mode, options)
+    check_settings(mode, options)
+    for name, value in (("donate", donate), ("strict", strict)):
+        check_type(name, value, bool, "True or False")
+    check_dynamic(dynamic)
+    check_choice("on_compile_error", on_compile_error, OnCompileError)
+    plain, factor = (_Compiler(by, mode, options, on_compile_error) for by in (backend, factors_by))
     own, disabled = checked_passes(passes), checked_disabled(disable_passes)
-    return CompiledStep(loss_fn, tx, donate, *compilers, dynamic, strict, own, disabled)
+    return CompiledStep(loss_fn, tx, donate, plain, factor, dynamic, strict, own, disabled)
 
 
 @dataclass(frozen=True)
@@ -151,9 +165,11 @@ class _Compiler:
     backend: str
     mode: str | None
     options: Mapping[str, Any] | None
+    on_error: OnCompileError
 
     def __call__(self, gm: fx.GraphModule, fakes: Sequence[Any], fixed: Collection[fx.Node] = ()) -> Compiled:
         settings: dict[str, Any] = {"backend": self.backend, "mode": self.mode, "options": self.options}
+        settings["on_error"] = self.on_error
         return compile_graph(gm, fakes, fixed=fixed, **settings)
 
     @property
@@ -232,7 +248,7 @@ class CompiledStep:
         self._params: Params = {}
         self._call: _Call | None = None
         self._flat: tuple[State, list[Tensor]] = (None, [])
-        self._shapes: list[torch.Size] | None = None  # unknown before init
+        self._form: Form | None = None  # of its state; unknown before the first graph
         self._ahead = Ahead()
         self._alarm = Alarm()
 
@@ -249,6 +265,7 @@ class CompiledStep:
             CoverageError: ``strict``, and a weight has no Kronecker pair.
         """
         check_params(params)
+        check_one_device(params)
         self.coverage = None
         self._hyper = HyperTensors()
         if not self._donate:  # steps run on copies: Dynamo guards on whether a tensor is the model's own
@@ -263,7 +280,7 @@ class CompiledStep:
         inner = self._first_state(params, self.coverage)
         check_ranks(self._tx, _trained(params, self.coverage), self.coverage)
         damping = None if self._tx.adaptive is None else self._tx.adaptive.initial
-        return StepState(0, inner, buffers, damping=damping, block_size=chosen)
+        return StepState(0, inner, buffers, damping=damping, block_size=chosen, version=VERSION)
 
     def __call__(self, params: Params, state: StepState, *batch: Any) -> tuple[Params, StepState, StepOutput]:
         """Take one step.
@@ -273,11 +290,14 @@ class CompiledStep:
 
         Raises:
             TypeError: ``state`` does not come from ``init``.
-            ValueError: ``state`` comes from the ``init`` of another step.
+            ValueError: ``state`` comes from the ``init`` of another step, or of a later thor_fx.
             RuntimeError: ``params`` are not those that ``init`` was called with.
         """
         if not isinstance(state, StepState):
             raise TypeError(f"state must come from step.init(params, *batch), got {type(state).__name__}")
+        if state.version != VERSION:
+            state = migrated(state, state.version, STEP, "state")._replace(version=VERSION)
+        self._check_rules(state)
         if self._auto is not None and state.block_size != self.block_size:
             self._resolve(state.block_size, params)
         if not self._donate:
@@ -373,7 +393,7 @@ class CompiledStep:
 
     def _first_state(self, params: Params, found: Coverage) -> State:
         inner = self._tx.init(_trained(params, found), found)
-        self._shapes = [leaf.shape for leaf in pytree.tree_leaves(inner)]
+        self._form = Form.of(inner)
         return inner
 
     def _run(
@@ -389,13 +409,17 @@ class CompiledStep:
     def _leaves(self, inner: State) -> list[Tensor]:
         """The tensors of the state; donated state is the same object in every step."""
         if self._flat[0] is not inner:
-            leaves = pytree.tree_leaves(inner)
-            if self._shapes not in (None, [leaf.shape for leaf in leaves]):
-                raise ValueError(
-                    "state does not belong to this step: take it from this step.init(params, *batch)"
-                )
-            self._flat = (inner, leaves)
+            self._flat = inner, pytree.tree_leaves(inner) if self._form is None else self._form.leaves(inner)
         return self._flat[1]
+
+    def _check_rules(self, state: StepState) -> None:
+        """Refuse a state whose damping adapts itself where that of the step does not, and the reverse."""
+        if (state.damping is None) != (self._tx.adaptive is None):
+            raise ValueError(
+                f"state does not belong to this step: its damping is {state.damping}, and this step has "
+                f"{'no' if self._tx.adaptive is None else 'a'} damping=LevenbergMarquardt(...): use the "
+                "damping= that it was saved with, or take another state from this step.init(params, *batch)"
+            )
 
     def _compile(self, captured: Captured) -> Runner:
         """Called by Dynamo when no guard fits: all kinds of step, from one trace."""
@@ -405,6 +429,9 @@ class CompiledStep:
         if self._strict:
             found.check({name: p.dim() for name, p in self._params.items()})
         self._accept(found)
+        if self._form is None and self._call is not None:  # the state was saved: there was no init
+            self._form = Form.of(self._tx.init(_shapes_of(_trained(self._params, found)), found))
+            self._form.leaves(self._flat[0])
         runs = {kind: self._compile_kind(graph, captured, kind) for kind in kinds(self._tx)}
         again = None if self._tx.adaptive is None else self._compile_loss(graph)
 
@@ -467,6 +494,11 @@ def _copies(params: Params, state: StepState) -> tuple[Params, StepState, Mappin
 def _skipped(inner: State) -> int | None:
     """How many steps were skipped so far; None where nobody counts, or asking would wait for a device."""
     return at_hand(inner.skipped) if isinstance(inner, SkipState) else None
+
+
+def _shapes_of(params: Params) -> dict[str, Tensor]:
+    """Tensors without memory in place of the parameters."""
+    return {name: torch.empty_like(p, device="meta") for name, p in params.items()}
 
 
 def _trained(params: Params, found: Coverage) -> dict[str, Tensor]:

@@ -5,12 +5,12 @@ code behind a graph break that it cannot resume). Training goes on there, by the
 step every compiled graph in use has shown itself: a weight that has a gradient and no graph is one of these.
 """
 
-import warnings
 from collections.abc import Mapping
 
 from torch import Tensor
 
 from .layers import CoverageError
+from .warn import warn
 
 NO_GRAPH = "no compiled graph uses it"
 
@@ -40,4 +40,4 @@ def tell_unseen(names: list[str], *, strict: bool) -> None:
     if strict:
         raise CoverageError(f"strict=True, but no compiled graph uses the weights {few}. {ADVICE}")
     told = f"no compiled graph uses the weights {few}: they take the first-order rule. {ADVICE}"
-    warnings.warn(told, stacklevel=4)
+    warn(told)

@@ -29,7 +29,7 @@ from ..passes.sides import Side
 from ..transform import Params, Signals, State, Transform, Updates
 from .buckets import by_bytes, by_indices, by_readers, restricted
 from .collectives import World, wait, wait_all
-from .factor_sums import FactorSums
+from .factor_sums import Bucket, FactorSums
 from .packing import joined, packed_numel, parted
 from .readers import NOBODY, Readers, everybody
 
@@ -46,7 +46,7 @@ class Averaging:
         rescales: whether cotangents are those of the loss of one rank; else they are those of single terms.
         copies: how many ranks see the same rows (tensor parallel): all of them send the same, and count once.
         readers: who reads the factors of which layer.
-        arrived: whether factors have been added up before, by :meth:`sums`.
+        arrived: whether factors have been added up before the update (:mod:`.sending`).
     """
 
     world: World
@@ -108,8 +108,11 @@ class Averaging:
         itemsize = next((factor.element_size() for factor in factors.values()), 0)
         readers = self.readers(coverage, params)
         buckets = self.buckets(coverage, itemsize, readers)
-        travelling = FactorSums(self.world, _sides(coverage), readers, self.reduce_dtype)
-        return travelling.start(factors, _members(buckets, factors))
+        return self.factor_sums(coverage, readers).start(factors, members(buckets, factors))
+
+    def factor_sums(self, coverage: Coverage, readers: Mapping[str, int]) -> FactorSums:
+        """Sums of the factors of these layers; ``readers`` as for :meth:`buckets`."""
+        return FactorSums(self.world, _sides(coverage), readers, self.reduce_dtype)
 
     def _once(self, moments: Moments) -> Moments:
         a, g, rows = (None if sums is None else sums / self.copies for sums in moments)
@@ -158,9 +161,9 @@ def average_over_ranks(inner: Transform, averaging: Averaging) -> Transform:
     return inner._replace(init=init, update=update, world=averaging.world)
 
 
-def _members(buckets: Sequence[Sequence[str]], factors: Iterable[Factor]) -> list[list[Factor]]:
-    """The factors that travel together: of a bucket of layers first all ``A``, then all ``G``."""
-    known = list(factors)
+def members(buckets: Sequence[Sequence[str]], factors: Iterable[Factor]) -> list[Bucket]:
+    """The factors that travel together: of a bucket of layers first all ``A``, then all ``G``, by name."""
+    known = sorted(factors, key=lambda factor: factor.layer)  # ranks may know them in different orders
     return [
         [d for side in ("A", "G") for d in known if d.side == side and layer_of(d.layer) in bucket]
         for bucket in restricted(buckets, {layer_of(d.layer) for d in known})

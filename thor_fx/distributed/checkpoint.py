@@ -3,12 +3,15 @@
 ``torch.distributed.checkpoint`` (DCP) fills tensors that exist. An optimizer that has not stepped has none,
 and neither has a step whose ``init`` was not called; DCP also turns numbers that are keys into texts, and
 takes a tuple for one value. So the tensors are given to DCP one by one, named by their paths in the nest that
-holds them, and the nest without them as one value more. What is in a folder is DCP's format: its own tools
-read it, and ``dcp.load({"model": net.state_dict()}, checkpoint_id=folder)`` takes only the weights out.
+holds them, and the nest without them, with its seal (:mod:`thor_fx.distributed.sealed`), as two values more.
+What is in a folder is DCP's format: its own tools read it, and
+``dcp.load({"model": net.state_dict()}, checkpoint_id=folder)`` takes only the weights out.
 
 Every rank writes a share of the tensors and reads all of them, in folders that all ranks can see.
 """
 
+import io
+import json
 import os
 import re
 import warnings
@@ -22,14 +25,17 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.utils import _pytree as pytree
 
+from ..state_versions import CHECKPOINT, VERSION, migrated
 from .one_state import joined_by_ranks
+from .sealed import Seal, damage, opened, sealed
 
 Folder = str | os.PathLike[str]
 
-NEST = "__nest__"
+NEST, SEAL = "__nest__", "__seal__"
 METADATA = ".metadata"  # DCP writes it last, under another name first
 
 
@@ -61,6 +67,9 @@ class _Nest:
     value: Any
 
 
+CLASSES: list[type] = [_Nest, _Place]
+
+
 def save(folder: Folder, state: Any, *, process_group: Any = None) -> None:
     """Save a nest of dicts, lists, tuples and named tuples; all ranks call this with the same.
 
@@ -69,15 +78,17 @@ def save(folder: Folder, state: Any, *, process_group: Any = None) -> None:
 
     Args:
         folder: of this checkpoint alone, e.g. ``"checkpoints/12"``; is made. All ranks must see it.
-        state: tensors, which must be equal on all ranks that have one of a name, and values that can be
-            pickled, e.g.
+        state: tensors, which must be equal on all ranks that have one of a name, and values that
+            ``torch.load(weights_only=True)`` loads: numbers, texts, types of torch, and those given to
+            ``torch.serialization.add_safe_globals``; e.g.
             ``{"model": net.state_dict(), "optimizer": opt.state_dict()}``, or the ``params`` and ``state`` of
             a functional step.
         process_group: the ranks; None: all of them, or this process where there are no others.
 
     Raises:
         FileExistsError: the folder holds a checkpoint.
-        TypeError: ``state`` has something in it that keeps its tensors to itself, e.g. a module.
+        TypeError: ``state`` has something in it that keeps its tensors to itself, e.g. a module, or that
+            would not be loaded again.
         ValueError: two tensors have one name: a key contains a dot; or ranks have different tensors of one
             name, as a functional step with ``work_sharing="gradient"`` has. All ranks raise.
         CheckpointException: of ``torch.distributed.checkpoint.api``, on all ranks: one could not write.
@@ -92,16 +103,18 @@ def save(folder: Folder, state: Any, *, process_group: Any = None) -> None:
             f"{str(folder)!r} holds a checkpoint: give every checkpoint a folder of its own"
         )
     tensors, nest = _parted(state)
-    nest = _Nest(joined_by_ranks(nest.value, tensors, process_group))
-    writer = dcp.FileSystemWriter(folder)
+    joined, sums = joined_by_ranks(nest.value, tensors, process_group)
+    content, seal = sealed(_Nest(joined), sums, CLASSES)
+    saved = {**tensors, NEST: content, SEAL: json.dumps(seal)}  # DCP would look into a dict
     with _without_ranks():
-        dcp.save({**tensors, NEST: nest}, storage_writer=writer, process_group=process_group)
+        dcp.save(saved, storage_writer=dcp.FileSystemWriter(folder), process_group=process_group)
 
 
 def load(folder: Folder, *, device: torch.device | str = "cpu", process_group: Any = None) -> Any:
     """Load what :func:`save` was given, on any number of ranks; all ranks call this.
 
-    Nothing has to exist before. As with ``torch.load(weights_only=False)``, load only what you trust.
+    Nothing has to exist before. What was saved besides tensors is read with ``weights_only=True``; the list
+    of what is where (``.metadata``) is unpickled by DCP, so load only what you trust, all the same.
 
     Args:
         folder: of the checkpoint.
@@ -114,29 +127,81 @@ def load(folder: Folder, *, device: torch.device | str = "cpu", process_group: A
 
     Raises:
         FileNotFoundError: the folder holds no checkpoint that was written to its end.
-        ValueError: the checkpoint was not written by :func:`save`.
-        CheckpointException: of ``torch.distributed.checkpoint.api``, on all ranks: one could not read.
+        ValueError: the checkpoint was not written by :func:`save`, or by that of a later thor_fx; or it is
+            damaged: something is missing, or not what was saved.
+        CheckpointException: of ``torch.distributed.checkpoint.api``, on all ranks: a file could not be read.
     """
     if not _is_complete(folder):
         raise FileNotFoundError(
             f"{str(folder)!r} holds no complete checkpoint: newest(...) finds one that is"
         )
     reader = dcp.FileSystemReader(folder)
-    saved = reader.read_metadata().state_dict_metadata
+    with _told_as_damage(folder):
+        saved = reader.read_metadata().state_dict_metadata
     if NEST not in saved:
         raise ValueError(
             f"{str(folder)!r} was not written by thor_fx.distributed.checkpoint.save: read it with "
             "torch.distributed.checkpoint.load"
         )
-    found: dict[str, Any] = {
-        name: torch.empty(about.size, dtype=about.properties.dtype, device=device)
-        for name, about in saved.items()
-        if isinstance(about, TensorStorageMetadata)
-    }
-    found[NEST] = None
-    with _without_ranks():
-        dcp.load(found, storage_reader=reader, process_group=process_group)
-    return _joined(found.pop(NEST), found)
+    with _told_as_damage(folder):
+        found: dict[str, Any] = {
+            name: torch.empty(about.size, dtype=about.properties.dtype, device=device)
+            for name, about in saved.items()
+            if isinstance(about, TensorStorageMetadata)
+        }
+        found |= dict.fromkeys({NEST, SEAL} & saved.keys())
+        with _without_ranks():
+            dcp.load(found, storage_reader=reader, process_group=process_group, planner=_Planner())
+    with _told_as_damage(folder):
+        content, seal = found.pop(NEST), json.loads(found.pop(SEAL, "null"))
+    nest, version = _unsealed(folder, content, seal, found)
+    return migrated(nest, version, CHECKPOINT, f"the checkpoint in {str(folder)!r}")
+
+
+def _unsealed(
+    folder: Folder, content: Any, seal: Seal | None, tensors: Mapping[str, Tensor]
+) -> tuple[Any, int]:
+    """What was saved, and the version that it was saved in."""
+    if seal is None:  # version 0
+        return _joined(content, tensors), 0
+    if seal["version"] <= VERSION:
+        if found := damage(content, seal, tensors):
+            raise _damaged(folder, found)
+        content = _joined(opened(content, CLASSES), tensors)
+    return content, seal["version"]
+
+
+class _Planner(dcp.DefaultLoadPlanner):
+    """Reads values as ``torch.load(weights_only=True)`` does."""
+
+    def __init__(self) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+
+    def load_bytes(self, read_item: Any, value: io.BytesIO) -> None:
+        self.state_dict[read_item.dest_index.fqn] = opened(value.getvalue(), CLASSES)
+
+
+@contextmanager
+def _told_as_damage(folder: Folder) -> Iterator[None]:
+    """Files that can be read, and do not hold what they should: torch says so in many ways."""
+    try:
+        yield
+    except CheckpointException as error:
+        first = next(iter(error.failures.values()))[0]
+        if isinstance(first, OSError) and not isinstance(first, FileNotFoundError):
+            raise
+        raise _damaged(folder, f"{type(first).__name__}: {first}") from error
+    except OSError:
+        raise
+    except Exception as error:
+        raise _damaged(folder, f"{type(error).__name__}: {error}") from error
+
+
+def _damaged(folder: Folder, why: str) -> ValueError:
+    return ValueError(
+        f"the checkpoint in {str(folder)!r} is damaged, or not of thor_fx.distributed.checkpoint.save "
+        f"({why}): load another one"
+    )
 
 
 def newest(parent: Folder, *, process_group: Any = None) -> Path | None:

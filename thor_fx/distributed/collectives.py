@@ -6,6 +6,7 @@ starts and returns at once; :func:`wait` waits for it. Started together, they ru
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -86,6 +87,29 @@ def wait(started: Tensor) -> Tensor:
 def wait_all(started: Sequence[Tensor]) -> list[Tensor]:
     """The results of several, that run together."""
     return [wait(one) for one in started]
+
+
+def own_group(world: World) -> World:
+    """The same ranks in a process group of its own, whose collectives keep an order of their own.
+
+    All ranks call this together. The group has the backends and the timeout of the known one, and ends with
+    ``destroy_process_group()``.
+    """
+    known = world.process_group
+    group = dist.new_group(
+        dist.get_process_group_ranks(known),
+        timeout=_timeout(known),
+        backend=dist.get_backend_config(known),
+        use_local_synchronization=True,
+    )
+    return World(group.group_name, world.size, dist.get_rank(group), group)
+
+
+def _timeout(group: Any) -> timedelta | None:
+    """How long a collective waits for others; a group that is made anew has torch's default otherwise."""
+    device, *_ = group._device_types
+    timeout: timedelta | None = getattr(group._get_backend(device).options, "_timeout", None)
+    return timeout
 
 
 def is_collective(node: fx.Node) -> bool:

@@ -1,6 +1,7 @@
 """The update of one process becomes that of all."""
 
 from dataclasses import replace
+from typing import Any
 
 from ..options import Options
 from ..parameter_groups import ParameterGroups
@@ -33,6 +34,12 @@ def shared_work(options: Options, world: World | None) -> SharedWork | None:
     return SharedWork(exchange, options.work_sharing, options.frequency, options.sharable)
 
 
+def factor_readers(options: Options, groups: ParameterGroups, world: World | None) -> Readers:
+    """Who reads the factors, where every rank has all parameters."""
+    work = shared_work(options, world)
+    return everybody if work is None else Owners(work, groups)
+
+
 def distribute(
     tx: Transform,
     options: Options,
@@ -42,6 +49,7 @@ def distribute(
     gradients: bool,
     copies: int = 1,
     parts: Parts | None = None,
+    arrived: bool = False,
 ) -> Transform:
     """Let a transform see what all ranks have measured.
 
@@ -52,14 +60,12 @@ def distribute(
         world: the ranks; None: there are no others, and nothing happens.
         gradients: whether gradients have to be averaged, too.
         copies: how many ranks see the same rows.
-        parts: who owns what, where parameters are dealt out over ranks; the owners have got their factors
-            before the update (:mod:`.ownership`).
+        parts: who owns what, where parameters are dealt out over ranks.
+        arrived: whether factors have been added up before the update (:mod:`.sending`).
     """
     if world is None:
         return tx
-    work = shared_work(options, world)
-    readers: Readers = everybody if work is None else Owners(work, groups)
-    readers = readers if parts is None else parts.readers
+    readers = factor_readers(options, groups, world) if parts is None else parts.readers
     averaging = Averaging(
         world,
         options.split_indices,
@@ -67,7 +73,7 @@ def distribute(
         gradients,
         copies=copies,
         readers=readers,
-        arrived=parts is not None,
+        arrived=arrived,
     )
     known, all_ranks = tx.resolve, average_over_ranks(tx, averaging)._replace(options=options)
     if known is None:
@@ -75,6 +81,7 @@ def distribute(
 
     def resolve(block_size: int | None) -> Transform:
         chosen, own = replace(options, block_size=block_size), known(block_size)
-        return distribute(own, chosen, groups, world, gradients=gradients, copies=copies, parts=parts)
+        ranks: dict[str, Any] = {"gradients": gradients, "copies": copies, "parts": parts, "arrived": arrived}
+        return distribute(own, chosen, groups, world, **ranks)
 
     return all_ranks._replace(resolve=resolve)

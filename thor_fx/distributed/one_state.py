@@ -9,9 +9,10 @@ the same as a whole. 0-D tensors (counters) are those of one rank.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
+
+from .sealed import described
 
 OWN_STATE = (
     'With work_sharing="gradient" a functional step has a state of its own on every rank: save it rank by '
@@ -19,11 +20,11 @@ OWN_STATE = (
     "another work_sharing"
 )
 
-_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
-
-def joined_by_ranks(nest: Any, tensors: Mapping[str, Tensor], process_group: Any) -> Any:
-    """The nest of all ranks together; every rank calls this.
+def joined_by_ranks(
+    nest: Any, tensors: Mapping[str, Tensor], process_group: Any
+) -> tuple[Any, dict[str, str]]:
+    """The nest of all ranks together, and of their tensors what must be equal; every rank calls this.
 
     Args:
         nest: of this rank, with a value that can be pickled in place of every tensor.
@@ -33,10 +34,11 @@ def joined_by_ranks(nest: Any, tensors: Mapping[str, Tensor], process_group: Any
     Raises:
         ValueError: two ranks have different tensors of one name, or nests that cannot be joined.
     """
+    sums = {name: text for name, tensor in tensors.items() if (text := described(tensor)) is not None}
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size(process_group) == 1:
-        return nest
+        return nest, sums
+    sums = {name: text for name, text in sums.items() if tensors[name].dim() > 0}
     found: list[Any] = [None] * dist.get_world_size(process_group)
-    sums = {name: text for name, tensor in tensors.items() if (text := _described(tensor)) is not None}
     dist.all_gather_object(found, (nest, sums), group=process_group)
     known: dict[str, tuple[int, str]] = {}
     for rank, (_, theirs) in enumerate(found):
@@ -44,16 +46,8 @@ def joined_by_ranks(nest: Any, tensors: Mapping[str, Tensor], process_group: Any
             first, before = known.setdefault(name, (rank, text))
             if before != text:
                 raise ValueError(f"state: {name!r} is not the same on ranks {first} and {rank}. {OWN_STATE}")
-    return _merged([theirs for theirs, _ in found], "state", inside=False)
-
-
-def _described(tensor: Tensor) -> str | None:
-    """Shape, dtype and the sum of the bits; None for what need not be equal, or is a shard."""
-    if type(tensor) not in {Tensor, nn.Parameter} or tensor.dim() == 0:
-        return None
-    integers = _INTEGERS.get(tensor.element_size(), torch.uint8)
-    bits = tensor.detach().contiguous().view(integers).sum(dtype=torch.int64)
-    return f"{tuple(tensor.shape)} {tensor.dtype} {int(bits)}"
+    merged = _merged([theirs for theirs, _ in found], "state", inside=False)
+    return merged, {name: text for name, (_, text) in known.items()}
 
 
 def _merged(nests: Sequence[Any], where: str, *, inside: bool) -> Any:

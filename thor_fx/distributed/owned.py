@@ -3,8 +3,9 @@
 Preconditioning needs whole gradients: every entry of the result depends on a whole row and column. So each
 layer, and each parameter outside of layers, has an owner: the one rank that keeps its averages, inverses and
 momentum, and makes its update as one process would. Other ranks have nothing of it but their parts of the
-parameter. A step sends gradients and parameters to owners and updates back: three times the size of the
-model, which is what FSDP sends for the step itself (two gatherings and a reduction).
+parameter. A step sends gradients and parameters to owners and updates back: each number of the model crosses
+the network three times (an update once for each replica), so a rank sends about ``3/W`` of the model. For the
+step itself FSDP lets every rank send nearly all of it three times: two gatherings and a reduction.
 """
 
 import dataclasses

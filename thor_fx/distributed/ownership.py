@@ -1,23 +1,16 @@
 """Who owns what, as an optimizer knows it: factors on their way to the owners of dealt-out parameters."""
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 
-import torch
-from torch import Tensor
-
-from ..factors import Moments, flat_moments, moments_of
 from ..layers import Coverage
 from ..options import Options
-from ..passes.outputs import Factor
 from ..transform import Params
 from .averaging import Averaging
 from .collectives import World
 from .dtensors import box_of, is_part
-from .faults import waiting_for_others
 from .owned import check_all_here, check_rows, deal_out, step_flops
 from .parts import Parts
+from .sending import Sending
 
 
 @dataclass(frozen=True)
@@ -26,35 +19,11 @@ class Ownership:
 
     Attributes:
         parts: who has what, and who owns what.
-        averaging: how factors travel.
-        found: the layers.
+        sending: how owners get factors.
     """
 
     parts: Parts
-    averaging: Averaging
-    found: Coverage
-
-    def send(self, factors: Mapping[Factor, Tensor]) -> Callable[[], dict[Factor, Tensor]]:
-        """Begin to add up factors over all ranks; what is returned waits for those of this rank's own layers.
-
-        All ranks call this together, in one order.
-        """
-        waiting = partial(waiting_for_others, self.parts.world, "to add up factors")
-        with waiting(), torch.no_grad():
-            arrived = self.averaging.sums(factors, self.found, {})
-
-        def awaited() -> dict[Factor, Tensor]:
-            with waiting(), torch.no_grad():
-                return arrived()
-
-        return awaited
-
-    def at_owners(self, moments: Mapping[str, Moments]) -> dict[str, Moments]:
-        """Moments of the rows of this rank, with factors of all rows where this rank owns them."""
-        flat = flat_moments(moments)
-        factors = {d: value for d, value in flat.items() if isinstance(d, Factor)}
-        counts = {d: value for d, value in flat.items() if d not in factors}
-        return moments_of(counts | self.send(factors)())
+    sending: Sending
 
 
 def ownership(world: World | None, options: Options, params: Params, found: Coverage) -> Ownership | None:
@@ -78,4 +47,4 @@ def ownership(world: World | None, options: Options, params: Params, found: Cove
     check_rows(params, found)
     dealt = deal_out(world, params, found, step_flops(options, found))
     averaging = Averaging(world, options.split_indices, options.reduce_dtype, readers=dealt.readers)
-    return Ownership(dealt, averaging, found)
+    return Ownership(dealt, Sending(averaging, found, params))

@@ -28,7 +28,7 @@ class Edge:
     bytes: int
 
 
-def block_edges(graph: nx.DiGraph, position: Mapping[str, int]) -> tuple[Edge, ...]:
+def block_edges(graph: "nx.DiGraph[str]", position: Mapping[str, int]) -> tuple[Edge, ...]:
     """The edges between boxes, each once; between equal blocks that are one box there is none.
 
     Args:
@@ -45,5 +45,5 @@ def block_edges(graph: nx.DiGraph, position: Mapping[str, int]) -> tuple[Edge, .
     return tuple(Edge(*ends, len(nodes), sum(sizes[n] for n in nodes)) for ends, nodes in values.items())
 
 
-def _box(graph: nx.DiGraph, node: str, position: Mapping[str, int]) -> Box:
+def _box(graph: "nx.DiGraph[str]", node: str, position: Mapping[str, int]) -> Box:
     return position[node], graph.nodes[node]["phase"]

@@ -44,7 +44,7 @@ class Block:
         return first if len(self.names) == 1 else f"{first} \N{HORIZONTAL ELLIPSIS} {last}"
 
 
-def blocks(graph: nx.DiGraph) -> tuple[tuple[Block, ...], dict[str, int]]:
+def blocks(graph: "nx.DiGraph[str]") -> tuple[tuple[Block, ...], dict[str, int]]:
     """The blocks of a network in the order of forward, and the position of the block of every operator.
 
     Operators that no output needs are left out: passes leave some behind, and compilers drop them.
@@ -79,7 +79,7 @@ def blocks(graph: nx.DiGraph) -> tuple[tuple[Block, ...], dict[str, int]]:
     return tuple(found), position
 
 
-def _form(graph: nx.DiGraph, paths: Mapping[str, str]) -> object:
+def _form(graph: "nx.DiGraph[str]", paths: Mapping[str, str]) -> object:
     """What equal blocks have in common."""
     facts = [(path, graph.nodes[node]) for node, path in paths.items()]
     return Counter((path, f["operator"] if runs(f) else f["op"], f["phase"], f["shape"]) for path, f in facts)
@@ -97,7 +97,7 @@ def inside_of(block: str, path: str) -> str:
     return path.removeprefix(block + ".") if path.startswith(block + ".") else ""
 
 
-def _homes(graph: nx.DiGraph, place: Mapping[str, str | None], lists: set[str]) -> dict[str, str]:
+def _homes(graph: "nx.DiGraph[str]", place: Mapping[str, str | None], lists: set[str]) -> dict[str, str]:
     """The block of every node: of a view between blocks, that of what it is a view of."""
     home: dict[str, str] = {}
     for node, path in place.items():
@@ -135,7 +135,7 @@ def _lists(paths: Iterable[str]) -> set[str]:
     return found
 
 
-def _in_order(graph: nx.DiGraph, home: Mapping[str, str]) -> list[str]:
+def _in_order(graph: "nx.DiGraph[str]", home: Mapping[str, str]) -> list[str]:
     """The blocks that compute anything: as forward reaches them, then the others; the loss at the end."""
     operators = [n for n in home if runs(graph.nodes[n])]
     forward = [n for n in operators if graph.nodes[n]["phase"] in {"forward", None}]

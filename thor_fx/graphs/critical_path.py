@@ -6,7 +6,7 @@ from typing import Literal
 
 import networkx as nx
 
-Weight = Callable[[nx.DiGraph, str], float]
+Weight = Callable[["nx.DiGraph[str]", str], float]
 """What one node weighs, by its name."""
 
 
@@ -25,7 +25,9 @@ class CriticalPath:
     total: float
 
 
-def critical_path(graph: nx.DiGraph, weight: Literal["flops", "bytes"] | Weight = "flops") -> CriticalPath:
+def critical_path(
+    graph: "nx.DiGraph[str]", weight: Literal["flops", "bytes"] | Weight = "flops"
+) -> CriticalPath:
     """The chain of nodes, each of which reads the one before, that weighs most.
 
     Args:
@@ -50,12 +52,12 @@ def critical_path(graph: nx.DiGraph, weight: Literal["flops", "bytes"] | Weight 
     return CriticalPath(tuple(chain[::-1]), heaviest, sum(weights.values()))
 
 
-def flops(graph: nx.DiGraph, node: str) -> float:
+def flops(graph: "nx.DiGraph[str]", node: str) -> float:
     """Floating-point operations of products, convolutions and attentions."""
     return float(graph.nodes[node]["flops"])
 
 
-def traffic(graph: nx.DiGraph, node: str) -> float:
+def traffic(graph: "nx.DiGraph[str]", node: str) -> float:
     """The bytes that an operator reads and writes if it runs alone; a view does neither."""
     facts = graph.nodes[node]
     if facts["view"] or facts["op"] != "call_function":
@@ -73,7 +75,7 @@ def floor(flops_per_second: float, bytes_per_second: float) -> Weight:
         if not value > 0:
             raise ValueError(f"{name} must be > 0, got {value}: give what the machine can do")
 
-    def seconds(graph: nx.DiGraph, node: str) -> float:
+    def seconds(graph: "nx.DiGraph[str]", node: str) -> float:
         return max(flops(graph, node) / flops_per_second, traffic(graph, node) / bytes_per_second)
 
     return seconds

@@ -26,7 +26,7 @@ class Cut:
     bytes: int
 
 
-def forward_backward_cut(graph: nx.DiGraph, later: Collection[Phase] = BACKWARD) -> Cut:
+def forward_backward_cut(graph: "nx.DiGraph[str]", later: Collection[Phase] = BACKWARD) -> Cut:
     """The edges that lead from forward to backward, and the values that have to be kept for them.
 
     Parameters and inputs are not among the values: they are there anyway.
@@ -54,5 +54,5 @@ def forward_backward_cut(graph: nx.DiGraph, later: Collection[Phase] = BACKWARD)
     return Cut(tuple(edges), tuple(kept), sum(size.values()))
 
 
-def _computed(graph: nx.DiGraph, node: str) -> bool:
+def _computed(graph: "nx.DiGraph[str]", node: str) -> bool:
     return bool(graph.nodes[node]["op"] == "call_function")

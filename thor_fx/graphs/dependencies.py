@@ -30,7 +30,7 @@ class Dependencies:
     own_flops: int
 
 
-def dependencies(graph: nx.DiGraph, of: str | OutputDescriptor) -> Dependencies:
+def dependencies(graph: "nx.DiGraph[str]", of: str | OutputDescriptor) -> Dependencies:
     """What one value depends on.
 
     Args:
@@ -43,14 +43,14 @@ def dependencies(graph: nx.DiGraph, of: str | OutputDescriptor) -> Dependencies:
     return _dependencies(graph, _named(graph, of), _needed_for_gradients(graph))
 
 
-def factor_dependencies(graph: nx.DiGraph) -> dict[Factor, Dependencies]:
+def factor_dependencies(graph: "nx.DiGraph[str]") -> dict[Factor, Dependencies]:
     """What each factor that the graph returns depends on."""
     needed = _needed_for_gradients(graph)
     factors = {d: name for d, name in _results(graph).items() if isinstance(d, Factor)}
     return {factor: _dependencies(graph, name, needed) for factor, name in factors.items()}
 
 
-def _dependencies(graph: nx.DiGraph, node: str, elsewhere: set[str]) -> Dependencies:
+def _dependencies(graph: "nx.DiGraph[str]", node: str, elsewhere: set[str]) -> Dependencies:
     needed = _behind(graph, {node})
     nodes = tuple(name for name in graph if name in needed)
     own = tuple(name for name in nodes if name not in elsewhere)
@@ -66,7 +66,7 @@ def _dependencies(graph: nx.DiGraph, node: str, elsewhere: set[str]) -> Dependen
     )
 
 
-def _named(graph: nx.DiGraph, of: str | OutputDescriptor) -> str:
+def _named(graph: "nx.DiGraph[str]", of: str | OutputDescriptor) -> str:
     if isinstance(of, str):
         if of not in graph:
             raise KeyError(f"no node {of!r}: list(graph) has the names")
@@ -79,7 +79,7 @@ def _named(graph: nx.DiGraph, of: str | OutputDescriptor) -> str:
     return results[of]
 
 
-def _results(graph: nx.DiGraph) -> dict[OutputDescriptor, str]:
+def _results(graph: "nx.DiGraph[str]") -> dict[OutputDescriptor, str]:
     return {
         descriptor: name
         for name, descriptors in graph.nodes(data="descriptors")
@@ -88,11 +88,11 @@ def _results(graph: nx.DiGraph) -> dict[OutputDescriptor, str]:
     }
 
 
-def _needed_for_gradients(graph: nx.DiGraph) -> set[str]:
+def _needed_for_gradients(graph: "nx.DiGraph[str]") -> set[str]:
     return _behind(graph, {name for d, name in _results(graph).items() if isinstance(d, Loss | Grad)})
 
 
-def _behind(graph: nx.DiGraph, nodes: set[str]) -> set[str]:
+def _behind(graph: "nx.DiGraph[str]", nodes: set[str]) -> set[str]:
     """All that ``nodes`` are computed from, themselves included."""
     found, todo = set(nodes), list(nodes)
     while todo:

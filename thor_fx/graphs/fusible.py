@@ -22,7 +22,7 @@ class Region:
     saved: int
 
 
-def fusible_regions(graph: nx.DiGraph) -> tuple[Region, ...]:
+def fusible_regions(graph: "nx.DiGraph[str]") -> tuple[Region, ...]:
     """The regions of pointwise operators, those that save most first.
 
     An operator is *fusible* if it is pointwise or a view. All others are *barriers*: reductions, products,
@@ -48,12 +48,12 @@ def fusible_regions(graph: nx.DiGraph) -> tuple[Region, ...]:
     return tuple(sorted(regions, key=lambda region: (-region.saved, order[region.nodes[0]])))
 
 
-def _fusible(graph: nx.DiGraph, node: str) -> bool:
+def _fusible(graph: "nx.DiGraph[str]", node: str) -> bool:
     facts = graph.nodes[node]
     return facts["op"] == "call_function" and (facts["pointwise"] or facts["view"])
 
 
-def _barriers_before(graph: nx.DiGraph) -> dict[str, int]:
+def _barriers_before(graph: "nx.DiGraph[str]") -> dict[str, int]:
     depth: dict[str, int] = {}
     for node in graph:
         barriers = (s for s in graph.pred[node] if graph.nodes[s]["op"] == "call_function")
@@ -62,11 +62,11 @@ def _barriers_before(graph: nx.DiGraph) -> dict[str, int]:
     return depth
 
 
-def _work(graph: nx.DiGraph, nodes: list[str]) -> int:
+def _work(graph: "nx.DiGraph[str]", nodes: list[str]) -> int:
     return sum(graph.nodes[node]["pointwise"] for node in nodes)
 
 
-def _region(graph: nx.DiGraph, nodes: list[str]) -> Region:
+def _region(graph: "nx.DiGraph[str]", nodes: list[str]) -> Region:
     inside = set(nodes)
     reads = dict.fromkeys(source for node in nodes for source in graph.pred[node] if source not in inside)
     writes = [node for node in nodes if not inside.issuperset(graph.succ[node])]
@@ -74,7 +74,7 @@ def _region(graph: nx.DiGraph, nodes: list[str]) -> Region:
     return Region(tuple(nodes), tuple(reads), tuple(writes), 2 * sum(graph.nodes[n]["bytes"] for n in kept))
 
 
-def _needed_outside(graph: nx.DiGraph, node: str, inside: set[str]) -> bool:
+def _needed_outside(graph: "nx.DiGraph[str]", node: str, inside: set[str]) -> bool:
     """Whether a value, or a view of it, is read outside."""
     users = graph.succ[node]
     return any(

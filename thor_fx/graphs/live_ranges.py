@@ -53,7 +53,7 @@ class LiveRanges:
         return tuple(r for r in self.largest if r.start <= position <= r.end)
 
 
-def live_ranges(graph: nx.DiGraph) -> LiveRanges:
+def live_ranges(graph: "nx.DiGraph[str]") -> LiveRanges:
     """The values of a graph, if every node runs in its order and allocates its own value.
 
     Inputs are alive throughout, for they belong to the caller, and results from where they are made to the
@@ -74,14 +74,14 @@ def live_ranges(graph: nx.DiGraph) -> LiveRanges:
     return LiveRanges(tuple(ranges), peak, list(order)[position] if order else "")
 
 
-def memory_of(graph: nx.DiGraph, node: str) -> str:
+def memory_of(graph: "nx.DiGraph[str]", node: str) -> str:
     """The node whose memory a value lies in: its own, but for views."""
     while graph.nodes[node]["view"] and graph.pred[node]:
         node = next(iter(graph.pred[node]))
     return node
 
 
-def _range(graph: nx.DiGraph, node: str, order: dict[str, int], ends: dict[str, int]) -> LiveRange:
+def _range(graph: "nx.DiGraph[str]", node: str, order: dict[str, int], ends: dict[str, int]) -> LiveRange:
     given = graph.nodes[node]["op"] in {"placeholder", "get_attr"}
     start, end = (0, len(order) - 1) if given else (order[node], ends[node])
     return LiveRange(node, start, end, graph.nodes[node]["bytes"])

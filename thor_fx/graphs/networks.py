@@ -52,7 +52,9 @@ class Facts(TypedDict):
     descriptors: tuple[InputDescriptor | OutputDescriptor, ...]
 
 
-def to_networkx(gm: fx.GraphModule, sites: Sequence[Site] = (), kernels: Sequence[Kernel] = ()) -> nx.DiGraph:
+def to_networkx(
+    gm: fx.GraphModule, sites: Sequence[Site] = (), kernels: Sequence[Kernel] = ()
+) -> "nx.DiGraph[str]":
     """A graph as a ``networkx.DiGraph`` with an edge from every value to its users.
 
     Args:

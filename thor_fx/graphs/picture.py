@@ -27,11 +27,11 @@ class HasGraph(Protocol):
     """A report, such as :func:`thor_fx.explain` returns."""
 
     @property
-    def graph(self) -> nx.DiGraph:
+    def graph(self) -> "nx.DiGraph[str]":
         """From :func:`~thor_fx.graphs.to_networkx`."""
 
 
-def draw(graph: nx.DiGraph | HasGraph, path: str | Path, title: str = TITLE) -> None:
+def draw(graph: "nx.DiGraph[str] | HasGraph", path: str | Path, title: str = TITLE) -> None:
     """Draw a step into an ``.svg`` file.
 
     A box for every block of the model and every phase of the step, with what is in it: operators,
@@ -53,7 +53,7 @@ def draw(graph: nx.DiGraph | HasGraph, path: str | Path, title: str = TITLE) -> 
     Path(path).write_text(text, encoding="utf-8")
 
 
-def picture(graph: nx.DiGraph, title: str = TITLE) -> str:
+def picture(graph: "nx.DiGraph[str]", title: str = TITLE) -> str:
     """The picture as SVG text.
 
     Raises:
@@ -96,7 +96,7 @@ def _lines(found: Sequence[Block], edges: Sequence[Edge]) -> tuple[Layout, list[
     return layout, lines
 
 
-def _heading(graph: nx.DiGraph, layout: Layout, title: str) -> list[str]:
+def _heading(graph: "nx.DiGraph[str]", layout: Layout, title: str) -> list[str]:
     """The title, what the marks mean, and a sum for every phase."""
     operators = [facts for _, facts in graph.nodes(data=True) if facts["op"] == "call_function"]
     work = scaled(sum(facts["flops"] for facts in operators), "FLOP")

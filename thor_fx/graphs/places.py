@@ -16,7 +16,7 @@ def owner(name: str) -> str:
     return param.rpartition(".")[0] or param
 
 
-def places(graph: nx.DiGraph) -> dict[str, str | None]:
+def places(graph: "nx.DiGraph[str]") -> dict[str, str | None]:
     """The path of a module for every node, None outside of all modules.
 
     A node without a module of its own belongs where the layer does whose gradient or factors it computes;
@@ -40,6 +40,6 @@ def places(graph: nx.DiGraph) -> dict[str, str | None]:
     return found
 
 
-def _read(graph: nx.DiGraph, node: str) -> list[object]:
+def _read(graph: "nx.DiGraph[str]", node: str) -> list[object]:
     """The descriptors of a node and of what it reads."""
     return [d for name in (node, *graph.pred[node]) for d in graph.nodes[name]["descriptors"]]

@@ -45,7 +45,9 @@ class Row:
     has_site: bool
 
 
-def rows_of(graph: nx.DiGraph, paths: Mapping[str, str], factors: Mapping[str, Shapes]) -> tuple[Row, ...]:
+def rows_of(
+    graph: "nx.DiGraph[str]", paths: Mapping[str, str], factors: Mapping[str, Shapes]
+) -> tuple[Row, ...]:
     """The rows of a block, those that compute anything first.
 
     Args:
@@ -63,7 +65,7 @@ def rows_of(graph: nx.DiGraph, paths: Mapping[str, str], factors: Mapping[str, S
     return tuple(_row(name, facts, kept.get(name, ())) for name, facts in nodes.items())
 
 
-def factors_of(graph: nx.DiGraph) -> dict[str, Shapes]:
+def factors_of(graph: "nx.DiGraph[str]") -> dict[str, Shapes]:
     """The factors that a graph returns, by the path of the module that has the layer."""
     found: dict[str, Shapes] = {}
     for _, facts in graph.nodes(data=True):

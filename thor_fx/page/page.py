@@ -46,7 +46,7 @@ class Page:
     title: str
     table_rows: Sequence[Row]
     summary: str
-    graph: nx.DiGraph
+    graph: "nx.DiGraph[str]"
     stages: Sequence[Stage] = ()
     steps: Sequence[StepCost] = ()
     kernels: Mapping[str, Sequence[Kernel]] = field(default_factory=dict)

@@ -12,7 +12,7 @@ from ..units import times
 COLUMNS = ("name", "operator", "shape", "dtype", "phase", "flops", "bytes", "kernel")
 
 
-def tree(graph: nx.DiGraph) -> dict[str, Any]:
+def tree(graph: "nx.DiGraph[str]") -> dict[str, Any]:
     """Modules in modules, and operators in the modules that they come from, each with its sums."""
     root = _module("", "model")
     for node, path in places(graph).items():

@@ -1,0 +1,92 @@
+"""What a state dict says of the options that it was saved with, where they decide what its tensors are."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from .blocks import BlockSize
+from .options import INVERTS_SIDES, Options
+from .state_versions import OPTIMIZER, VERSION, SavedState, migrated, version_of
+
+FIRST_ORDER = ("momentum", "exp_avg", "exp_avg_sq", "step")
+CURVATURE = ("inverses", "factors")
+
+DECIDES: dict[str, tuple[str, ...]] = {
+    "inverse": CURVATURE,
+    "bias": CURVATURE,
+    "sharing": CURVATURE,
+    "fisher": CURVATURE,
+    "momentum_on": ("momentum",),
+    "fallback": FIRST_ORDER,
+}
+"""Options, and what of a parameter's entry means something else under another value."""
+
+SHAPES = ("block_size", "max_dim", "long_side")
+"""Options that decide shapes, and only where a side is long enough: another value need not matter."""
+
+OF_THOR = {"damping", "momentum", "step"}
+"""What the groups of every version have."""
+
+
+def format_of(options: Options, block_size: BlockSize) -> dict[str, Any]:
+    """The entry ``format`` of the groups of an optimizer, with the block size that it has come to."""
+    values = {name: getattr(options, name) for name in (*DECIDES, *SHAPES)}
+    named = {name: "a function" if callable(value) else value for name, value in values.items()}
+    return {"version": VERSION, **named, "block_size": block_size}
+
+
+def accepted(saved: SavedState, own: Mapping[str, Any]) -> SavedState:
+    """A state dict as this version saves it.
+
+    Args:
+        saved: any; is not changed.
+        own: the ``format`` of the optimizer that loads it.
+
+    Raises:
+        ValueError: it is not that of a ``Thor``, of a later version, or holds what has another meaning under
+            the options of this optimizer.
+    """
+    if not {"state", "param_groups"} <= saved.keys():
+        raise ValueError(
+            "state_dict must be what Thor.state_dict() returned, with 'state' and 'param_groups': it has "
+            f"{_some(saved)}"
+        )
+    for group in saved["param_groups"]:
+        if missing := sorted(OF_THOR - group.keys()):
+            raise ValueError(
+                f"state_dict is that of another optimizer: its groups have {_some(group)}, and no {missing}. "
+                "Load what Thor.state_dict() returned; a Thor cannot continue what another optimizer began"
+            )
+    saved = migrated(saved, version_of(saved), OPTIMIZER, "state_dict")
+    _check_options(saved, own)
+    return saved
+
+
+def _check_options(saved: SavedState, own: Mapping[str, Any]) -> None:
+    held = {key for entry in saved["state"].values() for key in entry}
+    for group in saved["param_groups"]:
+        for name, keys in DECIDES.items():
+            theirs = group["format"].get(name, own[name])
+            concerned = [key for key in keys if key in held]
+            if concerned and _meaning(name, theirs) != _meaning(name, own[name]):
+                raise ValueError(
+                    f"state_dict was saved with {name}={theirs!r}, and this Thor has {name}={own[name]!r}: "
+                    f"use the {name}= that it was saved with, or take {concerned} out of every entry of its "
+                    "'state' to start those anew"
+                )
+
+
+def _meaning(name: str, value: Any) -> Any:
+    """Methods that keep the inverses of both sides go on with each other's."""
+    return "inverses" if name == "inverse" and value in INVERTS_SIDES else value
+
+
+def other_shapes(saved: Mapping[str, Any], own: Mapping[str, Any]) -> str:
+    """The options that may be why shapes differ, in words; nothing where none is known to differ."""
+    found = [name for name in SHAPES if name in saved and saved[name] != own[name]]
+    return ", ".join(f"{name}={saved[name]!r} then, {own[name]!r} now" for name in found)
+
+
+def _some(names: Iterable[Any], most: int = 6) -> str:
+    """The names, or the first of them."""
+    known = list(names)
+    return f"{known[:most]}" + (f" and {len(known) - most} more" if len(known) > most else "")
