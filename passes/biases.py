@@ -109,8 +109,10 @@ def _sum(_walk: Walk, node: fx.Node, path: Path) -> Iterator[_Sum]:
 
 def _getitem(_walk: Walk, node: fx.Node, path: Path) -> Iterator[_Sum]:
     operation, position = arguments(node)
-    kept = _lying(source(operation), 1) if position == 2 else None
-    if target(operation) is not aten.convolution_backward.default or kept is None:
+    if target(operation) is not aten.convolution_backward.default or position != 2:
+        raise unlike(node)
+    kept = _lying(source(operation), 1)
+    if kept is None:
         raise unlike(node)
     yield _Sum(kept, path)
 

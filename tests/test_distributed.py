@@ -30,7 +30,11 @@ from training import (
     train_by_closures,
 )
 
-pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="no torch.distributed here")
+pytestmark = [
+    pytest.mark.skipif(not torch.distributed.is_available(), reason="no torch.distributed here"),
+    # Dynamo's, of what a graph break hands on
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning"),
+]
 
 ALSO_FOUR = {"unweighted", "accumulated", "factors of all", "factors of owners"}
 FOUR = [name for name in RUNS if name in ALSO_FOUR or name.split()[-1] in MODELS]

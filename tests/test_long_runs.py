@@ -78,6 +78,7 @@ def test_a_step_that_needs_a_graph_for_every_size_says_so():
 
 
 @pytest.mark.fuzz
+@pytest.mark.nightly
 def test_nothing_grows_in_the_whole_length(tmp_path: Path):
     for name, found in run(tmp_path).items():
         (assert_few_graphs if name.endswith("shapes") else assert_nothing_grows)(found)

@@ -1,6 +1,6 @@
 """A training that is killed continues bit by bit: :mod:`resume_runs` has what runs.
 
-``THOR_FX_KILLS=500 pytest -m fuzz tests/test_resume.py`` kills more often.
+``THOR_FX_KILLS=500 pytest -m nightly tests/test_resume.py`` kills more often.
 """
 
 import json
@@ -21,7 +21,7 @@ OFTEN = [
     "plain", "async", "by trace", "sampled", "scaled", "adapts", "many", "rounded", "branching by trace",
     "ranks' checkpoint", "functional by trace", "functional many",
 ]  # fmt: skip
-"""Trainings that differ most in what they keep; all of them are killed under ``-m fuzz``."""
+"""Trainings that differ most in what they keep; all of them are killed under ``-m nightly``."""
 
 KILLS = {name: 5 if place < 2 else 4 for place, name in enumerate(OFTEN)}
 """Of every training; all together 50."""
@@ -60,8 +60,7 @@ def assert_nothing_was_lost(found: dict[str, Any], kills: int) -> None:
         # a process begins where the one before it has got to, or one further: it died before its line
         gaps = [after - before - 1 for before, after in zip([0, *taken], taken, strict=False)]
         assert min(gaps) == 0
-        assert sum(gaps) <= kills
-        assert taken[-1] == STEPS
+        assert sum(gaps) + STEPS - taken[-1] <= kills  # the last one may have died before its line, too
         assert [(step, text) for step, text in log if whole[step] != text] == []
 
 
@@ -75,6 +74,7 @@ def test_there_are_fifty_kills():
 
 
 @pytest.mark.fuzz
+@pytest.mark.nightly
 @pytest.mark.parametrize("case", CASES)
 def test_a_training_that_is_killed_often_continues_bit_by_bit(ask, case):
     kills = -(-MORE // len(CASES))

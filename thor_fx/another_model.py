@@ -17,7 +17,7 @@ def check_same_model(
     """Refuse a state dict of another model, or of a part of this one.
 
     Args:
-        saved: the state dict.
+        saved: the state dict, of an optimizer.
         groups: of parameters, as the optimizer has them.
         names: of all parameters of the model.
         alone: whether there are no other ranks, which may have the state of some layers.
@@ -25,9 +25,6 @@ def check_same_model(
     Raises:
         ValueError: naming the first difference.
     """
-    for key in ("state", "param_groups"):
-        if key not in saved:
-            raise ValueError(f"state_dict has no {key!r}, only {sorted(saved)[:5]}: it is of no optimizer")
     sizes = [[len(group["params"]) for group in side] for side in (saved["param_groups"], groups)]
     if sizes[0] != sizes[1]:
         raise ValueError(f"{ANOTHER}: its groups have {sizes[0]} parameters, those of this one {sizes[1]}")

@@ -85,9 +85,9 @@ class SlottedGraph:
 
     def outdated_by(self, new: "SlottedGraph") -> bool:
         """Whether another parameter has taken the place of one of these, or another dtype or device."""
-        alike = [name for name, p in self.params.items() if new.params.get(name, p) is not p]
+        replaced = any(new.params.get(name, p) is not p for name, p in self.params.items())
         slots = ((slot, new.slots.get(d, slot)) for d, slot in self.slots.items())
-        return bool(alike) or any((s.dtype, s.device) != (n.dtype, n.device) for s, n in slots)
+        return replaced or any((s.dtype, s.device) != (n.dtype, n.device) for s, n in slots)
 
     def sharing(self, known: Mapping[Factor, Tensor]) -> "SlottedGraph":
         """The same graph; its factors go to the slots that others have for them, as far as there are some."""
