@@ -267,19 +267,6 @@ def test_a_layer_that_fails_is_recomputed_whatever_its_trace():
     assert step.metrics(state)["boosted_blocks"] == 0
 
 
-def test_a_state_without_failures_in_a_row_is_taken():
-    run = Run("drop-in")
-    run.step()
-    saved = run.optimizer.state_dict()
-    assert all("failing" in entry for entry in saved["state"].values() if "inverses" in entry)
-    for entry in saved["state"].values():
-        entry.pop("failing", None)
-    other = Run("drop-in")
-    other.optimizer.load_state_dict(saved)
-    other.step()
-    assert other.metrics["skipped_steps"] == 0
-
-
 # --- what overflows on the way to a parameter ---------------------------------------------------------
 
 

@@ -1,9 +1,12 @@
 """Says once that numbers go wrong and are caught, where the host knows it without waiting for a device."""
 
-import ctypes
-import warnings
+from typing import Any
 
 from torch import Tensor
+
+from .metrics import failures
+from .transform import SkipState
+from .warn import warn
 
 
 class NumericsWarning(RuntimeWarning):
@@ -32,10 +35,12 @@ def at_hand(counter: Tensor) -> int | None:
         >>> at_hand(torch.tensor(3))
         3
     """
-    if counter.device.type != "cpu":
-        return None
-    # not by a method of the tensor: those are what nobody may call in a step, on any device
-    return ctypes.c_int64.from_address(counter.data_ptr()).value
+    return int(counter) if counter.device.type == "cpu" else None
+
+
+def skipped_steps(state: Any) -> int | None:
+    """How many steps were skipped so far; None where nobody counts, or asking would wait for a device."""
+    return at_hand(state.skipped) if isinstance(state, SkipState) else None
 
 
 class Alarm:
@@ -44,9 +49,19 @@ class Alarm:
     def __init__(self) -> None:
         self._told: set[str] = set()
 
-    def look(self, *, skipped: int, failed: int) -> None:
+    def look(self, state: Any, *, scaled: bool = False) -> None:
+        """Warn of what went wrong so far, where the host knows.
+
+        Args:
+            state: of a transform.
+            scaled: by a gradient scaler, whose overflows are no news.
+        """
+        failed = sum(at_hand(count) or 0 for count in failures(state))
+        self.tell(skipped=0 if scaled else skipped_steps(state) or 0, failed=failed)
+
+    def tell(self, *, skipped: int, failed: int) -> None:
         """Warn of what has happened so far, unless that was said."""
         for text, count in ((SKIPPED, skipped), (FAILED, failed)):
             if count and text not in self._told:
                 self._told.add(text)
-                warnings.warn(text.format(count=count), NumericsWarning, stacklevel=4)
+                warn(text.format(count=count), NumericsWarning)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from .ahead import Ahead
-from .alarm import Alarm, at_hand
+from .alarm import Alarm, skipped_steps
 from .another_model import check_same_model
 from .arguments import check_type
 from .between import run_between
@@ -48,7 +48,7 @@ from .inverses import METHODS, Inverse
 from .layers import Coverage
 from .levenberg_marquardt import LevenbergMarquardt, loss_again
 from .links import thor_chain
-from .metrics import Metrics, failures, metrics, trace
+from .metrics import Metrics, metrics, trace
 from .optimizer_state import (
     counters_of,
     layers_of,
@@ -387,7 +387,7 @@ class Thor(torch.optim.Optimizer):
         return loss
 
     def _advance(self, collected: Collected, step: int, compares: bool) -> tuple[bool, bool]:
-        """Take step ``step``; return whether it counts, and if the next has to collect factors, unscheduled."""
+        """Take step ``step``; return whether it counts, and whether the next has to collect factors."""
         moments, terms, sent, beside, arrived = collected
         lost = sent and self._built_for != self._collector.version
         if lost:
@@ -456,7 +456,8 @@ class Thor(torch.optim.Optimizer):
         for i, group in enumerate(self.param_groups):
             found |= {f"{name}/{i}" if i else name: float(group[name]) for name in ("lr", "damping")}
         counts = metrics(self._inner)
-        self._warn(int(counts["skipped_steps"]), int(counts["failed_inverses"]))
+        skipped = 0 if self._scaled else int(counts["skipped_steps"])
+        self._alarm.tell(skipped=skipped, failed=int(counts["failed_inverses"]))
         found |= counts
         if self._inner is None:  # before the first step
             return found
@@ -587,13 +588,14 @@ class Thor(torch.optim.Optimizer):
 
     def _take(self, given: Given, rates: list[Tensor], step: int) -> bool:
         """Take a step; whether it counts: one that was skipped does not, where the host knows of it."""
-        before = at_hand(self._inner.skipped)
+        before = skipped_steps(self._inner)
         self._scaled = bool(given.scales)
         with waiting_for_others(self._world, f"in step {step}"):
             self._update(given, rates)
-        if given.moments:
-            self._look()
-        return before is None or at_hand(self._inner.skipped) == before
+        counted = before is None or skipped_steps(self._inner) == before
+        if given.moments or not counted:
+            self._alarm.look(self._inner, scaled=self._scaled)
+        return counted
 
     def _between(
         self,
@@ -613,14 +615,6 @@ class Thor(torch.optim.Optimizer):
         due = run_between(self._tx, self._inner, self._update.params, self._found, rates, taken)
         if due is not None:
             self._set_due(due)
-
-    def _look(self) -> None:
-        """Warn of what went wrong so far, where the host knows."""
-        skipped = at_hand(self._inner.skipped)
-        self._warn(skipped or 0, sum(at_hand(count) or 0 for count in failures(self._inner)))
-
-    def _warn(self, skipped: int, failed: int) -> None:
-        self._alarm.look(skipped=0 if self._scaled else skipped, failed=failed)
 
     def _scales(self) -> dict[str, Tensor]:
         device = self._inner.skipped.device

@@ -25,7 +25,7 @@ from .transform import SkipState
 
 Entry = dict[str, Any]
 
-OF_LAYERS = ("inverses", "factors")
+OF_LAYERS = ("inverses", "failing", "factors")
 """What the state of a parameter has by layer."""
 
 

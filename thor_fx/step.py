@@ -13,7 +13,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from .ahead import Ahead
-from .alarm import Alarm, at_hand
+from .alarm import Alarm, skipped_steps
 from .arguments import check_choice, check_dynamic, check_type, checked_disabled
 from .between import run_between
 from .block_size import choose_by_step
@@ -27,7 +27,7 @@ from .inductor import Compiled, check_backend, check_settings, compile_graph, in
 from .kinds import Kind, kind_of, kinds
 from .layers import Coverage
 from .logs import log_coverage
-from .metrics import Metrics, failures, metrics, trace
+from .metrics import Metrics, metrics, trace
 from .own_passes import Statistics, checked_passes, statistics_of
 from .parameters import check_one_device, check_params, trainable
 from .passes import canonicalize, pipeline
@@ -37,7 +37,7 @@ from .recompute import recompute
 from .state_form import Form
 from .state_versions import STEP, VERSION, migrated
 from .trace_log import tracer
-from .transform import Params, SkipState, State, Taken, Transform
+from .transform import Params, State, Taken, Transform
 from .uncompiled import OnCompileError
 from .update import fixed_arguments, loss_alone
 from .whole_step import WholeStep, covered, results_of
@@ -308,17 +308,17 @@ class CompiledStep:
         kind = kind_of(self._tx, state.step, state.due, ready=state.ready)
         if kind.factors != "plain":
             self._ahead.forget()
-        skipped = _skipped(state.inner)
+        skipped = skipped_steps(state.inner)
         call = _Call(kind, [*self._leaves(state.inner), *hyper])
         with waiting_for_others(self._tx.world, f"in step {state.step}"):
             loss, aux = self._run(params, call, batch, state.buffers)
         buffers, aux = (None, aux) if state.buffers is None else aux
-        counted = skipped is None or _skipped(state.inner) == skipped
+        counted = skipped is None or skipped_steps(state.inner) == skipped
         ready = state.ready or (counted and self._was_good(state))
         due = self._between(params, state, kind, hyper) if counted else state.due
         damping = self._damping(state, loss, call.later)
-        if kind.factors != "plain":
-            self._look(state)
+        if kind.factors != "plain" or not counted:
+            self._alarm.look(state.inner)
         # a step that was skipped is taken again, with its schedules and factors
         step = state.step + counted
         new = state._replace(step=step, buffers=buffers, ready=ready, due=due, damping=damping)
@@ -332,7 +332,7 @@ class CompiledStep:
             name: float(value) for name, value in {**rates, **adapted}.items() if name in {"lr", "damping"}
         }
         counts = metrics(state.inner)
-        self._alarm.look(skipped=int(counts["skipped_steps"]), failed=int(counts["failed_inverses"]))
+        self._alarm.tell(skipped=int(counts["skipped_steps"]), failed=int(counts["failed_inverses"]))
         found: Metrics = {"step": state.step, **own, **counts}
         if self.coverage is None or self._block_size == "auto":
             return found
@@ -340,14 +340,9 @@ class CompiledStep:
 
     def _was_good(self, state: StepState) -> bool:
         """Whether the first steps were not all skipped. Waits for the device where that is no CPU, once."""
-        if _skipped(state.inner) is not None:
+        if skipped_steps(state.inner) is not None:
             return True  # or this step would not have counted
         return metrics(state.inner)["skipped_steps"] <= state.step
-
-    def _look(self, state: StepState) -> None:
-        """Warn of what went wrong so far, where the host knows."""
-        failed = sum(at_hand(count) or 0 for count in failures(state.inner))
-        self._alarm.look(skipped=_skipped(state.inner) or 0, failed=failed)
 
     def _between(self, params: Params, state: StepState, kind: Kind, hyper: Sequence[Tensor]) -> int | None:
         """What the transform does after the step, in place; when it wants factors next."""
@@ -489,11 +484,6 @@ def _copies(params: Params, state: StepState) -> tuple[Params, StepState, Mappin
     copied = {name: copy(p) if trainable(p) else p for name, p in params.items()}
     inner, buffers = pytree.tree_map_only(Tensor, copy, (state.inner, state.buffers))
     return copied, state._replace(inner=inner, buffers=buffers), known
-
-
-def _skipped(inner: State) -> int | None:
-    """How many steps were skipped so far; None where nobody counts, or asking would wait for a device."""
-    return at_hand(inner.skipped) if isinstance(inner, SkipState) else None
 
 
 def _shapes_of(params: Params) -> dict[str, Tensor]:
