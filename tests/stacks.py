@@ -8,6 +8,7 @@ from torch import Tensor
 
 import oracle
 from thor_fx.inverses import METHODS, Method, Stack
+from thor_fx.inverses.attempts import GOOD
 from thor_fx.layers import Layer
 from thor_fx.passes.sides import Side
 
@@ -92,17 +93,26 @@ class Stacked:
         self.output, self.input = sides_for(name, KINDS[kinds] if isinstance(kinds, str) else kinds)
         self.layer = layer(self.output, self.input)
         self.state = self.method.init(LAYERS, (self.input, self.output), BLOCK, LAMBDA)
+        self.never = torch.zeros(
+            LAYERS, self.method.units((self.input, self.output), BLOCK), dtype=torch.int64
+        )
         self.stack = self.measured(seed)
         self.gradients = random(99, LAYERS, self.output.dim, self.input.dim)
 
     def measured(self, seed: int, state: Any = None) -> Stack:
         pair = factor(seed, self.input), factor(seed + 50, self.output)
-        return Stack(self.layer, pair, self.state if state is None else state)
+        return Stack(self.layer, pair, self.state if state is None else state, self.never)
 
     def refresh(self, stack: Stack | None = None, damping: Any = None) -> tuple[Any, int]:
+        """The state, and how many blocks have failed."""
+        state, outcomes = self.attempt(stack, damping)
+        return state, int((outcomes != GOOD).sum())
+
+    def attempt(self, stack: Stack | None = None, damping: Any = None) -> tuple[Any, Tensor]:
+        """The state, and how the attempts have ended, (L, U)."""
         damping = damping or constant(LAMBDA, LAMBDA)
-        (state,), failed = self.method.refresh([self.stack if stack is None else stack], damping, BLOCK)
-        return state, int(failed)
+        (state,), (outcomes,) = self.method.refresh([self.stack if stack is None else stack], damping, BLOCK)
+        return state, outcomes
 
     def apply(self, state: Any, gradients: Tensor | None = None, lam: Tensor = LAMBDA) -> Tensor:
         return self.method.apply(state, self.gradients if gradients is None else gradients, TERMS, lam)[0]

@@ -53,7 +53,8 @@ def fixed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return counts
 
 
-PARAMETERS, INVERSES, COUNTERS = 4, 4, 4  # two layers; n, failures, refreshes and skipped steps
+PARAMETERS, INVERSES = 4, 4  # two layers
+COUNTERS = 4 + 2  # n, failures, refreshes and skipped steps; failures in a row of either layer
 
 
 @pytest.mark.inductor

@@ -102,7 +102,7 @@ def test_a_bad_block_keeps_both_bases_and_the_moments_of_its_matrix(side):
     state, _ = case.refresh()
     spoiled = [f.clone() for f in case.measured(2).factors]
     spoiled[side][1, -1, -1] = torch.nan
-    after, failed = case.refresh(Stack(case.layer, tuple(spoiled), state))
+    after, failed = case.refresh(Stack(case.layer, tuple(spoiled), state, case.never))
     clean, _ = case.refresh(case.measured(2, state))
     assert failed == 1
     for got, old, new in zip(tensors(after), tensors(state), tensors(clean), strict=True):
@@ -113,7 +113,7 @@ def test_a_bad_block_keeps_both_bases_and_the_moments_of_its_matrix(side):
 def test_moments_that_overflow_are_a_failure():
     case = Stacked("ekfac")
     a, g = case.stack.factors
-    state, _ = case.refresh(Stack(case.layer, (a * 1e200, g * 1e200), case.state))
+    state, _ = case.refresh(Stack(case.layer, (a * 1e200, g * 1e200), case.state, case.never))
     assert not case.apply(state).any()
 
 

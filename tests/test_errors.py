@@ -18,6 +18,7 @@ from training import (
     CLASSES,
     HIDDEN,
     IN,
+    assert_moved,
     assert_same,
     batches,
     build,
@@ -579,7 +580,7 @@ def test_a_bad_batch_changes_nothing_in_the_functional_door(taken):
         for leaf, old in zip(pytree.tree_leaves(state.inner.inner), before[1], strict=True):
             assert torch.equal(leaf, old)
         assert thor_fx.metrics(state).items() >= {"skipped_steps": count, "failed_inverses": 0}.items()
-        assert state.step == taken + 1
+        assert state.step == taken, "it does not count"
     params, state, _ = step(params, state, *data[taken])
     assert thor_fx.metrics(state)["skipped_steps"] == len(BAD)
     assert not identical(params, before[0])
@@ -635,10 +636,11 @@ def one_layer() -> nn.Module:
 
 
 @pytest.mark.parametrize("train_by", [by_functional_door, by_drop_in_door])
-def test_without_a_first_inverse_a_layer_stays(train_by):
+def test_without_a_first_inverse_a_layer_steps_along_the_gradient(train_by):
+    """Entry by entry, divided by what bounds the factors: tests/test_numerics.py."""
     start = snapshot(dict(build(one_layer).named_parameters()))
     found = train_by(build(one_layer), singular_batches(4), **{**SETTINGS, "damping": 0.0})
-    assert all(identical(p, start) for p in found)
+    assert_moved(found, start)
 
 
 def ignores_a_class(scores: Tensor) -> Tensor:
@@ -647,9 +649,9 @@ def ignores_a_class(scores: Tensor) -> Tensor:
 
 
 def test_a_factor_without_inverse_keeps_the_last_one():
-    """Damping is 0 from step 3 on, so that steps 3 and 6 find nothing to invert."""
-    data = [x for x, _ in singular_batches(9)]
-    table = torch.tensor([0.1] * 3 + [0.0] * 6, dtype=torch.float64)
+    """Damping is 0 from step 3 on: that step finds nothing to invert. (Step 6 would: it adds damping.)"""
+    data = [x for x, _ in singular_batches(6)]
+    table = torch.tensor([0.1] * 3 + [0.0] * 3, dtype=torch.float64)
     settings = {**SETTINGS, "lr": 1e-3}
     trajectories = []
     for own in ({"damping": table}, {"frequency": 100}):
@@ -661,7 +663,7 @@ def test_a_factor_without_inverse_keeps_the_last_one():
             optimizer.step()
             optimizer.zero_grad()
             trajectories[-1].append(snapshot(dict(model.named_parameters())))
-        failed = 4 if "damping" in own else 0
+        failed = 2 if "damping" in own else 0
         assert optimizer.metrics().items() >= {"skipped_steps": 0, "failed_inverses": failed}.items()
         assert all(inverse.any() for inverse in _inverses(optimizer))
     assert_same(*trajectories)
@@ -674,7 +676,7 @@ def test_a_factor_without_inverse_keeps_the_last_one():
     for x, expected in zip(data, trajectories[0], strict=True):
         params, state, _ = step(params, state, x)
         assert_same([params], [expected])
-    assert thor_fx.metrics(state).items() >= {"skipped_steps": 0, "failed_inverses": 4}.items()
+    assert thor_fx.metrics(state).items() >= {"skipped_steps": 0, "failed_inverses": 2}.items()
 
 
 def test_a_loss_that_is_zero_is_no_failure():

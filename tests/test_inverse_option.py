@@ -102,7 +102,8 @@ def test_a_bad_batch_fails_no_parameter_and_is_counted(name):
     params, state, _ = step(params, state, good)
     params, state, _ = step(params, state, huge)
     counted = thor_fx.metrics(state)
-    assert counted["failed_inverses"] >= 1
+    # with "ekfac" the squares of the gradient overflow, too: the step is skipped
+    assert counted["skipped_steps" if name == "ekfac" else "failed_inverses"] >= 1
     assert all(p.isfinite().all() for p in params.values())
 
 

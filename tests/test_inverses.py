@@ -11,6 +11,7 @@ from torch.utils import _pytree as pytree
 
 from stacks import KINDS, LAMBDA, LAYERS, TERMS, Stacked, constant, tensors
 from thor_fx.inverses import METHODS, Stack, newton_schulz, replace, select
+from thor_fx.inverses.attempts import NOT_FINITE
 from thor_fx.passes.sides import Side
 from thor_fx.refresh import per_side
 
@@ -79,7 +80,7 @@ def test_a_factor_that_is_not_finite_keeps_the_last_and_is_counted(name, value, 
     state, _ = case.refresh()
     spoiled = [f.clone() for f in case.measured(2).factors]
     spoiled[side][1].view(-1)[0] = value
-    after, failed = case.refresh(Stack(case.layer, tuple(spoiled), state))
+    after, failed = case.refresh(Stack(case.layer, tuple(spoiled), state, case.never))
     clean, none = case.refresh(case.measured(2, state))
     assert (failed, none) == (1, 0)
     assert torch.equal(case.apply(after)[0], case.apply(clean)[0]), "other layers are renewed"
@@ -120,7 +121,7 @@ def test_without_damping_what_is_singular_reaches_no_parameter(name):
     if g.dim() == 3:
         g[0, :, 0] = 0
     none = torch.zeros_like(LAMBDA)
-    state, failed = case.refresh(Stack(case.layer, (a, g), case.state), constant(none, none))
+    state, failed = case.refresh(Stack(case.layer, (a, g), case.state, case.never), constant(none, none))
     update = case.apply(state, lam=none)
     assert update.isfinite().all()
     assert failed == {"ekfac": 0, "eva": 0}.get(name, 1) or name == "newton_schulz"
@@ -134,7 +135,8 @@ def test_layers_that_are_absent_keep_their_state(name):
     places, present = [slice(0, 1), slice(1, 2)], [False, True]
     a, g = case.measured(2).factors
     here = select(state, places, present)
-    (some,), _ = case.method.refresh([Stack(case.layer, (a[1:], g[1:]), here)], constant(LAMBDA, LAMBDA), 3)
+    one = Stack(case.layer, (a[1:], g[1:]), here, case.never[1:])
+    (some,), _ = case.method.refresh([one], constant(LAMBDA, LAMBDA), 3)
     merged = replace(state, places, present, some)
     renewed, _ = case.refresh(case.measured(2, state))
     for got, old, new in zip(tensors(merged), tensors(state), tensors(renewed), strict=True):
@@ -169,9 +171,9 @@ def all_methods(stacks: dict[str, list[Stack]], gradients: list[Tensor], lam: Te
     results = {}
     for name, found in stacks.items():
         method = METHODS[name]
-        states, failed = method.refresh(found, constant(lam, lam), 3)
+        states, outcomes = method.refresh(found, constant(lam, lam), 3)
         steps = [method.apply(s, g, TERMS, lam) for s, g in zip(states, gradients, strict=True)]
-        results[name] = states, failed, steps
+        results[name] = states, outcomes, steps
     return results
 
 
@@ -198,4 +200,4 @@ def test_all_methods_in_one_graph_of_inductor(monkeypatch):
     got = torch.compile(flat, fullgraph=True)(values)
     for one, other in zip(got, pytree.tree_leaves(expected), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
-    assert int(expected["eigen"][1]) == 2
+    assert sum(int((ended == NOT_FINITE).sum()) for ended in expected["eigen"][1]) == 2

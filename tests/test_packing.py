@@ -13,6 +13,7 @@ from thor_fx.distributed.collectives import World
 from thor_fx.distributed.inverse_packing import packed, packed_numbers, unpacked
 from thor_fx.distributed.packing import pack, packed_numel, unpack
 from thor_fx.inverses import METHODS, Stack
+from thor_fx.inverses.attempts import GOOD
 from thor_fx.layers import Layer
 from thor_fx.passes.sides import Side
 from training import build
@@ -49,8 +50,9 @@ def test_one_triangle_of_an_inverse_is_sent_where_it_is_symmetric(inverse, halve
     layer, method = Layer("w", "w", Side(5), Side(3), (), (), 1, "1"), METHODS[inverse]
     a, g = (m @ m.mT for m in (torch.randn(1, 5, 5, dtype=torch.float64), torch.ones(1, 3, 3).double()))
     before = method.init(1, (layer.input, layer.output), 2, a)
-    (state,), failed = method.refresh([Stack(layer, (a, g), before)], lambda *_: (0.1, 0.1), 2)
-    assert failed == 0
+    never = torch.zeros(len(a), method.units((layer.input, layer.output), 2), dtype=torch.int64)
+    (state,), (ended,) = method.refresh([Stack(layer, (a, g), before, never)], lambda *_: (0.1, 0.1), 2)
+    assert (ended == GOOD).all()
     sent = packed(method, {"some": state})
     leaves = pytree.tree_leaves(sent)
     assert sum(leaf.numel() for leaf in leaves) == packed_numbers(method, layer, 2)

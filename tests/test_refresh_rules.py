@@ -2,7 +2,7 @@
 
 import io
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import pytest
@@ -161,10 +161,17 @@ def watching(seen: list[float], used: list[float], **others: Any) -> Watch:
     return Watch(*traces, torch.tensor(flags["fresh"]), torch.tensor(flags["frozen"]), *count)
 
 
-def decided(rule: ByTrace, watch: Watch, lam: float = 0.0, ready: Iterable[str] | None = None):
+def decided(
+    rule: ByTrace,
+    watch: Watch,
+    lam: float = 0.0,
+    ready: Iterable[str] | None = None,
+    failing: Sequence[bool] = (False,) * 3,
+):
     layers = Run(models.cross_attention).coverage.layers
     assert len(layers) == 3
-    return decide(rule, watch, layers, list(layers) if ready is None else ready, torch.tensor(lam), 50)
+    known = list(layers) if ready is None else ready
+    return decide(rule, watch, layers, known, torch.tensor(lam), torch.tensor(failing), 50)
 
 
 def test_known_traces():

@@ -3,6 +3,7 @@
 import copy
 import functools
 import io
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch.utils import _pytree as pytree
 
 import thor_fx
 from thor_fx import state_versions
+from thor_fx.precondition import PreconditionState
 from thor_fx.state_classes import STATE_CLASSES
 from training import (
     assert_moved,
@@ -51,10 +53,16 @@ def saved(**settings: Any) -> dict[str, Any]:
 
 
 def overwrite(state: Any, other: Any) -> None:
+    """Write the numbers of a state of version 0, which did not count failures in a row, into one of today."""
+    mine, theirs = (
+        {pytree.keystr(path): leaf for path, leaf in pytree.tree_flatten_with_path(tree)[0]}
+        for tree in (state, other)
+    )
+    assert all("failing" in name for name in mine.keys() ^ theirs.keys())
     with torch.no_grad():
-        for mine, theirs in zip(pytree.tree_leaves(state), pytree.tree_leaves(other), strict=True):
-            if isinstance(mine, Tensor):
-                mine.copy_(theirs)
+        for name in theirs:
+            if isinstance(mine[name], Tensor):
+                mine[name].copy_(theirs[name])
 
 
 # --- earlier versions ---------------------------------------------------------------------------------
@@ -101,6 +109,52 @@ def test_a_functional_state_of_version_0_continues_bitwise():
     assert_same([found], [golden["after"]], rtol=1e-10)
 
 
+METHODS = ["cholesky", "ekfac", "eva"]
+
+
+@pytest.mark.parametrize("inverse", METHODS)
+def test_state_dicts_of_version_1_have_not_failed(inverse):
+    """Up to then nobody counted how often a block fails in a row."""
+    state = saved(inverse=inverse)
+    before = {number: entry.pop("failing") for number, entry in state["state"].items() if "failing" in entry}
+    state["param_groups"][0]["format"]["version"] = 1
+    model, optimizer = thor(inverse=inverse)
+    train(model, optimizer, batches(1))
+    for counts in failing(optimizer):
+        counts.fill_(3)
+    optimizer.load_state_dict(state)
+    train(model, optimizer, batches(1))
+    assert len(before) == 2
+    for number, counts in before.items():
+        now = optimizer.state_dict()["state"][number]["failing"]
+        assert {name: count.shape for name, count in now.items()} == {n: c.shape for n, c in counts.items()}
+    assert not any(counts.any() for counts in failing(optimizer))
+
+
+def failing(optimizer: thor_fx.Thor) -> list[Tensor]:
+    return [t for entry in optimizer.state.values() for t in pytree.tree_leaves(entry.get("failing", {}))]
+
+
+@pytest.mark.parametrize("inverse", METHODS)
+def test_functional_states_of_version_1_have_not_failed(inverse):
+    data, model = batches(2), build(mlp)
+    tx = thor_fx.thor(**SETTINGS, inverse=inverse)
+    step = thor_fx.compile_step(classifier_loss(model), tx, backend="eager", donate=False)
+    params = dict(model.named_parameters())
+    params, state, _ = step(params, step.init(params, *data[0]), *data[0])
+
+    def uncounted(part: Any) -> Any:
+        return part._replace(failing={}) if isinstance(part, PreconditionState) else part
+
+    def is_leaf(part: Any) -> bool:
+        return isinstance(part, PreconditionState)
+
+    old = state._replace(inner=pytree.tree_map(uncounted, state.inner, is_leaf=is_leaf), version=1)
+    assert len(pytree.tree_leaves(old)) < len(pytree.tree_leaves(state))
+    found, expected = (step(params, before, *data[1])[0] for before in (old, state))
+    assert identical(found, expected)
+
+
 def test_migrations_run_one_after_the_other(monkeypatch):
     monkeypatch.setattr(state_versions, "VERSION", 4)
     migrations = {1: lambda saved: [*saved, "1 to 2"], 3: lambda saved: [*saved, "3 to 4"]}
@@ -120,12 +174,12 @@ def test_a_later_version_is_refused():
     _, optimizer = thor()
     state = saved()
     state["param_groups"][0]["format"]["version"] = 7
-    with pytest.raises(ValueError, match=r"is of version 7 .* reads versions up to 1: install"):
+    with pytest.raises(ValueError, match=r"is of version 7 .* reads versions up to 2: install"):
         optimizer.load_state_dict(state)
     model, data = build(mlp), batches(1)[0]
     step = thor_fx.compile_step(classifier_loss(model), thor_fx.thor(**SETTINGS), backend="eager")
     params = dict(model.named_parameters())
-    with pytest.raises(ValueError, match=r"state is of version 7 .* reads versions up to 1: install"):
+    with pytest.raises(ValueError, match=r"state is of version 7 .* reads versions up to 2: install"):
         step(params, thor_fx.StepState(3, (), version=7), *data)
 
 
@@ -155,26 +209,28 @@ def test_the_state_dict_of_another_optimizer_is_refused(other):
     assert optimizer.state_dict() == before
 
 
-OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
-    "inverse": ("inverses", {"inverse": "ekfac"}),
-    "bias": ("inverses", {"bias": "joint"}),
-    "sharing": ("inverses", {"sharing": "reduce"}),
-    "fisher": ("inverses", {"fisher": "sampled", "likelihood": "categorical"}),
-    "momentum_on": ("momentum", {"momentum_on": "gradient"}),
-    "fallback": ("momentum", {"fallback": "adamw"}),
+CURVATURE = ["inverses", "failing"]
+OTHERS: dict[str, tuple[list[str], dict[str, Any]]] = {
+    "inverse": (CURVATURE, {"inverse": "ekfac"}),
+    "bias": (CURVATURE, {"bias": "joint"}),
+    "sharing": (CURVATURE, {"sharing": "reduce"}),
+    "fisher": (CURVATURE, {"fisher": "sampled", "likelihood": "categorical"}),
+    "momentum_on": (["momentum"], {"momentum_on": "gradient"}),
+    "fallback": (["momentum"], {"fallback": "adamw"}),
 }
 
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_other_options_are_refused_by_name(name):
     """What has another meaning; without it the rest is loaded."""
-    entry, settings = OTHERS[name]
+    entries, settings = OTHERS[name]
     state, optimizer = saved(), thor(**settings)[1]
-    text = rf"saved with {name}=.* and this Thor has {name}=.*take \['{entry}'\]"
+    text = rf"saved with {name}=.* and this Thor has {name}=.*take {re.escape(str(entries))}"
     with pytest.raises(ValueError, match=text):
         optimizer.load_state_dict(state)
     for own in state["state"].values():
-        own.pop(entry, None)
+        for entry in entries:
+            own.pop(entry, None)
     optimizer.load_state_dict(state)
     assert optimizer.param_groups[0]["format"][name] == settings[name]
 

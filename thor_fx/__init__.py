@@ -6,6 +6,7 @@ from .torch_version import supported
 
 with supported():
     from . import checkpoint, presets
+    from .alarm import NumericsWarning
     from .block_size import block_size_report
     from .block_size_rule import BlockSizeReport
     from .compile import compile, statistics
@@ -40,6 +41,7 @@ __all__ = [
     "Layer",
     "LevenbergMarquardt",
     "NotRunnable",
+    "NumericsWarning",
     "Report",
     "Signals",
     "Staggered",

@@ -49,6 +49,8 @@ def adam() -> Transform:
             name: means[name] / (1 - b1**t) / ((squares[name] / (1 - b2**t)).sqrt() + EPS)
             for name, t in counts.items()
         }
+        # NOTE: an infinite average would stop its number for good; so this step is none (skip_nonfinite)
+        new = {name: torch.where(squares[name].isfinite(), u, torch.nan) for name, u in new.items()}
         kept = zip(state, (means, squares, counts), strict=True)
         return new, AdamState(*({**old, **changed} for old, changed in kept))
 

@@ -46,6 +46,20 @@ def counts(side: Side, block_size: int | None) -> list[tuple[int, int]]:
     return [(side.groups * count, b) for count, b in sizes(side, block_size)]
 
 
+def units(sides: tuple[Side, Side], block_size: int | None) -> int:
+    """How many blocks, or diagonals, of both sides of one matrix are inverted; at least 1."""
+    found = 0
+    for side in sides:
+        found += sum(count for count, _ in sizes(side, block_size)) if counts(side, block_size) else 0
+        found += side.kind == "diagonal"
+    return max(1, found)
+
+
+def per_matrix(part: Tensor) -> int:
+    """How many blocks (L, F, b, b) has of one matrix; a diagonal (L, d) is one."""
+    return 1 if part.dim() == 2 else part.shape[1]
+
+
 def numel(side: Side, block_size: int | None) -> int:
     """How many numbers the blocks of a side hold, in all groups."""
     return sum(count * b**2 for count, b in counts(side, block_size)) or side.numel

@@ -17,7 +17,19 @@ from torch import Tensor
 from .layers import Coverage
 from .precision import wide
 from .schedule import Schedule
-from .transform import Hyper, Params, Signals, State, Taken, Transform, Updates, after, stateless
+from .transform import (
+    Hyper,
+    Params,
+    Signals,
+    State,
+    Taken,
+    Transform,
+    Updates,
+    after,
+    shrunk,
+    stateless,
+    within,
+)
 
 Clip = Literal["tensor", "global"]
 
@@ -28,7 +40,7 @@ def clip_by_global_norm(largest: float) -> Transform:
     def clip(updates: Updates, _params: Params, signals: Signals) -> Updates:
         norms = [torch.linalg.vector_norm(u, dtype=wide(u)) for u in updates.values()]
         norm = _together(norms, signals)
-        return {name: u * (largest / norm.clamp_min(largest)).to(u.dtype) for name, u in updates.items()}
+        return {name: shrunk(u, within(norm, largest)) for name, u in updates.items()}
 
     return stateless(clip)
 
@@ -86,9 +98,10 @@ def clip_by_kl(
         if not terms and signals.world is None:
             return new, state._replace(inner=inner)
         square = signals.total(terms) / loss_scale
-        within = square <= kappa  # also where rounding makes it negative
-        scale = torch.where(within, torch.ones_like(square), (kappa / square).sqrt())
-        clipped = {name: u * scale.to(u.dtype) for name, u in new.items()}
+        small = square <= kappa  # also where rounding makes it negative
+        scale = torch.where(small, torch.ones_like(square), (kappa / square).sqrt())
+        scale = torch.where(square.isinf(), torch.nan, scale)  # as in thor_fx.transform.within
+        clipped = {name: shrunk(u, scale) for name, u in new.items()}
         return clipped, KLState(inner, square.to(state.kl.dtype))
 
     def between(state: KLState, params: Params, signals: Signals, taken: Taken) -> tuple[KLState, int | None]:

@@ -3,6 +3,10 @@
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from .blocks import per_matrix
 from .clips import KLState
 from .layers import Layer
 from .precondition import PreconditionState
@@ -11,6 +15,8 @@ from .trace_rule import Watch, block_trace
 from .transform import SkipState
 
 Metrics = dict[str, int | float]
+
+COUNTERS = "skipped_steps", "failed_inverses", "boosted_blocks", "first_order_blocks", "refreshes"
 
 
 def metrics(state: Any) -> Metrics:
@@ -22,8 +28,11 @@ def metrics(state: Any) -> Metrics:
         state: the state of a transform, or of a training step.
 
     Returns:
-        ``skipped_steps``: steps with a NaN or infinite gradient, which changed nothing;
-        ``failed_inverses``: blocks whose factor had no finite inverse, so that they kept the last;
+        ``skipped_steps``: steps with a NaN or infinite gradient, or after which a parameter would have been
+        that; they changed nothing;
+        ``failed_inverses``: attempts at a block that found no finite inverse, so that it kept the last;
+        ``boosted_blocks``: blocks whose last attempt failed, so that the next takes more damping;
+        ``first_order_blocks``: those of them that have never had an inverse, and step along the gradient;
         ``refreshes``: steps in which inverses were recomputed (with several groups of parameters: of the
         group that had most). With ``kl_clip`` also ``kl``: ``lr^2 <U, g>`` of the last step before the clip,
         twice the Kullback-Leibler divergence that it would have had. With :class:`thor_fx.ByTrace` also
@@ -37,12 +46,34 @@ def metrics(state: Any) -> Metrics:
         >>> params = {"w": torch.ones(2, 1)}
         >>> state = step.init(params, torch.eye(2))
         >>> params, state, _ = step(params, state, torch.full((2, 2), torch.inf))
-        >>> metrics(state), params["w"].tolist()
-        ({'skipped_steps': 1, 'failed_inverses': 0, 'refreshes': 0}, [[1.0], [1.0]])
+        >>> metrics(state)["skipped_steps"], params["w"].tolist()
+        (1, [[1.0], [1.0]])
     """
-    found: Metrics = {"skipped_steps": 0, "failed_inverses": 0, "refreshes": 0}
+    found: Metrics = dict.fromkeys(COUNTERS, 0)
     _walk(state, found)
     return found
+
+
+def _first_order_blocks(state: PreconditionState) -> int:
+    """Blocks that fail and have nothing off their diagonal; a diagonal side is always so."""
+    count = 0
+    for key, failing in state.failing.items():
+        if not bool(failing.any()):
+            continue
+        inverses, start = state.inverses[key], 0
+        for part in (*inverses.input, *inverses.output):
+            stop = start + per_matrix(part)
+            count += int((_is_diagonal(part) & (failing[:, start:stop] > 0)).sum())
+            start = stop
+    return count
+
+
+def _is_diagonal(part: Tensor) -> Tensor:
+    """Which blocks (L, F, b, b) have nothing off their diagonal, (L, F); or diagonals (L, d), (L, 1)."""
+    if part.dim() == 2:
+        return torch.ones_like(part[:, :1], dtype=torch.bool)
+    rest = part - torch.diag_embed(part.diagonal(dim1=-2, dim2=-1))
+    return (rest == 0).all(-1).all(-1)
 
 
 def _walk(state: Any, found: Metrics) -> None:
@@ -52,6 +83,8 @@ def _walk(state: Any, found: Metrics) -> None:
         found["kl"] = float(state.kl)
     if isinstance(state, PreconditionState):
         found["failed_inverses"] += int(state.failures)
+        found["boosted_blocks"] += sum(int((failing > 0).sum()) for failing in state.failing.values())
+        found["first_order_blocks"] += _first_order_blocks(state)
         found["refreshes"] = max(found["refreshes"], int(state.refreshes))
     if isinstance(state, Watch):
         counts = {"refreshed": state.refreshed, "kept": state.kept, "frozen": state.frozen.sum()}
@@ -80,6 +113,14 @@ def trace(state: Any, layers: Mapping[str, Layer], block_size: int | None) -> di
         if name in layers and weight > 0
     ]
     return {"trace": sum(traces)} if traces else {}
+
+
+def failures(state: Any) -> list[Tensor]:
+    """The counters of failed inverses of all groups of parameters."""
+    if isinstance(state, PreconditionState):
+        return [state.failures]
+    inner = state.values() if isinstance(state, dict) else state if isinstance(state, tuple) else ()
+    return [count for part in inner for count in failures(part)]
 
 
 def _memories(state: Any) -> list[Memory]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from .ahead import Ahead
+from .alarm import Alarm, skipped_steps
 from .another_model import check_same_model
 from .arguments import check_type
 from .between import run_between
@@ -281,6 +282,8 @@ class Thor(torch.optim.Optimizer):
         self._overdue = False
         self._compared = False  # with the other ranks
         self._known = Readiness()
+        self._alarm = Alarm()
+        self._scaled = False  # by a gradient scaler, whose overflows are no news
         self._reader = object()
         self._saved_with = ""  # how options differ from those of the state that was loaded
         self._forget()
@@ -372,19 +375,19 @@ class Thor(torch.optim.Optimizer):
         collected = self._collector.collected()
         try:
             with torch.autocast(first.device.type, enabled=False):  # trainers call us inside of theirs
-                waits = self._advance(collected, step, compares)
+                counted, waits = self._advance(collected, step, compares)
         except BaseException:
             self._collector.put_back(collected)  # after Ctrl-C, say, the step can be tried again
             raise
         if compares and adaptive is not None and closure is not None:
             self._adapt(adaptive, closure, loss)
         for group in self.param_groups:
-            group["step"] = step + 1
-        self._prepare(step + 1, waits)
+            group["step"] = step + counted  # else this step is taken again, with its schedules and factors
+        self._prepare(step + counted, waits)
         return loss
 
-    def _advance(self, collected: Collected, step: int, compares: bool) -> bool:
-        """Take step ``step``; return whether the next one has to collect factors, unscheduled."""
+    def _advance(self, collected: Collected, step: int, compares: bool) -> tuple[bool, bool]:
+        """Take step ``step``; return whether it counts, and whether the next has to collect factors."""
         moments, terms, sent, beside, arrived = collected
         lost = sent and self._built_for != self._collector.version
         if lost:
@@ -407,12 +410,11 @@ class Thor(torch.optim.Optimizer):
         refreshes = frozenset(map(layer_of, moments)) & unready if self._tx.between else None
         rates, terms = self._rates(), terms if moments else None
         given = Given(gradients, moments, terms, self._scales(), refreshes, compares)
-        with waiting_for_others(self._world, f"in step {step}"):
-            self._update(given, rates)
-        self._between(step, moments, unready, rates)
+        counted = self._take(given, rates, step)
+        self._between(step, moments, unready, rates, counted=counted)
         if served and bool(skipped == self._inner.skipped):  # waits for the device, in the first step
             self._known.ready |= served
-        return self._known.wait(unready, served, gradients, step)
+        return counted, self._known.wait(unready, served, gradients, step)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget gradients, and factors that no step has used."""
@@ -453,7 +455,10 @@ class Thor(torch.optim.Optimizer):
         found: Metrics = {"step": self.param_groups[0]["step"]}
         for i, group in enumerate(self.param_groups):
             found |= {f"{name}/{i}" if i else name: float(group[name]) for name in ("lr", "damping")}
-        found |= metrics(self._inner)
+        counts = metrics(self._inner)
+        skipped = 0 if self._scaled else int(counts["skipped_steps"])
+        self._alarm.tell(skipped=skipped, failed=int(counts["failed_inverses"]))
+        found |= counts
         if self._inner is None:  # before the first step
             return found
         block_size = self.block_size
@@ -581,11 +586,28 @@ class Thor(torch.optim.Optimizer):
         if names:
             tell_unseen(names, strict=self._collector.strict)
 
+    def _take(self, given: Given, rates: list[Tensor], step: int) -> bool:
+        """Take a step; whether it counts: one that was skipped does not, where the host knows of it."""
+        before = skipped_steps(self._inner)
+        self._scaled = bool(given.scales)
+        with waiting_for_others(self._world, f"in step {step}"):
+            self._update(given, rates)
+        counted = before is None or skipped_steps(self._inner) == before
+        if given.moments or not counted:
+            self._alarm.look(self._inner, scaled=self._scaled)
+        return counted
+
     def _between(
-        self, step: int, moments: Mapping[str, Moments], unready: set[str], rates: list[Tensor]
+        self,
+        step: int,
+        moments: Mapping[str, Moments],
+        unready: set[str],
+        rates: list[Tensor],
+        *,
+        counted: bool,
     ) -> None:
-        """What happens after the step, whose inverses act from the next one on."""
-        if self._tx.between is None:
+        """What happens after a step that counted, whose inverses act from the next one on."""
+        if self._tx.between is None or not counted:
             return
         measured = frozenset(map(layer_of, moments)) - unready
         ready = frozenset(self._known.ready.intersection(self._found.layers))

@@ -25,7 +25,7 @@ from .transform import SkipState
 
 Entry = dict[str, Any]
 
-OF_LAYERS = ("inverses", "factors")
+OF_LAYERS = ("inverses", "failing", "factors")
 """What the state of a parameter has by layer."""
 
 
@@ -36,7 +36,7 @@ def views(
     labels: Mapping[str, str],
     held: Callable[[Coverage, Mapping[str, Tensor]], Coverage],
 ) -> dict[str, Entry]:
-    """The state of every parameter: its moments, and the inverses and factors of its layers.
+    """The state of every parameter: its moments, and of its layers inverses, failures in a row and factors.
 
     Args:
         state: of all groups.
@@ -52,8 +52,9 @@ def views(
         mine = held(found.restrict(frozenset(name for name in params if labels[name] == label)), params)
         for key, layers in by_shape(mine, params).items():
             for layer, place in zip(layers, spans(layers), strict=True):
-                inverses = entries[layer.param].setdefault("inverses", {})
-                inverses[layer.name] = _part(preconditioning.inverses[key], place)
+                entry = entries[layer.param]
+                entry.setdefault("inverses", {})[layer.name] = _part(preconditioning.inverses[key], place)
+                entry.setdefault("failing", {})[layer.name] = preconditioning.failing[key][place]
         if isinstance(preconditioning.memory, Memory):
             for name, layer in mine.layers.items():
                 factors = entries[layer.param].setdefault("factors", {})

@@ -23,7 +23,7 @@ A bias that belongs to its layer is one more column of the gradient. Legend: L m
 one layer or of several, updated in one batched product.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -35,7 +35,7 @@ from torch.utils import _pytree as pytree
 from .averages import average
 from .distributed.exchange import Exchange
 from .factors import cotangent_scale, factor_pair
-from .inverses import METHODS, Inverse, Method, Pair, State, replace, select
+from .inverses import FAILED, METHODS, Inverse, Method, Pair, State, in_a_row, replace, select
 from .layers import Coverage, Layer
 from .matrices import matrices, put_back
 from .overlap import Overlap
@@ -47,6 +47,9 @@ from .renewal import Memory, Renewal
 from .schedule import Schedule
 from .transform import Params, Signals, Taken, Transform, Updates, divided
 
+Renewed = tuple[dict[str, State], dict[str, Tensor]]
+"""Inverses by shape of layer, and how the attempts at them have ended: :func:`thor_fx.refresh.refresh`."""
+
 
 class PreconditionState(NamedTuple):
     """What is kept between steps.
@@ -54,10 +57,12 @@ class PreconditionState(NamedTuple):
     Attributes:
         inverses: by shape of layer; what they are is up to the method (:mod:`thor_fx.inverses`).
         terms: ``n`` of the last factor step, 0-D.
-        failures: since the start, 0-D int64: blocks whose inverse failed and was kept, and layers whose
-            factors were not finite and did not enter the average.
+        failures: since the start, 0-D int64: blocks whose inverse failed, and layers whose factors were not
+            finite and did not enter the average.
         refreshes: steps in which inverses were recomputed, 0-D int64.
         memory: running averages of the factors, and what a refresh rule remembers; () without.
+        failing: how often every block has failed in a row, int64 (L, U), by shape of layer
+            (:mod:`thor_fx.inverses.attempts`).
     """
 
     inverses: dict[str, State]
@@ -65,6 +70,7 @@ class PreconditionState(NamedTuple):
     failures: Tensor
     refreshes: Tensor
     memory: Memory | tuple[()] = ()
+    failing: dict[str, Tensor] = {}  # noqa: RUF012 - never written
 
 
 def precondition(
@@ -135,17 +141,19 @@ class _Preconditioner:
     exchange: Exchange | None
 
     def init(self, params: Params, coverage: Coverage) -> PreconditionState:
-        inverses = {}
+        inverses, failing = {}, {}
         for key, layers in by_shape(coverage, params).items():
             one = _accumulator(params[layers[0].param])
             count, sides = sum(layer.groups for layer in layers), (layers[0].input, layers[0].output)
             inverses[key] = self.method.init(count, sides, self.block_size, one)
+            units = self.method.units(sides, self.block_size)
+            failing[key] = torch.zeros(count, units, dtype=torch.int64, device=one.device)
         any_param = _accumulator(next(iter(params.values())))
         terms = torch.full_like(any_param, self.batch_size or 1)
         like = {name: _accumulator(params[layer.param]) for name, layer in coverage.layers.items()}
         memory = self.renewal.init(coverage.layers, like) if self.remembers and like else ()
         none = torch.zeros_like(terms, dtype=torch.int64)
-        return PreconditionState(inverses, terms, none, none.clone(), memory)
+        return PreconditionState(inverses, terms, none, none.clone(), memory, failing)
 
     def update(
         self, updates: Updates, state: PreconditionState, params: Params, signals: Signals
@@ -182,7 +190,12 @@ class _Preconditioner:
         if isinstance(self.renewal.rule, Overlap):
             return self._beside(self.renewal.rule, state, state.memory, params, signals.coverage, taken), None
         lam = signals.hyper["damping"]
-        wanted, memory, due = self.renewal.choose(state.memory, signals.coverage.layers, lam, taken)
+        layers = signals.coverage.layers
+
+        def failing() -> Tensor:
+            return _failing_layers(state.failing, by_shape(signals.coverage, params), layers)
+
+        wanted, memory, due = self.renewal.choose(state.memory, layers, lam, taken, failing)
         state = state._replace(memory=memory)
         groups = self.renewal.kept(by_shape(signals.coverage, params)) if wanted else {}
         return self._renewed(state, groups, wanted, partial(average, memory.averages), lam), due
@@ -201,20 +214,20 @@ class _Preconditioner:
         if phase == "rest":
             return state
 
-        def invert() -> tuple[dict[str, State], Tensor | int]:
+        def invert() -> Renewed:
             assert isinstance(memory.damping, Tensor)
-            unknown = pytree.tree_map(_unknown, inverses)
+            before = state._replace(inverses=pytree.tree_map(_unknown, inverses))
             groups, factors = self.renewal.kept(by_shape(coverage, params)), partial(average, memory.averages)
-            return self._inverted(unknown, groups, wanted, factors, memory.damping)
+            return self._inverted(before, groups, wanted, factors, memory.damping)
 
-        inputs = pytree.tree_leaves(memory)
+        inputs = pytree.tree_leaves((memory, state.failing))
         if phase == "invert":
             if taken.ahead is not None:
                 taken.ahead.start(inputs, wanted, invert)
             return state
-        found, failed = invert() if taken.ahead is None else taken.ahead.take(inputs, wanted, invert)
+        found, outcomes = invert() if taken.ahead is None else taken.ahead.take(inputs, wanted, invert)
         known = pytree.tree_map(_known, found, inverses)
-        return _with(state, known, failed)
+        return _with(state, known, outcomes)
 
     def _measured(
         self, state: PreconditionState, groups: dict[str, list[Layer]], signals: Signals
@@ -248,27 +261,27 @@ class _Preconditioner:
         """The state with new inverses of some layers."""
         if not wanted:
             return state
-        inverses, failed = self._inverted(state.inverses, groups, wanted, factors, lam)
-        return _with(state, inverses, failed)
+        return _with(state, *self._inverted(state, groups, wanted, factors, lam))
 
     def _inverted(
         self,
-        inverses: dict[str, State],
+        before: PreconditionState,
         groups: dict[str, list[Layer]],
         wanted: Collection[str],
         factors: Callable[[Layer], Pair],
         lam: Tensor | float,
-    ) -> tuple[dict[str, State], Tensor | int]:
-        """All inverses, with new ones of some layers; and how many failed and are as they were."""
+    ) -> Renewed:
+        """All inverses, with new ones of some layers; and how the attempts have ended."""
         damping = partial(per_side, self.damping_rule, lam)
 
-        def renewed(names: Collection[str]) -> tuple[dict[str, State], Tensor | int]:
+        def renewed(names: Collection[str]) -> Renewed:
             chosen = {key: [layer.name in names for layer in layers] for key, layers in groups.items()}
-            return refresh(self.method, groups, chosen, factors, inverses, damping, self.block_size)
+            kept = before.inverses, before.failing
+            return refresh(self.method, groups, chosen, factors, *kept, damping, self.block_size)
 
         if self.exchange is None:
             return renewed(wanted)
-        return self.exchange.renewed(renewed, inverses, groups, wanted)
+        return self.exchange.renewed(renewed, before.inverses, before.failing, groups, wanted)
 
 
 # NOTE: [NaN is the last state] What is computed beside the steps must not read inverses that they may write
@@ -284,10 +297,30 @@ def _known(new: Tensor, old: Tensor) -> Tensor:
     return torch.where(new.isnan(), old, new)
 
 
-def _with(state: PreconditionState, inverses: dict[str, State], failed: Tensor | int) -> PreconditionState:
+def _with(
+    state: PreconditionState, inverses: dict[str, State], outcomes: Mapping[str, Tensor]
+) -> PreconditionState:
     """The state with new inverses."""
-    failures, refreshes = state.failures + failed, state.refreshes + 1
-    return state._replace(inverses=inverses, failures=failures, refreshes=refreshes)
+    failed = torch.stack([(ended >= FAILED).sum() for ended in outcomes.values()]).sum()
+    failing = {key: in_a_row(state.failing[key], ended) for key, ended in outcomes.items()}
+    return state._replace(
+        inverses=inverses,
+        failures=state.failures + failed,
+        refreshes=state.refreshes + 1,
+        failing={**state.failing, **failing},
+    )
+
+
+def _failing_layers(
+    failing: Mapping[str, Tensor], groups: Mapping[str, list[Layer]], layers: Collection[str]
+) -> Tensor:
+    """Which layers have blocks whose last attempt failed, bool (layers,), in the order of ``layers``."""
+    flags = {
+        layer.name: failing[key][place].any()
+        for key, group in groups.items()
+        for layer, place in zip(group, spans(group), strict=True)
+    }
+    return torch.stack([flags[name] for name in layers])
 
 
 def _present(signals: Signals) -> set[str]:

@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .inverses import Damping, Method, Pair, Stack, State, replace, select
+from .inverses import Damping, Method, Pair, Stack, State, pick, put, replace, select
 from .layers import Coverage, Layer
 from .passes.sides import Side, trace
 from .transform import Params
@@ -87,9 +87,10 @@ def refresh(
     present: Mapping[str, list[bool]],
     measured: Callable[[Layer], Pair],
     previous: Mapping[str, State],
+    failing: Mapping[str, Tensor],
     damping: Damping,
     block_size: int | None,
-) -> tuple[dict[str, State], Tensor | int]:
+) -> tuple[dict[str, State], dict[str, Tensor]]:
     """Renew the inverses of all layers that have factors.
 
     Args:
@@ -98,11 +99,13 @@ def refresh(
         present: which of them have factors in this step.
         measured: the factor pair of a layer.
         previous: the states of the method there are, by shape.
+        failing: how often every block has failed in a row, (L, U), by shape.
         damping: of both sides, from the stacked factors and one of the layers.
         block_size: side of the blocks in which dense factors are inverted; None: whole.
 
     Returns:
-        All states, by shape, and how many inverses failed and were kept.
+        All states, by shape; and how attempts have ended (:mod:`thor_fx.inverses.attempts`), (L, U) by shape,
+        where there were any.
     """
     stacks: dict[str, Stack] = {}
     for key, layers in groups.items():
@@ -111,12 +114,15 @@ def refresh(
             pairs = [measured(layer) for layer in here]
             sides = here[0].input, here[0].output
             a, g = (_stack([pair[i] for pair in pairs], side) for i, side in enumerate(sides))
-            stacks[key] = Stack(here[0], (a, g), select(previous[key], spans(layers), present[key]))
-    renewed, failed = method.refresh(list(stacks.values()), damping, block_size)
-    new = dict(previous)
-    for key, state in zip(stacks, renewed, strict=True):
-        new[key] = replace(previous[key], spans(groups[key]), present[key], state)
-    return new, failed
+            chosen = spans(layers), present[key]
+            stacks[key] = Stack(here[0], (a, g), select(previous[key], *chosen), pick(failing[key], *chosen))
+    renewed, ended = method.refresh(list(stacks.values()), damping, block_size)
+    new, outcomes = dict(previous), {}
+    for key, state, outcome in zip(stacks, renewed, ended, strict=True):
+        chosen = spans(groups[key]), present[key]
+        new[key] = replace(previous[key], *chosen, state)
+        outcomes[key] = put(torch.zeros_like(failing[key]), *chosen, outcome)
+    return new, outcomes
 
 
 def _stack(factors: list[Tensor | None], side: Side) -> Tensor | None:

@@ -116,14 +116,23 @@ class Renewal:
         return memory, lost
 
     def choose(
-        self, memory: Memory, layers: Mapping[str, Layer], lam: Tensor | float, taken: Taken
+        self,
+        memory: Memory,
+        layers: Mapping[str, Layer],
+        lam: Tensor | float,
+        taken: Taken,
+        failing: Callable[[], Tensor],
     ) -> Choice:
-        """The layers to recompute after a step; :class:`~thor_fx.ByTrace` waits for the device."""
+        """The layers to recompute after a step; :class:`~thor_fx.ByTrace` waits for the device.
+
+        ``failing``: which layers have blocks whose last attempt failed, (layers,).
+        """
         if isinstance(self.rule, ByTrace):
             if not taken.measured:
                 return Choice((), memory)
             assert isinstance(memory.watch, Watch)
-            wanted, watch, due = decide(self.rule, memory.watch, layers, taken.ready, lam, taken.step)
+            known = memory.watch, layers, taken.ready, lam, failing(), taken.step
+            wanted, watch, due = decide(self.rule, *known)
             return Choice(wanted, memory._replace(watch=watch), due)
         assert self.rule is not None
         assert not isinstance(self.rule, Overlap)

@@ -8,7 +8,7 @@ from .options import INVERTS_SIDES, Options
 from .state_versions import OPTIMIZER, VERSION, SavedState, migrated, version_of
 
 FIRST_ORDER = ("momentum", "exp_avg", "exp_avg_sq", "step")
-CURVATURE = ("inverses", "factors")
+CURVATURE = ("inverses", "failing", "factors")
 
 DECIDES: dict[str, tuple[str, ...]] = {
     "inverse": CURVATURE,

@@ -12,7 +12,14 @@ version without an entry changed nothing of that kind.
 from collections.abc import Callable, Mapping
 from typing import Any
 
-VERSION = 1
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from .blocks import per_matrix
+from .precondition import PreconditionState
+
+VERSION = 2
 
 SavedState = dict[str, Any]
 """What ``Thor.state_dict()`` returns: ``state`` by the number of the parameter, and ``param_groups``."""
@@ -23,12 +30,41 @@ def _groups_with_format(saved: SavedState) -> SavedState:
     return {**saved, "param_groups": [{**group, "format": {}} for group in saved["param_groups"]]}
 
 
+def _never_failed(inverses: Mapping[str, Any]) -> Tensor:
+    """Up to version 1 nobody counted how often a block had failed in a row: (L, U)."""
+    parts = [part for side in ("input", "output") for part in inverses[side]]
+    units = 1 if "known" in inverses else sum(map(per_matrix, parts))  # Kronecker vectors fail together
+    return torch.zeros(len(parts[0]), units, dtype=torch.int64, device=parts[0].device)
+
+
+def _entries_that_count_failures(saved: SavedState) -> SavedState:
+    def counting(entry: dict[str, Any]) -> dict[str, Any]:
+        kept = entry.get("inverses", {})
+        failing = {layer: _never_failed(of) for layer, of in kept.items() if of["input"] or of["output"]}
+        return {**entry, "failing": failing} if failing else entry
+
+    return {**saved, "state": {number: counting(entry) for number, entry in saved["state"].items()}}
+
+
+def _states_that_count_failures(state: Any) -> Any:
+    def counting(part: Any) -> Any:
+        if not isinstance(part, PreconditionState):
+            return part
+        kept = {shape: inverses._asdict() for shape, inverses in part.inverses.items()}
+        return part._replace(failing={shape: _never_failed(of) for shape, of in kept.items()})
+
+    def is_leaf(part: Any) -> bool:
+        return isinstance(part, PreconditionState)
+
+    return pytree.tree_map(counting, state, is_leaf=is_leaf)
+
+
 Migrations = Mapping[int, Callable[[Any], Any]]
 
-OPTIMIZER: Migrations = {0: _groups_with_format}
+OPTIMIZER: Migrations = {0: _groups_with_format, 1: _entries_that_count_failures}
 """Of state dicts."""
 
-STEP: Migrations = {}
+STEP: Migrations = {1: _states_that_count_failures}
 """Of the states of functional steps. Version 1 has its number more than version 0, and nothing else."""
 
 CHECKPOINT: Migrations = {}

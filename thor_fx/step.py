@@ -13,6 +13,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from .ahead import Ahead
+from .alarm import Alarm, skipped_steps
 from .arguments import check_choice, check_dynamic, check_type, checked_disabled
 from .between import run_between
 from .block_size import choose_by_step
@@ -46,7 +47,7 @@ class StepState(NamedTuple):
     """What a training step carries over.
 
     Attributes:
-        step: steps taken so far.
+        step: steps taken so far; one that is skipped does not count where the host knows of it, on a CPU.
         inner: the state of the transform.
         buffers: buffers of the model, where the loss function takes them.
         ready: whether any step so far was not skipped; until then every step is a factor step.
@@ -249,6 +250,7 @@ class CompiledStep:
         self._flat: tuple[State, list[Tensor]] = (None, [])
         self._form: Form | None = None  # of its state; unknown before the first graph
         self._ahead = Ahead()
+        self._alarm = Alarm()
 
     def init(self, params: Params, *batch: Any, buffers: Any = None) -> StepState:
         """Trace, compile, and return the state for the first step. Nothing runs yet.
@@ -306,15 +308,20 @@ class CompiledStep:
         kind = kind_of(self._tx, state.step, state.due, ready=state.ready)
         if kind.factors != "plain":
             self._ahead.forget()
+        skipped = skipped_steps(state.inner)
         call = _Call(kind, [*self._leaves(state.inner), *hyper])
         with waiting_for_others(self._tx.world, f"in step {state.step}"):
             loss, aux = self._run(params, call, batch, state.buffers)
         buffers, aux = (None, aux) if state.buffers is None else aux
-        # waits for the device, once: in the first step
-        ready = state.ready or metrics(state.inner)["skipped_steps"] <= state.step
-        due = self._between(params, state, kind, hyper)
+        counted = skipped is None or skipped_steps(state.inner) == skipped
+        ready = state.ready or (counted and self._was_good(state))
+        due = self._between(params, state, kind, hyper) if counted else state.due
         damping = self._damping(state, loss, call.later)
-        new = state._replace(step=state.step + 1, buffers=buffers, ready=ready, due=due, damping=damping)
+        if kind.factors != "plain" or not counted:
+            self._alarm.look(state.inner)
+        # a step that was skipped is taken again, with its schedules and factors
+        step = state.step + counted
+        new = state._replace(step=step, buffers=buffers, ready=ready, due=due, damping=damping)
         return params, new, StepOutput(loss, aux, call.statistics)
 
     def metrics(self, state: StepState) -> Metrics:
@@ -324,10 +331,18 @@ class CompiledStep:
         own = {
             name: float(value) for name, value in {**rates, **adapted}.items() if name in {"lr", "damping"}
         }
-        found: Metrics = {"step": state.step, **own, **metrics(state.inner)}
+        counts = metrics(state.inner)
+        self._alarm.tell(skipped=int(counts["skipped_steps"]), failed=int(counts["failed_inverses"]))
+        found: Metrics = {"step": state.step, **own, **counts}
         if self.coverage is None or self._block_size == "auto":
             return found
         return found | trace(state.inner, self.coverage.layers, self._block_size)
+
+    def _was_good(self, state: StepState) -> bool:
+        """Whether the first steps were not all skipped. Waits for the device where that is no CPU, once."""
+        if skipped_steps(state.inner) is not None:
+            return True  # or this step would not have counted
+        return metrics(state.inner)["skipped_steps"] <= state.step
 
     def _between(self, params: Params, state: StepState, kind: Kind, hyper: Sequence[Tensor]) -> int | None:
         """What the transform does after the step, in place; when it wants factors next."""

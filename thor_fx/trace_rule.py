@@ -114,6 +114,7 @@ def decide(
     layers: Mapping[str, Layer],
     ready: Collection[str],
     lam: Tensor | float,
+    failing: Tensor,
     step: int,
 ) -> Decision:
     """Apply the rule after a factor step. Waits for the device, once.
@@ -124,9 +125,11 @@ def decide(
         layers: all layers, in the order of ``watch``.
         ready: the layers that have had inverses.
         lam: the damping ``lambda``.
+        failing: of every layer, whether its inverses are not those of ``used``, bool (layers,): it is
+            recomputed, whatever its trace.
         step: the step that was taken.
     """
-    verdicts, frozen, interval = _verdicts(rule, watch, layers, ready, lam)
+    verdicts, frozen, interval = _verdicts(rule, watch, layers, ready, lam, failing)
     refresh = {name for name, verdict in verdicts.items() if verdict == "refresh"}
     frozen |= {name for name, verdict in verdicts.items() if verdict == "freeze"}
     if verdicts and not refresh:
@@ -146,22 +149,28 @@ def decide(
 
 
 def _verdicts(
-    rule: ByTrace, watch: Watch, layers: Mapping[str, Layer], ready: Collection[str], lam: Tensor | float
+    rule: ByTrace,
+    watch: Watch,
+    layers: Mapping[str, Layer],
+    ready: Collection[str],
+    lam: Tensor | float,
+    failing: Tensor,
 ) -> tuple[dict[str, Verdict], set[str], int]:
     """What to do with every layer that has new factors; which are frozen already; the interval."""
     damping = torch.as_tensor(lam, dtype=watch.seen.dtype, device=watch.seen.device)
-    numbers = [watch.seen, watch.used, watch.fresh, watch.frozen, damping.view(1), watch.interval.view(1)]
+    flags = watch.fresh, watch.frozen, failing
+    numbers = [watch.seen, watch.used, *flags, damping.view(1), watch.interval.view(1)]
     read = torch.cat([part.to(watch.seen.dtype) for part in numbers]).tolist()
     strength, interval = read[-2:]
-    columns = zip(*(read[i * len(layers) : (i + 1) * len(layers)] for i in range(4)), strict=True)
+    columns = zip(*(read[i * len(layers) : (i + 1) * len(layers)] for i in range(5)), strict=True)
     verdicts: dict[str, Verdict] = {}
     frozen_before = set()
-    for (name, layer), (seen, used, fresh, frozen) in zip(layers.items(), columns, strict=True):
+    for (name, layer), (seen, used, fresh, frozen, failed) in zip(layers.items(), columns, strict=True):
         identity = strength * layer.groups * layer.in_ * layer.out
         if frozen:
             frozen_before.add(name)
         elif fresh and name in ready:
-            verdicts[name] = rule.verdict(seen + identity, used + identity)
+            verdicts[name] = "refresh" if failed else rule.verdict(seen + identity, used + identity)
     return verdicts, frozen_before, int(interval)
 
 

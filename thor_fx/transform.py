@@ -19,6 +19,7 @@ from .inverses import Inverse
 from .layers import Coverage
 from .passes.layout import Rules, layer_of
 from .per_coverage import PerCoverage
+from .precision import wide
 from .schedule import Schedule
 
 if TYPE_CHECKING:
@@ -282,10 +283,24 @@ def clip_by_norm(largest: float) -> Transform:
     """Scale every update, tensor by tensor, down to an L2 norm of at most ``largest``."""
 
     def clip(updates: Updates, _params: Params, _signals: Signals) -> Updates:
-        norms = {name: torch.linalg.vector_norm(u) for name, u in updates.items()}
-        return {name: u * (largest / norms[name].clamp_min(largest)) for name, u in updates.items()}
+        norms = {name: torch.linalg.vector_norm(u, dtype=wide(u)) for name, u in updates.items()}
+        return {name: shrunk(u, within(norms[name], largest)) for name, u in updates.items()}
 
     return stateless(clip)
+
+
+def within(norm: Tensor, largest: float) -> Tensor:
+    """What makes a norm ``largest`` where it is larger, 0-D.
+
+    NaN for an infinite norm, whose squares have overflowed: such a step is skipped and counted, where a
+    factor of 0 would stop a tensor without a word.
+    """
+    return torch.where(norm.isinf(), torch.nan, largest / norm.clamp_min(largest))
+
+
+def shrunk(update: Tensor, factor: Tensor) -> Tensor:
+    """``update * factor``, multiplied in the dtype of the 0-D factor."""
+    return (update.to(factor.dtype) * factor).to(update.dtype)
 
 
 def heavy_ball(momentum: Schedule, *, nesterov: bool = False) -> Transform:
@@ -335,9 +350,13 @@ def unscale(inner: Transform) -> Transform:
             updates = {name: u / signals.gradient_scale for name, u in updates.items()}
         if carries and signals.loss_scale is not None and signals.moments is not None:
             scale, plain = signals.loss_scale, signals.coverage.plain_sums
-            powers = {name: scale if name in plain else scale**2 for name in signals.moments}
+
+            def unscaled(sums: Tensor, name: str) -> Tensor:
+                once = sums / scale
+                return once if name in plain else once / scale  # the square of a scale may overflow
+
             moments = {
-                name: m if m.cotangents is None else m._replace(cotangents=m.cotangents / powers[name])
+                name: m if m.cotangents is None else m._replace(cotangents=unscaled(m.cotangents, name))
                 for name, m in signals.moments.items()
             }
             signals = replace(signals, moments=moments)
@@ -367,11 +386,11 @@ class SkipState(NamedTuple):
 
 
 def skip_nonfinite(inner: Transform, world: "World | None" = None) -> Transform:
-    """Let a step whose updates are not all finite change nothing, and count it.
+    """Let a step after which a parameter would not be finite change nothing, and count it.
 
-    A NaN or infinite gradient makes its update NaN or infinite, whatever the transform; what a
-    gradient scaler has found counts too. The decision is taken on the device (``torch.where``),
-    without a synchronisation.
+    A NaN or infinite gradient makes its update NaN or infinite, whatever the transform; a finite update may
+    still be too much for a parameter, or for its dtype; what a gradient scaler has found counts too. The
+    decision is taken on the device (``torch.where``), without a synchronisation.
 
     Args:
         inner: what is guarded.
@@ -386,7 +405,7 @@ def skip_nonfinite(inner: Transform, world: "World | None" = None) -> Transform:
         updates: Updates, state: SkipState, params: Params, signals: Signals
     ) -> tuple[Updates, SkipState]:
         new, new_inner = inner.update(updates, state.inner, params, signals)
-        finite = all_finite(new.values())
+        finite = all_finite(apply_updates({name: params[name] for name in new}, new).values())
         if signals.found_inf is not None:
             finite = finite & (signals.found_inf == 0)
         if world is not None:

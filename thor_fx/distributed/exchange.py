@@ -59,25 +59,27 @@ class Exchange:
 
     def renewed(
         self,
-        invert: Callable[[Collection[str]], tuple[dict[str, State], Tensor | int]],
+        invert: Callable[[Collection[str]], tuple[dict[str, State], dict[str, Tensor]]],
         states: Mapping[str, State],
+        failing: Mapping[str, Tensor],
         groups: Groups,
         wanted: Collection[str],
-    ) -> tuple[dict[str, State], Tensor | int]:
-        """The states after a refresh that ranks share, and how many inverses failed on all of them.
+    ) -> tuple[dict[str, State], dict[str, Tensor]]:
+        """The states after a refresh that ranks share, and how the attempts of all of them have ended.
 
         Args:
             invert: refreshes some layers.
             states: of all layers, by shape.
+            failing: how often every block has failed in a row, (L, U), by shape.
             groups: the layers, by shape.
             wanted: those to refresh.
         """
         mine = self.mine({layer.name: layer for layers in groups.values() for layer in layers})
         own = mine.intersection(wanted)
-        renewed, failed = invert(own) if own else (dict(states), 0)
-        some = next(leaf for leaf in pytree.tree_leaves(states) if isinstance(leaf, Tensor))
-        failures = some.new_zeros((), dtype=torch.int64) + failed
-        return self.inverses(renewed, groups, wanted), wait(self.world.sum(failures))
+        renewed, ended = invert(own) if own else (dict(states), {})
+        outcomes = [ended.get(key, torch.zeros_like(before)) for key, before in failing.items()]
+        everybodys = parted(wait(self.world.sum(joined(outcomes))), outcomes)  # one rank has tried each
+        return self.inverses(renewed, groups, wanted), dict(zip(failing, everybodys, strict=True))
 
     def inverses(
         self, states: Mapping[str, State], groups: Groups, wanted: Collection[str]

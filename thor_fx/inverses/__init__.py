@@ -3,14 +3,30 @@
 from collections.abc import Mapping
 from typing import Literal
 
+from .attempts import FAILED, in_a_row
 from .cholesky import CHOLESKY
 from .eigen import EIGEN
 from .ekfac import EKFAC
 from .eva import EVA
-from .method import Damping, Method, Pair, Stack, State, Work, replace, select
+from .method import Damping, Method, Pair, Stack, State, Work, pick, put, replace, select
 from .newton_schulz import NEWTON_SCHULZ
 
-__all__ = ["METHODS", "Damping", "Inverse", "Method", "Pair", "Stack", "State", "Work", "replace", "select"]
+__all__ = [
+    "FAILED",
+    "METHODS",
+    "Damping",
+    "Inverse",
+    "Method",
+    "Pair",
+    "Stack",
+    "State",
+    "Work",
+    "in_a_row",
+    "pick",
+    "put",
+    "replace",
+    "select",
+]
 
 Inverse = Literal["cholesky", "eigen", "ekfac", "newton_schulz", "eva"]
 

@@ -11,18 +11,15 @@ Job = tuple[Tensor, ...]
 """Tensors with N matrices in front; the first tells the size."""
 
 
-def in_batches(
-    jobs: Sequence[Job], function: Callable[..., tuple[Job, Tensor]]
-) -> tuple[list[Job], Tensor | int]:
+def in_batches(jobs: Sequence[Job], function: Callable[..., Job]) -> list[Job]:
     """Call a function once for every size.
 
     Args:
         jobs: whose tensors are joined along the first axis where their sizes are equal.
-        function: of the joined tensors; returns tensors with the same first axis, and how many
-            matrices failed, 0-D.
+        function: of the joined tensors; returns tensors with the same first axis.
 
     Returns:
-        What the function returned, cut up by job; and how many failed altogether.
+        What the function returned, cut up by job.
     """
     alike: dict[tuple[int, int, torch.dtype, int], list[int]] = {}
     batched = switches.is_on("batched_inverses")
@@ -30,12 +27,10 @@ def in_batches(
         apart = 0 if batched else index
         alike.setdefault((first.dim(), first.shape[-1], first.dtype, apart), []).append(index)
     results: dict[int, Job] = {}
-    failures = []
     for members in alike.values():
         given = zip(*(jobs[i] for i in members), strict=True)
-        found, failed = function(*(torch.cat(tensors) for tensors in given))
-        failures.append(failed)
+        found = function(*(torch.cat(tensors) for tensors in given))
         lengths = [len(jobs[i][0]) for i in members]
         pieces = zip(*(tensor.split(lengths) for tensor in found), strict=True)
         results |= dict(zip(members, pieces, strict=True))
-    return [results[i] for i in range(len(jobs))], torch.stack(failures).sum() if failures else 0
+    return [results[i] for i in range(len(jobs))]

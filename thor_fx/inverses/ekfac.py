@@ -22,7 +22,8 @@ that assumes moments to be uncorrelated in the old basis; but a refresh in which
 not be checked against anything.
 
 Sides in blocks have a basis in blocks; diagonals and sides of which nothing is kept are their own basis.
-A matrix of which any part fails keeps both bases and ``S``.
+A matrix of which any part fails keeps both bases and ``S``. Where it has none yet, such a part counts as the
+diagonal matrix that bounds it (:mod:`.attempts`).
 
 Legend: L matrices of one shape, F equal blocks along the diagonal of a side, b their side.
 """
@@ -36,6 +37,7 @@ from .. import blocks
 from ..blocks import Blocks
 from ..layers import Layer
 from ..passes.sides import Side
+from .attempts import NOT_FINITE, bounds, by_matrix, ended, strength
 from .batches import Job, in_batches
 from .eigen import FLOPS_PER_CUBE, decompose
 from .method import Damping, Method, Stack, Work, keep
@@ -67,54 +69,79 @@ def _init(count: int, sides: tuple[Side, Side], block_size: int | None, like: Te
 
 def _refresh(
     stacks: list[Stack], _damping: Damping, block_size: int | None
-) -> tuple[list[Eigenbasis], Tensor | int]:
+) -> tuple[list[Eigenbasis], list[Tensor]]:
     jobs: list[Job] = []
-    for layer, pair, _before in stacks:
+    for layer, pair, _before, failing in stacks:
+        start = 0
         for factors, side in zip(pair, (layer.input, layer.output), strict=True):
-            if factors is not None:
-                jobs += [(_flat(part),) for part in blocks.cut(factors, side, block_size)]
-    found, failed = in_batches(jobs, _decompose)
-    results = iter(found)
-    states = []
-    for layer, _pair, before in stacks:
-        pieces = ([next(results) for _ in side] for side in (before.input, before.output))
-        states.append(_one_shape(layer, before, *pieces))
-    return states, failed
+            for part in () if factors is None else blocks.cut(factors, side, block_size):
+                stop = start + blocks.per_matrix(part)
+                jobs.append((_flat(part), failing[:, start:stop].flatten()))
+                start = stop
+    results = iter(in_batches(jobs, _decompose))
+    states, outcomes = [], []
+    for stack in stacks:
+        pieces = ([next(results) for _ in side] for side in (stack.before.input, stack.before.output))
+        state, ended_so = _one_shape(stack, *pieces)
+        states.append(state)
+        outcomes.append(ended_so)
+    return states, outcomes
 
 
 def _flat(part: Tensor) -> Tensor:
     return part if part.dim() == 2 else part.flatten(0, 1)
 
 
-def _decompose(parts: Tensor) -> tuple[Job, Tensor]:
-    """Of blocks (N, b, b), or of diagonals (N, d): they are their own eigenvalues."""
+def _decompose(parts: Tensor, failing: Tensor) -> Job:
+    """Of blocks (N, b, b), or of diagonals (N, d): they are their own eigenvalues.
+
+    What has no eigenvectors gets those of the diagonal matrix that bounds it.
+    """
+    shift = strength(parts, torch.zeros_like(parts.flatten(1)[:, 0]), failing)
     if parts.dim() == 3:
+        eye = torch.eye(parts.shape[-1], dtype=parts.dtype, device=parts.device)
+        parts = parts + shift[:, None, None] * eye
         values, vectors, good = decompose(parts)
+        vectors = keep(good, vectors, eye)
     else:
+        parts = parts + shift[:, None]
         good = (parts.isfinite() & (parts >= 0)).all(-1)
         values, vectors = parts, torch.ones_like(parts)
-    return (values, vectors, good), (~good).sum()
+    above = bounds(parts)
+    return keep(good, values, above), vectors, good, ended(good, above)
 
 
-def _one_shape(layer: Layer, before: Eigenbasis, input_: list[Job], output: list[Job]) -> Eigenbasis:
+def _one_shape(stack: Stack, input_: list[Job], output: list[Job]) -> tuple[Eigenbasis, Tensor]:
+    layer, before = stack.layer, stack.before
     (old,) = before.moments
     a, g = (_eigenvalues(*pieces, old) for pieces in ((input_, layer.in_), (output, layer.out)))
     moments = g[:, :, None] * a[:, None, :]  # (L, out, in)
-    good = moments.isfinite().all(dim=(-2, -1))
-    for _, _, fine in (*input_, *output):
-        good = good & fine.reshape(len(old), -1).all(-1)
+    finite = moments.isfinite().all(dim=(-2, -1))
+    whole = torch.ones_like(finite)
+    for _, _, fine, _ in (*input_, *output):
+        whole = whole & fine.reshape(len(old), -1).all(-1)
+    good = finite & (whole | _nothing_yet(before))
     new_input, new_output = (
-        tuple(keep(good, q.reshape(last.shape), last) for (_, q, _), last in zip(pieces, kept, strict=True))
+        tuple(keep(good, job[1].reshape(last.shape), last) for job, last in zip(pieces, kept, strict=True))
         for pieces, kept in ((input_, before.input), (output, before.output))
     )
-    return Eigenbasis(new_input, new_output, (keep(good, moments, old),))
+    outcomes = by_matrix([job[-1] for job in (*input_, *output)], stack.failing)
+    outcomes = torch.where((whole & ~finite)[:, None], NOT_FINITE, outcomes)
+    return Eigenbasis(new_input, new_output, (keep(good, moments, old),)), outcomes
+
+
+def _nothing_yet(before: Eigenbasis) -> Tensor:
+    """Which matrices have no bases, (L,): no row of a basis is zero."""
+    (moments,) = before.moments
+    flags = [(part.flatten(1)[:, : part.shape[-1]] == 0).all(-1) for part in (*before.input, *before.output)]
+    return torch.stack(flags).any(0) if flags else torch.zeros_like(moments[:, 0, 0], dtype=torch.bool)
 
 
 def _eigenvalues(pieces: list[Job], dim: int, like: Tensor) -> Tensor:
     """(L, d), in the order of the blocks; those of the identity where nothing is kept."""
     if not pieces:
         return like.new_ones(len(like), dim)
-    return torch.cat([values.reshape(len(like), -1) for values, _, _ in pieces], 1)
+    return torch.cat([values.reshape(len(like), -1) for values, *_ in pieces], 1)
 
 
 def _apply(state: Eigenbasis, gradients: Tensor, terms: Tensor, lam: Tensor) -> tuple[Tensor, Eigenbasis]:
@@ -123,6 +150,8 @@ def _apply(state: Eigenbasis, gradients: Tensor, terms: Tensor, lam: Tensor) -> 
     damped = moments + lam
     scaled = torch.where(damped > 0, rotated / damped, torch.zeros_like(rotated))  # 0/0 without damping
     measured = DECAY * moments + (1 - DECAY) * terms * rotated**2
+    # NOTE: an infinite moment would stop its coordinate for good; so this step is none
+    scaled = torch.where(measured.isfinite(), scaled, torch.nan)
     return _both(state.output, scaled, state.input), state._replace(moments=(measured.to(moments.dtype),))
 
 
@@ -147,4 +176,4 @@ def _work(layer: Layer, block_size: int | None) -> Work:
     )
 
 
-EKFAC = Method(_init, _refresh, _apply, _work)
+EKFAC = Method(_init, _refresh, _apply, _work, blocks.units)

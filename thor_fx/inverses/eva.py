@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..layers import Layer
 from ..passes.sides import Side
+from .attempts import GOOD, NOT_FINITE
 from .method import Damping, Method, Stack, Work
 
 
@@ -41,10 +42,9 @@ def _init(count: int, sides: tuple[Side, Side], _: int | None, like: Tensor) -> 
     return Vectors(input_, output, (like.new_zeros(count),))
 
 
-def _refresh(stacks: list[Stack], _: Damping, _size: int | None) -> tuple[list[Vectors], Tensor | int]:
+def _refresh(stacks: list[Stack], _: Damping, _size: int | None) -> tuple[list[Vectors], list[Tensor]]:
     found = [_one_shape(stack) for stack in stacks]
-    failures = [(~good).sum() for _, good in found]
-    return [state for state, _ in found], torch.stack(failures).sum() if failures else 0
+    return [state for state, _ in found], [torch.where(good, GOOD, NOT_FINITE)[:, None] for _, good in found]
 
 
 def _one_shape(stack: Stack) -> tuple[Vectors, Tensor]:
@@ -73,4 +73,8 @@ def _work(layer: Layer, _: int | None) -> Work:
     return Work(numbers=vectors, refresh_flops=0, step_flops=4 * size)  # g^T W', and what is subtracted
 
 
-EVA = Method(_init, _refresh, _apply, _work, marks=("known",))
+def _units(_sides: tuple[Side, Side], _block_size: int | None) -> int:
+    return 1  # both vectors, together
+
+
+EVA = Method(_init, _refresh, _apply, _work, _units, marks=("known",))

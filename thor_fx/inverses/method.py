@@ -30,11 +30,13 @@ class Stack(NamedTuple):
         layer: one of their layers, for its sides.
         factors: the undamped ``A`` and ``G``.
         before: the state there is.
+        failing: how often every block has failed in a row, (L, U): :mod:`.attempts`.
     """
 
     layer: Layer
     factors: Pair
     before: State
+    failing: Tensor
 
 
 class Work(NamedTuple):
@@ -57,19 +59,21 @@ class Method(NamedTuple):
     Attributes:
         init: ``init(L, (input, output), block_size, like) -> state``, in the dtype and on the device of
             ``like``. A matrix that was never refreshed makes every update zero.
-        refresh: ``refresh(stacks, damping, block_size) -> (states, failed)``: the states of all stacks, and
-            how many inverses failed: those are as they were before.
+        refresh: ``refresh(stacks, damping, block_size) -> (states, outcomes)``: of all stacks, and how the
+            attempts have ended, (L, U) of each: :mod:`.attempts`.
         apply: ``apply(state, gradients, terms, lam) -> (updates, state)``: of gradients (L, out, in), of the
             ``n`` that the loss averages over, and of the ``lambda`` of this step.
         work: ``work(layer, block_size)``.
+        units: ``units((input, output), block_size) -> U``: what can fail by itself in one matrix.
         marks: the fields of a state that are zero until the first refresh that succeeds.
         symmetric: whether the square matrices of a state are symmetric, so that one triangle tells all.
     """
 
     init: Callable[[int, tuple[Side, Side], int | None, Tensor], State]
-    refresh: Callable[[list[Stack], Damping, int | None], tuple[list[State], Tensor | int]]
+    refresh: Callable[[list[Stack], Damping, int | None], tuple[list[State], list[Tensor]]]
     apply: Callable[[State, Tensor, Tensor, Tensor], tuple[Tensor, State]]
     work: Callable[[Layer, int | None], Work]
+    units: Callable[[tuple[Side, Side], int | None], int]
     marks: tuple[str, ...] = ("input", "output")
     symmetric: bool = False
 
@@ -84,31 +88,46 @@ def diagonals(matrices: Tensor) -> Tensor:
     return matrices.flatten(1)[:, :: matrices.shape[-1] + 1]
 
 
+def over(flags: Tensor, like: Tensor) -> Tensor:
+    """(N,) in as many axes as (N, ...) has."""
+    return flags.reshape(-1, *(1,) * (like.dim() - 1))
+
+
 def keep(good: Tensor, new: Tensor, old: Tensor) -> Tensor:
     """The new matrices (N, ...) where they are good (N,), and the old ones elsewhere."""
-    return torch.where(good.reshape(-1, *(1,) * (new.dim() - 1)), new, old)
+    return torch.where(over(good, new), new, old)
+
+
+def pick(part: Tensor, places: list[slice], present: list[bool]) -> Tensor:
+    """What (L, ...) says of some layers."""
+    if all(present):
+        return part
+    return torch.cat([part[place] for place, here in zip(places, present, strict=True) if here])
+
+
+def put(part: Tensor, places: list[slice], present: list[bool], new: Tensor) -> Tensor:
+    """(L, ...) with what it says of some layers replaced."""
+    if all(present):
+        return new
+    pieces, start = [], 0
+    for place, here in zip(places, present, strict=True):
+        stop = start + (place.stop - place.start) * here
+        pieces.append(new[start:stop] if here else part[place])
+        start = stop
+    return torch.cat(pieces)
 
 
 def select(state: State, places: list[slice], present: list[bool]) -> State:
     """The state of some layers only: not all have a gradient, or factors, in every step."""
     if all(present):
         return state
-    wanted = [place for place, here in zip(places, present, strict=True) if here]
-    return type(state)(*(tuple(torch.cat([part[p] for p in wanted]) for part in field) for field in state))
+    return type(state)(*(tuple(pick(part, places, present) for part in field) for field in state))
 
 
 def replace(state: State, places: list[slice], present: list[bool], new: State) -> State:
     """The state of all layers, with that of some replaced."""
     if all(present):
         return new
-
-    def merge(old: Tensor, part: Tensor) -> Tensor:
-        pieces, start = [], 0
-        for place, here in zip(places, present, strict=True):
-            stop = start + (place.stop - place.start) * here
-            pieces.append(part[start:stop] if here else old[place])
-            start = stop
-        return torch.cat(pieces)
-
     fields = zip(state, new, strict=True)
-    return type(state)(*(tuple(map(merge, old, field)) for old, field in fields))
+    merged = (zip(old, field, strict=True) for old, field in fields)
+    return type(state)(*(tuple(put(part, places, present, own) for part, own in pairs) for pairs in merged))

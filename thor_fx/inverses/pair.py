@@ -17,8 +17,9 @@ from .. import blocks
 from ..blocks import Blocks
 from ..layers import Layer
 from ..passes.sides import Side
+from .attempts import bounds, by_matrix, ended, first_order, strength
 from .batches import Job, in_batches
-from .method import Damping, Method, Stack, Work, all_positive, keep
+from .method import Damping, Method, Stack, Work, all_positive, diagonals, keep, over
 
 Invert = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """``invert(matrices (N, b, b), damping (N, 1, 1)) -> (inverses, which are good (N,))``"""
@@ -39,7 +40,8 @@ def pair_method(invert: Invert, flops: Callable[[int], int], *, symmetric: bool 
         flops: operations for one.
         symmetric: whether inverses may be made exactly symmetric.
     """
-    return Method(_init, partial(_refresh, invert), _apply, partial(_work, flops), symmetric=symmetric)
+    refresh, work = partial(_refresh, invert), partial(_work, flops)
+    return Method(_init, refresh, _apply, work, blocks.units, symmetric=symmetric)
 
 
 def damped_reciprocal(diagonals: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
@@ -57,45 +59,57 @@ def damped_reciprocal(diagonals: Tensor, damping: Tensor) -> tuple[Tensor, Tenso
 
 
 def _init(count: int, sides: tuple[Side, Side], block_size: int | None, like: Tensor) -> InversePair:
-    # NOTE: zeros and not identities: a layer that never had a good inverse does not move
+    # NOTE: zeros and not identities: a layer that never had factors does not move
     return InversePair(*(blocks.zeros(count, side, block_size, like) for side in sides))
 
 
 def _refresh(
     invert: Invert, stacks: list[Stack], damping: Damping, block_size: int | None
-) -> tuple[list[InversePair], Tensor | int]:
+) -> tuple[list[InversePair], list[Tensor]]:
     jobs: list[Job] = []
     kept: list[Tensor] = []
-    for layer, pair, before in stacks:
-        sides, strengths = (layer.input, layer.output), damping(pair, layer)
-        for factors, side, strength, old in zip(pair, sides, strengths, before, strict=True):
+    for layer, pair, before, failing in stacks:
+        sides, strengths, start = (layer.input, layer.output), damping(pair, layer), 0
+        for factors, side, per_side, old in zip(pair, sides, strengths, before, strict=True):
             if factors is not None:
-                per_matrix = strength * torch.ones(len(factors), dtype=factors.dtype, device=factors.device)
-                cut = blocks.cut(factors, side, block_size)
-                jobs += [_job(part, per_matrix) for part in cut]
+                per_matrix = per_side * torch.ones(len(factors), dtype=factors.dtype, device=factors.device)
+                for part in blocks.cut(factors, side, block_size):
+                    stop = start + blocks.per_matrix(part)
+                    jobs.append(_job(part, per_matrix, failing[:, start:stop]))
+                    start = stop
                 kept += old
-    found, failed = in_batches(jobs, partial(_one_size, invert))
-    results = iter([_renewed(inverse, good, old) for (inverse, good), old in zip(found, kept, strict=True)])
-    return [InversePair(*(tuple(next(results) for _ in side) for side in s.before)) for s in stacks], failed
+    results = iter(zip(in_batches(jobs, partial(_one_size, invert)), kept, strict=True))
+    states, outcomes = [], []
+    for stack in stacks:
+        sides_of_it = [[next(results) for _ in side] for side in stack.before]
+        states.append(InversePair(*(tuple(_renewed(job, old) for job, old in side) for side in sides_of_it)))
+        outcomes.append(by_matrix([job[-1] for side in sides_of_it for job, _ in side], stack.failing))
+    return states, outcomes
 
 
-def _job(part: Tensor, strength: Tensor) -> Job:
-    """All blocks of all matrices in one axis, with a damping for each."""
-    if part.dim() == 2:
-        return part, strength[:, None]
-    _, count, b, _ = part.shape
-    return part.reshape(-1, b, b), strength.repeat_interleave(count)[:, None, None]
+def _job(part: Tensor, damping: Tensor, failing: Tensor) -> Job:
+    """All blocks of all matrices in one axis, with the damping of each and how often it failed."""
+    flat = part if part.dim() == 2 else part.flatten(0, 1)
+    return flat, damping.repeat_interleave(blocks.per_matrix(part)), failing.flatten()
 
 
-def _one_size(invert: Invert, part: Tensor, strength: Tensor) -> tuple[Job, Tensor]:
-    inverse, good = (invert if part.dim() == 3 else damped_reciprocal)(part, strength)
-    return (inverse, good), (~good).sum()
+def _one_size(invert: Invert, part: Tensor, damping: Tensor, failing: Tensor) -> Job:
+    damping = strength(part, damping, failing)
+    inverse, good = (invert if part.dim() == 3 else damped_reciprocal)(part, over(damping, part))
+    above = bounds(part)
+    return inverse, good, first_order(above, damping), ended(good, above)
 
 
-def _renewed(inverse: Tensor, good: Tensor, before: Tensor) -> Tensor:
-    """What has no good inverse keeps its previous one."""
-    flat = before.reshape(inverse.shape)
-    return keep(good, inverse, flat).reshape(before.shape)
+def _renewed(job: Job, before: Tensor) -> Tensor:
+    """What has no good inverse keeps its previous one; what never had any gets the first-order one."""
+    inverse, good, simple, _ = job
+    old = before.reshape(inverse.shape)
+    diagonal = old if old.dim() == 2 else diagonals(old)
+    nothing = (diagonal == 0).all(-1)
+    added = torch.where(nothing[:, None], simple, torch.zeros_like(simple))
+    return keep(good, inverse, old + (added if old.dim() == 2 else torch.diag_embed(added))).reshape(
+        before.shape
+    )
 
 
 def _apply(state: InversePair, gradients: Tensor, _terms: Tensor, _lam: Tensor) -> tuple[Tensor, InversePair]:

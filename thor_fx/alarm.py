@@ -1,0 +1,67 @@
+"""Says once that numbers go wrong and are caught, where the host knows it without waiting for a device."""
+
+from typing import Any
+
+from torch import Tensor
+
+from .metrics import failures
+from .transform import SkipState
+from .warn import warn
+
+
+class NumericsWarning(RuntimeWarning):
+    """Steps were skipped, or factors had no inverse: training went on without them."""
+
+
+SKIPPED = (
+    "thor_fx: {count} step(s) so far changed nothing, because a gradient or a new parameter was NaN or "
+    "infinite. If the loss is NaN, look for the operator in the model; if it is finite, the step is too "
+    "long: lower lr, raise damping, or clip. Said once; metrics()['skipped_steps'] counts on. See "
+    "docs/reliability.md."
+)
+FAILED = (
+    "thor_fx: {count} factor block(s) so far had no finite inverse: they keep the last one, or step along "
+    "the gradient, and are damped by more in the next attempt. Usual causes are damping that is tiny beside "
+    "the factors (raise it, or take damping_rule='relative') and activations whose squares overflow. Said "
+    "once; metrics()['failed_inverses'] counts on. See docs/reliability.md."
+)
+
+
+def at_hand(counter: Tensor) -> int | None:
+    """The value of a 0-D int64 tensor; None where reading it would wait for a device.
+
+    Example:
+        >>> import torch
+        >>> at_hand(torch.tensor(3))
+        3
+    """
+    return int(counter) if counter.device.type == "cpu" else None
+
+
+def skipped_steps(state: Any) -> int | None:
+    """How many steps were skipped so far; None where nobody counts, or asking would wait for a device."""
+    return at_hand(state.skipped) if isinstance(state, SkipState) else None
+
+
+class Alarm:
+    """Warns of each kind of trouble once."""
+
+    def __init__(self) -> None:
+        self._told: set[str] = set()
+
+    def look(self, state: Any, *, scaled: bool = False) -> None:
+        """Warn of what went wrong so far, where the host knows.
+
+        Args:
+            state: of a transform.
+            scaled: by a gradient scaler, whose overflows are no news.
+        """
+        failed = sum(at_hand(count) or 0 for count in failures(state))
+        self.tell(skipped=0 if scaled else skipped_steps(state) or 0, failed=failed)
+
+    def tell(self, *, skipped: int, failed: int) -> None:
+        """Warn of what has happened so far, unless that was said."""
+        for text, count in ((SKIPPED, skipped), (FAILED, failed)):
+            if count and text not in self._told:
+                self._told.add(text)
+                warn(text.format(count=count), NumericsWarning)
