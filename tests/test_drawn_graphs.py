@@ -34,7 +34,10 @@ from thor_fx.passes.layout import Rules
 from thor_fx.passes.survey import survey
 from thor_fx.passes.switches import OPTIMISATIONS
 
-pytestmark = pytest.mark.fuzz
+pytestmark = [
+    pytest.mark.fuzz,
+    pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning"),
+]
 
 PASSES = {"canonicalize": canonicalize, "mark": mark, "check": check, "accumulate": accumulate}
 """Those that change no value and drop nothing, in any order."""
