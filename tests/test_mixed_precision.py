@@ -64,6 +64,56 @@ def test_a_step_inside_of_autocast_is_computed_as_outside():
     assert identical(*trajectories)
 
 
+@pytest.mark.parametrize("settings", [{}, {"refresh": thor_fx.Every(2), "factor_decay": 0.5}])
+def test_a_functional_step_inside_of_autocast_casts_the_model_alone(settings):
+    """As with autocast in the loss function; and another step outside of it is one without autocast."""
+    model, data = build(mlp, torch.float32), batches(5, dtype=torch.float32)
+
+    def loss_fn(params: Parameters, x: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(functional_call(model, params, (x,)), y)
+
+    def own_autocast(params: Parameters, x: Tensor, y: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return loss_fn(params, x, y)
+
+    def trained(loss: Any, inside: bool) -> tuple[Parameters, float]:
+        tx = thor_fx.thor(**{**SETTINGS, **settings})
+        step = thor_fx.compile_step(loss, tx, backend="eager", donate=False)
+        params: Any = dict(model.named_parameters())
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=inside):
+            state = step.init(params, *data[0])
+            for batch in data:
+                params, state, _ = step(params, state, *batch)
+        return params, float(step(params, state, *data[0])[2].loss)
+
+    expected, expected_loss = trained(own_autocast, inside=False)
+    found, loss = trained(loss_fn, inside=True)
+    assert identical(found, expected)
+    assert loss != expected_loss
+    plain = F.cross_entropy(functional_call(model, found, (data[0][0],)), data[0][1])
+    assert loss == pytest.approx(float(plain), rel=1e-6)
+
+
+def test_factors_inside_of_autocast_are_summed_in_full_precision():
+    model, (x, y) = build(mlp, torch.float32), batches(1, dtype=torch.float32)[0]
+
+    def loss_fn(params: Parameters, x: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(functional_call(model, params, (x,)), y)
+
+    def own_autocast(params: Parameters, x: Tensor, y: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return loss_fn(params, x, y)
+
+    params = dict(model.named_parameters())
+    expected = thor_fx.factors(own_autocast, params, x, y)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = thor_fx.factors(loss_fn, params, x, y)
+    assert found.keys() == expected.keys()
+    for name in expected:
+        assert torch.equal(found[name].A, expected[name].A)
+        assert torch.equal(found[name].G, expected[name].G)
+
+
 def train_under(make: Callable[[], nn.Module], dtype: torch.dtype, enabled: bool) -> Parameters:
     model, optimizer = next(both(make, torch.float32))
     for x, y in batches(5, dtype=torch.float32):

@@ -14,6 +14,7 @@ from .layers import Layer
 from .options import MAX_DIM
 from .passes.layout import BiasRule, Rules, Sharing
 from .passes.outputs import Factor
+from .precision import as_written
 
 
 def block_size_report(
@@ -105,7 +106,8 @@ def choose_by_step(
     kind = "cuda" if device.type == "cpu" else device.type
     with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=kind):
         factors = _factors_of(loss_fn, params, batch, rules)
-    return rule(factors) if factors else None
+    with as_written(device):
+        return rule(factors) if factors else None
 
 
 def choose(

@@ -51,6 +51,7 @@ from .passes.layout import BiasRule, Fisher, Likelihood, Rules, Sharing
 from .passes.outputs import Factor, Rows, Terms
 from .passes.sides import Side, trace, widen, without_bias
 from .passes.survey import survey
+from .precision import as_written
 from .trace import trace_step
 
 
@@ -349,10 +350,12 @@ def measure(
     loss_fn: LossFn, params: Mapping[str, Tensor], *batch: Any, rules: Rules
 ) -> tuple[Mapping[str, Layer], dict[str, Moments], Tensor | None]:
     """The layers, their moments and the loss terms of one factor step, which is interpreted."""
-    step = pipeline.run(trace_step(loss_fn, params, *batch), [canonicalize])
-    layers = coverage(survey(step, rules), rules).layers
-    graph = pipeline.run(step, [partial(emit_factors, rules=rules)])
-    results = run_graph(graph, params, *batch)
+    traced = trace_step(loss_fn, params, *batch)
+    with as_written(next(iter(params.values())).device):  # the casts of the caller's autocast are in it
+        step = pipeline.run(traced, [canonicalize])
+        layers = coverage(survey(step, rules), rules).layers
+        graph = pipeline.run(step, [partial(emit_factors, rules=rules)])
+        results = run_graph(graph, params, *batch)
     return layers, moments_of(results), results.get(Terms())
 
 

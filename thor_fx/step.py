@@ -33,6 +33,7 @@ from .parameters import check_one_device, check_params, trainable
 from .passes import canonicalize, pipeline
 from .passes.outputs import Statistic
 from .passes.pipeline import Pass
+from .precision import as_written
 from .recompute import recompute
 from .state_form import Form
 from .state_versions import STEP, VERSION, migrated
@@ -315,8 +316,9 @@ class CompiledStep:
         buffers, aux = (None, aux) if state.buffers is None else aux
         counted = skipped is None or skipped_steps(state.inner) == skipped
         ready = state.ready or (counted and self._was_good(state))
-        due = self._between(params, state, kind, hyper) if counted else state.due
-        damping = self._damping(state, loss, call.later)
+        with as_written(loss.device):
+            due = self._between(params, state, kind, hyper) if counted else state.due
+            damping = self._damping(state, loss, call.later)
         if kind.factors != "plain" or not counted:
             self._alarm.look(state.inner)
         # a step that was skipped is taken again, with its schedules and factors
@@ -417,7 +419,15 @@ class CompiledStep:
             )
 
     def _compile(self, captured: Captured) -> Runner:
-        """Called by Dynamo when no guard fits: all kinds of step, from one trace."""
+        """Called by Dynamo when no guard fits: all kinds of step, from one trace.
+
+        That was taken under the caller's autocast, whose casts are in the graph; nothing is cast behind it.
+        """
+        device = next(iter(self._params.values())).device
+        with as_written(device):
+            return self._kinds(captured, device)
+
+    def _kinds(self, captured: Captured, device: torch.device) -> Runner:
         graph = pipeline.run(captured.graph, [canonicalize], watch=tracer("step"))
         found = covered(graph, self._params, self._tx.rules)
         log_coverage("step", found)
@@ -433,7 +443,7 @@ class CompiledStep:
         def runner(*flat: Any) -> Sequence[Any]:
             if self._call is None:
                 raise _Traced(found)
-            with torch.no_grad():
+            with torch.no_grad(), as_written(device):
                 run = runs[self._call.kind]
                 results = run.compiled(*flat, *self._call.extra)
                 behind = len(results) - len(run.statistics)
