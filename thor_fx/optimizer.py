@@ -22,6 +22,7 @@ from .clips import Clip
 from .collector import Collected, Collector
 from .compile import collector_of
 from .compiled_update import CompiledUpdate, Given
+from .demand import Demand, set_due
 from .distributed.agreement import agreed, check_ranks
 from .distributed.beside import Beside, Lane, lane
 from .distributed.distribute import distribute, for_one_rank, shared_work
@@ -81,21 +82,10 @@ NEEDS_CLOSURE = (
     "step(closure), where closure computes the loss, calls backward and returns the loss"
 )
 
-NO_FACTORS = (
-    "a factor step found no factors (was the model in evaluation mode?): the last inverses are used until "
-    "there are some. It is so too where torch has stopped compiling the model: it says that it hit "
-    "config.recompile_limit"
-)
 A_COPY = (
     "this Thor is a copy or was unpickled, which keeps the state and nothing else: create "
     "Thor(thor_fx.compile(model), ...) for the other model and give it load_state_dict(state_dict())"
 )
-NO_LAYERS = (
-    "no weight has factors, so all of them take the first-order rule: thor_fx.explain says why, and "
-    "layer_filter may leave out fewer"
-)
-
-
 SUCCEEDED = (
     "another Thor was made for this model after this one, and it is the one that gets the factors: step that "
     "one, or make a single Thor with groups of parameters, params=[...]"
@@ -277,11 +267,10 @@ class Thor(torch.optim.Optimizer):
         self.block_size_report: BlockSizeReport | None = None
         self._schedules: list[dict[str, Schedule]] = []
         self._adapts: list[bool] = []  # whether the damping of a group follows the loss
-        self._warned = False
         self._told = False  # of weights that no graph uses
-        self._overdue = False
         self._compared = False  # with the other ranks
         self._known = Readiness()
+        self._demand = Demand(model, self._collector, self._known, self._options.frequency)
         self._alarm = Alarm()
         self._scaled = False  # by a gradient scaler, whose overflows are no news
         self._reader = object()
@@ -332,7 +321,7 @@ class Thor(torch.optim.Optimizer):
         super().add_param_group(group)
         self._note_format()
         self._schedules.append(schedules)
-        self._set_due(None)
+        set_due(self.param_groups, None)
         self._adapts.append(adapts)
         self._forget()
 
@@ -383,7 +372,7 @@ class Thor(torch.optim.Optimizer):
             self._adapt(adaptive, closure, loss)
         for group in self.param_groups:
             group["step"] = step + counted  # else this step is taken again, with its schedules and factors
-        self._prepare(step + counted, waits)
+        self._demand.ask(self.param_groups, step + counted, waits=waits)
         return loss
 
     def _advance(self, collected: Collected, step: int, compares: bool) -> tuple[bool, bool]:
@@ -401,7 +390,7 @@ class Thor(torch.optim.Optimizer):
         gradients = {n: here_as(p.grad, p) for n, p in self._params.items() if p.grad is not None}
         unready = self._known.standing(self._found.layers, gradients)
         self._tell_unseen(moments, gradients)
-        if not self._factors_due(step, moments, lost):
+        if not self._demand.met(self.param_groups, step, moments, lost=lost):
             moments = {name: m for name, m in moments.items() if layer_of(name) in unready}
         if moments:
             self._ahead.forget()
@@ -478,12 +467,13 @@ class Thor(torch.optim.Optimizer):
         with loading(self, self._accepted):
             super().load_state_dict(state_dict)
         saved = self.param_groups[0]["format"]
-        self._load_readiness(self.param_groups[0].pop("readiness", None))
+        readiness = self.param_groups[0].pop("readiness", None)
+        self._demand.load(readiness, layers_of(self.state.values()))
         if self._options.block_size != "auto":
             for group in self.param_groups:
                 group.pop("block_size", None)  # was chosen; this time it was given
         if self._options.refresh is None:
-            self._set_due(None)  # was the word of a rule; this time there is none
+            set_due(self.param_groups, None)  # was the word of a rule; this time there is none
         self._note_format()
         self._saved_with = other_shapes(saved, self.param_groups[0]["format"])
         if self.block_size != before:
@@ -492,7 +482,7 @@ class Thor(torch.optim.Optimizer):
         if self._built_for is not None:
             self._start()
         step: int = self.param_groups[0]["step"]
-        self._prepare(step, self._known.waits(step - 1))
+        self._demand.ask(self.param_groups, step, waits=self._known.waits(step - 1))
         self._collector.clear()
 
     def state_dict(self) -> dict[str, Any]:
@@ -500,9 +490,7 @@ class Thor(torch.optim.Optimizer):
         packed = super().state_dict()
         if "_collector" not in self.__dict__:
             return packed  # of a copy, which knows no layers
-        found = self._collector.coverage
-        readiness = self._known.saved(() if found is None else found.trained)
-        packed["param_groups"][0]["readiness"] = {**readiness, "overdue": self._overdue}
+        packed["param_groups"][0]["readiness"] = self._demand.saved()
         return packed
 
     def _accepted(self, saved: SavedState) -> SavedState:
@@ -516,39 +504,6 @@ class Thor(torch.optim.Optimizer):
         """Let every group say what its state is."""
         for group in self.param_groups:
             group["format"] = format_of(self._options, self.block_size)
-
-    def _load_readiness(self, saved: Mapping[str, Any] | None) -> None:
-        found, kept = self._collector.coverage, layers_of(self.state.values())
-        used = set() if found is None else {*found.layers, *found.trained}
-        if saved is not None and not kept:
-            saved = {**saved, "ready": []}  # inverses were taken out of the state, to start anew
-        self._known.load(saved, kept, used)
-        self._overdue = saved is not None and saved["overdue"]
-
-    def _prepare(self, step: int, waits: bool) -> None:
-        """Say what the forward pass of a step is to do: measure, or look for layers; or neither."""
-        measures = self._overdue or waits or self._scheduled(step)
-        found = self._collector.coverage
-        lost = found is None or bool(self._known.unfound)
-        self._collector.looks = self._looked_for(found) if lost and not measures else None
-        self._collector.wanted = lost or measures
-
-    def _looked_for(self, found: Coverage | None) -> frozenset[str]:
-        """The parameters that graphs had used when the state was saved; all, where it does not say."""
-        if not self._known.recorded:
-            return frozenset(name for name, _ in self._model.named_parameters())
-        used = {name.partition("[")[0] for name in self._known.unfound}
-        return frozenset(used if found is None else used | found.trained)
-
-    def _scheduled(self, step: int) -> bool:
-        """Whether factors are due in a step."""
-        due = self.param_groups[0].get("due")
-        return step % self._options.frequency == 0 if due is None else step >= due
-
-    def _set_due(self, due: int | None) -> None:
-        """Ask for factors in step ``due``; None: as ``frequency`` says."""
-        for group in self.param_groups:
-            group["due"] = due
 
     def _choose_block_size(self, moments: Mapping[str, Moments], terms: Tensor | None) -> None:
         """Let the first factors decide; until then factors were whole, and so are the inverses."""
@@ -565,16 +520,6 @@ class Thor(torch.optim.Optimizer):
             group["block_size"] = self.block_size_report.chosen
         self._note_format()
         self._forget()
-
-    def _factors_due(self, step: int, moments: Mapping[str, Moments], lost: bool) -> bool:
-        due = self._overdue or self._scheduled(step)
-        missing, found = due and not moments, self._collector.coverage
-        none_at_all = found is not None and not found.layers
-        self._overdue = missing and not none_at_all
-        if missing and not self._warned and not lost:
-            self._warned = True
-            warn(NO_LAYERS if none_at_all else NO_FACTORS)
-        return due
 
     def _tell_unseen(self, moments: Mapping[str, Moments], gradients: Mapping[str, Tensor]) -> None:
         """In a factor step, say once which weights have a gradient and no factors, as no graph uses them."""
@@ -614,7 +559,7 @@ class Thor(torch.optim.Optimizer):
         taken = Taken(step, measured, ready, self._ahead)
         due = run_between(self._tx, self._inner, self._update.params, self._found, rates, taken)
         if due is not None:
-            self._set_due(due)
+            set_due(self.param_groups, due)
 
     def _scales(self) -> dict[str, Tensor]:
         device = self._inner.skipped.device
@@ -686,7 +631,7 @@ class Thor(torch.optim.Optimizer):
         self._found = _complete(self._collector.coverage, self._params)
         trained = self._collector.coverage.trained
         if self._known.restart(self._found.layers, self._params.keys() - trained, trained):
-            self._set_due(None)  # there are new layers: back to the schedule
+            set_due(self.param_groups, None)  # there are new layers: back to the schedule
         self._tx = self._transform()
         mode, options = self._collector.mode, self._collector.options
         params = {name: here(p) for name, p in self._params.items()}
