@@ -1,6 +1,5 @@
 """The drop-in door's optimizer: a shell around :func:`thor_fx.thor`, without mathematics of its own."""
 
-import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -47,7 +46,7 @@ from .hyper import HyperTensors
 from .inductor import check_backend
 from .inverses import METHODS, Inverse
 from .layers import Coverage
-from .levenberg_marquardt import LevenbergMarquardt, loss_again
+from .levenberg_marquardt import AdaptiveDamping, LevenbergMarquardt, loss_again
 from .links import thor_chain
 from .metrics import Metrics, metrics, trace
 from .optimizer_state import (
@@ -76,11 +75,6 @@ from .step_norm import StepNorm
 from .transform import Taken, Transform, skip_nonfinite, unscale
 from .unseen import NO_GRAPH, tell_unseen, unseen_weights
 from .warn import warn
-
-NEEDS_CLOSURE = (
-    "damping=LevenbergMarquardt(...) compares the loss of a batch before and after the step: call "
-    "step(closure), where closure computes the loss, calls backward and returns the loss"
-)
 
 A_COPY = (
     "this Thor is a copy or was unpickled, which keeps the state and nothing else: create "
@@ -266,7 +260,7 @@ class Thor(torch.optim.Optimizer):
             self._backends = backend, backend
         self.block_size_report: BlockSizeReport | None = None
         self._schedules: list[dict[str, Schedule]] = []
-        self._adapts: list[bool] = []  # whether the damping of a group follows the loss
+        self._adaptive = AdaptiveDamping(self._options.adaptive)
         self._told = False  # of weights that no graph uses
         self._compared = False  # with the other ranks
         self._known = Readiness()
@@ -312,7 +306,7 @@ class Thor(torch.optim.Optimizer):
         group |= {name: schedule(0) for name, schedule in schedules.items()}
         adapts = isinstance(given["damping"], LevenbergMarquardt)
         if adapts:
-            group["damping"] = self._adapted_damping(given["damping"])
+            group["damping"] = self._adaptive.current(given["damping"], self.param_groups)
         if self.param_groups:
             group["step"] = self.param_groups[0]["step"]
         if self._options.block_size == "auto":
@@ -322,7 +316,7 @@ class Thor(torch.optim.Optimizer):
         self._note_format()
         self._schedules.append(schedules)
         set_due(self.param_groups, None)
-        self._adapts.append(adapts)
+        self._adaptive.add(follows=adapts)
         self._forget()
 
     # --- the step ----------------------------------------------------------------------------------
@@ -345,22 +339,14 @@ class Thor(torch.optim.Optimizer):
         """
         if self._collector.reader is not self._reader:
             raise RuntimeError(SUCCEEDED)
-        adaptive = self._options.adaptive
-        if adaptive is not None and closure is None:
-            raise RuntimeError(NEEDS_CLOSURE)
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        if adaptive is not None and loss is None:
-            raise RuntimeError(NEEDS_CLOSURE)
+        loss = self._adaptive.loss(closure)
         parameters = (p for group in self.param_groups for p in group["params"])
         first = next((p for p in parameters if p.grad is not None), None)
         if first is None:
             check_replaced(self._model, self.param_groups)
             return loss
         step: int = self.param_groups[0]["step"]
-        compares = adaptive is not None and adaptive.compares(step)
+        compares = self._adaptive.compares(step)
         collected = self._collector.collected()
         try:
             with torch.autocast(first.device.type, enabled=False):  # trainers call us inside of theirs
@@ -368,8 +354,9 @@ class Thor(torch.optim.Optimizer):
         except BaseException:
             self._collector.put_back(collected)  # after Ctrl-C, say, the step can be tried again
             raise
-        if compares and adaptive is not None and closure is not None:
-            self._adapt(adaptive, closure, loss)
+        if compares and closure is not None:
+            later = loss_again(closure, self._params.values(), self._collector)
+            self._adaptive.adapt(self.param_groups, self._inner, loss, later, self._world)
         for group in self.param_groups:
             group["step"] = step + counted  # else this step is taken again, with its schedules and factors
         self._demand.ask(self.param_groups, step + counted, waits=waits)
@@ -566,21 +553,6 @@ class Thor(torch.optim.Optimizer):
         return scales_of(
             self, self._scaler, device, self._dtype, of_factors=self._options.fisher == "empirical"
         )
-
-    def _adapt(self, adaptive: LevenbergMarquardt, closure: Callable[[], Any], before: Any) -> None:
-        """Change the damping by what the step did to the loss of its batch. Waits for the device."""
-        later = loss_again(closure, self._params.values(), self._collector)
-        damping = self._adapted_damping(adaptive)
-        damping = adaptive.after(damping, self._inner, before, later, self._world)
-        for group in itertools.compress(self.param_groups, self._adapts):
-            group["damping"] = damping
-
-    def _adapted_damping(self, rule: LevenbergMarquardt) -> float:
-        """The damping of the groups that follow the rule."""
-        if rule is not self._options.adaptive:
-            raise ValueError("LevenbergMarquardt adapts one damping: pass it to Thor, not to a group")
-        known = itertools.compress(self.param_groups, self._adapts)
-        return float(next((group["damping"] for group in known), rule.initial))
 
     def _rates(self) -> list[Tensor]:
         """The hyper-parameters of this step, as tensors in the order of their names."""
