@@ -13,6 +13,7 @@ from torch import nn
 from .collector import Collector
 from .factors import Moments
 from .layers import Coverage
+from .options import Options
 from .readiness import Readiness
 from .warn import warn
 
@@ -43,19 +44,19 @@ class Demand:
         model: whose parameters graphs use.
         collector: is told what the next pass is for.
         known: the layers that have had factors.
-        frequency: of factor steps.
+        options: how often factors are due, and whether a refresh rule may change that.
     """
 
-    def __init__(self, model: nn.Module, collector: Collector, known: Readiness, frequency: int) -> None:
+    def __init__(self, model: nn.Module, collector: Collector, known: Readiness, options: Options) -> None:
         self._model, self._collector = model, collector
-        self._known, self._frequency = known, frequency
+        self._known, self._options = known, options
         self._overdue = False  # factors were due, and there were none
         self._warned = False
 
     def scheduled(self, groups: Groups, step: int) -> bool:
         """Whether factors are due in a step."""
         due = groups[0].get("due")
-        return step % self._frequency == 0 if due is None else step >= due
+        return step % self._options.frequency == 0 if due is None else step >= due
 
     def met(self, groups: Groups, step: int, moments: Mapping[str, Moments], *, lost: bool) -> bool:
         """Whether step ``step`` is a factor step. One that has no factors is told of once, and made up for.
@@ -95,19 +96,22 @@ class Demand:
         readiness = self._known.saved(() if found is None else found.trained)
         return {**readiness, "overdue": self._overdue}
 
-    def load(self, saved: Mapping[str, Any] | None, kept: set[str]) -> None:
+    def load(self, groups: Groups, kept: set[str]) -> None:
         """Continue with what was saved.
 
         Args:
-            saved: what :meth:`saved` returned; None: the state does not say.
+            groups: as they were loaded; the first loses ``readiness``, which :meth:`saved` had returned.
             kept: the layers that the state has inverses or factors of.
         """
+        saved = groups[0].pop("readiness", None)  # older states do not say
         found = self._collector.coverage
         used = set() if found is None else {*found.layers, *found.trained}
         if saved is not None and not kept:
             saved = {**saved, "ready": []}  # inverses were taken out of the state, to start anew
         self._known.load(saved, kept, used)
         self._overdue = saved is not None and saved["overdue"]
+        if self._options.refresh is None:
+            set_due(groups, None)  # was the word of a rule; this time there is none
 
     def _looked_for(self, found: Coverage | None) -> frozenset[str]:
         """The parameters that graphs had used when the state was saved; all, where it does not say."""

@@ -67,7 +67,7 @@ from .presets import Preset, takes_preset
 from .readiness import Readiness
 from .refresh import DampingRule
 from .refresh_rules import RefreshRule
-from .saved_options import accepted, format_of, other_shapes
+from .saved_options import Format, accepted
 from .scaling import Scaler, scales_of
 from .schedule import Schedule, Value
 from .state_versions import SavedState
@@ -264,11 +264,11 @@ class Thor(torch.optim.Optimizer):
         self._told = False  # of weights that no graph uses
         self._compared = False  # with the other ranks
         self._known = Readiness()
-        self._demand = Demand(model, self._collector, self._known, self._options.frequency)
+        self._demand = Demand(model, self._collector, self._known, self._options)
         self._alarm = Alarm()
         self._scaled = False  # by a gradient scaler, whose overflows are no news
         self._reader = object()
-        self._saved_with = ""  # how options differ from those of the state that was loaded
+        self._format = Format(self._options)
         self._forget()
         defaults: dict[str, Any] = {"lr": lr, "damping": damping, "momentum": momentum}
         defaults |= {"weight_decay": weight_decay, "fallback_lr": fallback_lr}
@@ -284,7 +284,7 @@ class Thor(torch.optim.Optimizer):
 
         def __getattr__(self, name: str) -> Any:
             """What is missing: of an optimizer, torch copies and pickles the state only."""
-            if name in {"_collector", "_model", "_options"}:
+            if name in {"_collector", "_model", "_options", "_format"}:
                 raise RuntimeError(A_COPY)
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
@@ -313,7 +313,7 @@ class Thor(torch.optim.Optimizer):
             group["block_size"] = self.block_size
         check_centralization(self._model, group)
         super().add_param_group(group)
-        self._note_format()
+        self._format.note(self.param_groups)
         self._schedules.append(schedules)
         set_due(self.param_groups, None)
         self._adaptive.add(follows=adapts)
@@ -414,9 +414,7 @@ class Thor(torch.optim.Optimizer):
     @property
     def block_size(self) -> BlockSize:
         """The side of the blocks; ``"auto"`` as long as none has been chosen."""
-        if self._options.block_size != "auto" or not self.param_groups:
-            return self._options.block_size
-        return self.param_groups[0].get("block_size", "auto")
+        return self._format.block_size(self.param_groups)
 
     def statistics(self) -> Statistics:
         """What the model's ``passes`` have measured since the last step: :func:`thor_fx.statistics`."""
@@ -453,16 +451,8 @@ class Thor(torch.optim.Optimizer):
         before = self.block_size
         with loading(self, self._accepted):
             super().load_state_dict(state_dict)
-        saved = self.param_groups[0]["format"]
-        readiness = self.param_groups[0].pop("readiness", None)
-        self._demand.load(readiness, layers_of(self.state.values()))
-        if self._options.block_size != "auto":
-            for group in self.param_groups:
-                group.pop("block_size", None)  # was chosen; this time it was given
-        if self._options.refresh is None:
-            set_due(self.param_groups, None)  # was the word of a rule; this time there is none
-        self._note_format()
-        self._saved_with = other_shapes(saved, self.param_groups[0]["format"])
+        self._demand.load(self.param_groups, layers_of(self.state.values()))
+        self._format.loaded(self.param_groups)
         if self.block_size != before:
             self.block_size_report = None
             self._forget()
@@ -482,15 +472,10 @@ class Thor(torch.optim.Optimizer):
 
     def _accepted(self, saved: SavedState) -> SavedState:
         """A state dict as this optimizer saves it; or a ValueError that says what is wrong with it."""
-        saved = accepted(saved, own=format_of(self._options, self.block_size))
+        saved = accepted(saved, own=self._format.of(self.param_groups))
         names = {param: name for name, param in self._model.named_parameters()}
         check_same_model(saved, self.param_groups, names, alone=self._world is None)
         return saved
-
-    def _note_format(self) -> None:
-        """Let every group say what its state is."""
-        for group in self.param_groups:
-            group["format"] = format_of(self._options, self.block_size)
 
     def _choose_block_size(self, moments: Mapping[str, Moments], terms: Tensor | None) -> None:
         """Let the first factors decide; until then factors were whole, and so are the inverses."""
@@ -503,9 +488,7 @@ class Thor(torch.optim.Optimizer):
             for entry in self.state.values():
                 entry.pop("inverses", None)
             self._known.ready.clear()
-        for group in self.param_groups:
-            group["block_size"] = self.block_size_report.chosen
-        self._note_format()
+        self._format.choose(self.param_groups, self.block_size_report.chosen)
         self._forget()
 
     def _tell_unseen(self, moments: Mapping[str, Moments], gradients: Mapping[str, Tensor]) -> None:
@@ -678,7 +661,7 @@ class Thor(torch.optim.Optimizer):
         if self._owners is not None:
             saved |= moved(self._owners.parts, saved)
         for name, entry in views(self._inner, self._found, self._params, self._labels, self._held()).items():
-            restore(entry, saved[name], name, self._saved_with)
+            restore(entry, saved[name], name, self._format.differs)
             self.state[self._params[name]] = with_unfound(entry, saved[name], self._known.unfound)
         shares = self._owners is not None or self._options.work_sharing != "none"
         if continues and (shares or not self._known.recorded):
