@@ -5,7 +5,7 @@ wanted besides where they were due and there were none, and where a layer waits 
 (:mod:`thor_fx.readiness`). As long as graphs are missing that the state knows, every pass looks for them.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence, Set
 from typing import Any
 
 from torch import nn
@@ -57,6 +57,19 @@ class Demand:
         """Whether factors are due in a step."""
         due = groups[0].get("due")
         return step % self._options.frequency == 0 if due is None else step >= due
+
+    def restart(self, groups: Groups, layers: Collection[str], params: Set[str]) -> None:
+        """Go on with other layers; where a graph shows new ones, back to the schedule.
+
+        Args:
+            groups: of parameters.
+            layers: that graphs use.
+            params: all parameters.
+        """
+        assert self._collector.coverage is not None, "there are layers"
+        trained = self._collector.coverage.trained
+        if self._known.restart(layers, {*params} - trained, trained):
+            set_due(groups, None)
 
     def met(self, groups: Groups, step: int, moments: Mapping[str, Moments], *, lost: bool) -> bool:
         """Whether step ``step`` is a factor step. One that has no factors is told of once, and made up for.
