@@ -12,14 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from .ahead import Ahead
+from .alarm import skipped_steps
 from .between import run_between
 from .blocks import BlockSize
 from .collector import Collector
-from .compiled_update import CompiledUpdate
+from .compiled_update import CompiledUpdate, Given
 from .distributed.beside import Beside, Lane
 from .distributed.collectives import World
 from .distributed.distribute import distribute, for_one_rank, shared_work
 from .distributed.dtensors import here
+from .distributed.faults import waiting_for_others
 from .distributed.owned import by_owners
 from .distributed.ownership import Ownership, ownership
 from .distributed.peers import Peers
@@ -110,6 +112,16 @@ class Built:
             return self.owners.parts.held
         work = shared_work(self.options, self.world)
         return everything if work is None else work.held
+
+    def take(self, given: Given, rates: list[Tensor], step: int) -> bool:
+        """Take step ``step``; whether it counts: one that was skipped does not, where the host knows of it.
+
+        All ranks call this together; ``rates`` is what :meth:`rates` returned.
+        """
+        before = skipped_steps(self.state)
+        with waiting_for_others(self.world, f"in step {step}"):
+            self.update(given, rates)
+        return before is None or skipped_steps(self.state) == before
 
     def renew(self, taken: Taken, rates: list[Tensor]) -> int | None:
         """What happens after a step that counted: see :func:`~thor_fx.between.run_between`."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from .alarm import Alarm, skipped_steps
+from .alarm import Alarm
 from .another_model import check_same_model
 from .arguments import check_type
 from .block_size import choose
@@ -22,7 +22,6 @@ from .compiled_update import Given
 from .demand import Demand, set_due
 from .distributed.agreement import agreed
 from .distributed.dtensors import here_as
-from .distributed.faults import waiting_for_others
 from .distributed.owned import check_owned
 from .distributed.peers import Peers
 from .distributed.work import WorkSharing
@@ -34,7 +33,7 @@ from .inductor import check_backend
 from .inverses import Inverse
 from .layers import Coverage
 from .levenberg_marquardt import AdaptiveDamping, LevenbergMarquardt, loss_again
-from .metrics import Metrics, metrics, trace
+from .metrics import Metrics, group_metrics, metrics, trace
 from .optimizer_state import layers_of, loading
 from .options import MAX_DIM, Fallback, MomentumOn, Options
 from .own_passes import Statistics
@@ -240,7 +239,6 @@ class Thor(torch.optim.Optimizer):
         self._known = Readiness()
         self._demand = Demand(model, self._collector, self._known, self._options)
         self._alarm = Alarm()
-        self._scaled = False  # by a gradient scaler, whose overflows are no news
         self._reader = object()
         self._format = Format(self._options)
         self._forget()
@@ -354,14 +352,16 @@ class Thor(torch.optim.Optimizer):
             moments = {name: m for name, m in moments.items() if layer_of(name) in unready}
         if moments:
             built.ahead.forget()
-        served = unready.intersection(moments)
+        measured, served = frozenset(map(layer_of, moments)), unready.intersection(moments)
         skipped = built.state.skipped.clone() if served else None
-        refreshes = frozenset(map(layer_of, moments)) & unready if built.tx.between else None
+        refreshes = measured & unready if built.tx.between else None
         rates, terms = built.rates(self._schedules.values(self.param_groups)), terms if moments else None
         given = Given(gradients, moments, terms, self._scales(built), refreshes, compares)
-        counted = self._take(built, given, rates, step)
+        counted = built.take(given, rates, step)
+        if moments or not counted:
+            self._alarm.look(built.state)
         if counted and built.tx.between is not None:
-            self._between(built, step, frozenset(map(layer_of, moments)) - unready, rates)
+            self._renew(built, step, measured - unready, rates)
         if served and bool(skipped == built.state.skipped):  # waits for the device, in the first step
             self._known.ready |= served
         return counted, self._known.wait(unready, served, gradients, step)
@@ -396,12 +396,9 @@ class Thor(torch.optim.Optimizer):
         Groups of parameters after the first have ``lr/1``, ``damping/1``, ... Where averages of factors are
         kept, also ``trace``: ``sum over layers of tr(A) tr(G)``. Reading them waits for the device.
         """
-        found: Metrics = {"step": self.param_groups[0]["step"]}
-        for i, group in enumerate(self.param_groups):
-            found |= {f"{name}/{i}" if i else name: float(group[name]) for name in ("lr", "damping")}
+        found = group_metrics(self.param_groups)
         counts = metrics(None if self._built is None else self._built.state)
-        skipped = 0 if self._scaled else int(counts["skipped_steps"])
-        self._alarm.tell(skipped=skipped, failed=int(counts["failed_inverses"]))
+        self._alarm.tell(skipped=int(counts["skipped_steps"]), failed=int(counts["failed_inverses"]))
         found |= counts
         if self._built is None:  # before the first step
             return found
@@ -427,7 +424,7 @@ class Thor(torch.optim.Optimizer):
             self.block_size_report = None
             self._forget()
         if self._built is not None:
-            self._start(self._built)
+            start(self._built, self.state, self.param_groups, self._known, self._format.differs)
         step: int = self.param_groups[0]["step"]
         self._demand.ask(self.param_groups, step, waits=self._known.waits(step - 1))
         self._collector.clear()
@@ -464,20 +461,11 @@ class Thor(torch.optim.Optimizer):
     def _scales(self, built: Built) -> dict[str, Tensor]:
         """What a gradient scaler says of this step."""
         device, of_factors = built.state.skipped.device, self._options.fisher == "empirical"
-        return scales_of(self, self._scaler, device, built.dtype, of_factors=of_factors)
+        found = scales_of(self, self._scaler, device, built.dtype, of_factors=of_factors)
+        self._alarm.scaled = bool(found)
+        return found
 
-    def _take(self, built: Built, given: Given, rates: list[Tensor], step: int) -> bool:
-        """Take a step; whether it counts: one that was skipped does not, where the host knows of it."""
-        before = skipped_steps(built.state)
-        self._scaled = bool(given.scales)
-        with waiting_for_others(self._peers.world, f"in step {step}"):
-            built.update(given, rates)
-        counted = before is None or skipped_steps(built.state) == before
-        if given.moments or not counted:
-            self._alarm.look(built.state, scaled=self._scaled)
-        return counted
-
-    def _between(self, built: Built, step: int, measured: frozenset[str], rates: list[Tensor]) -> None:
+    def _renew(self, built: Built, step: int, measured: frozenset[str], rates: list[Tensor]) -> None:
         """What happens after a step that counted, whose inverses act from the next one on."""
         ready = frozenset(self._known.ready.intersection(built.found.layers))
         due = built.renew(Taken(step, measured, ready, built.ahead), rates)
@@ -491,14 +479,11 @@ class Thor(torch.optim.Optimizer):
         built = self._builder.build(self.param_groups, self._schedules.by_label, self.block_size)
         self._demand.restart(self.param_groups, built.found.layers, built.params.keys())
         self._forget()
-        self._start(built)
+        start(built, self.state, self.param_groups, self._known, self._format.differs)
         self._peers.compare(built.tx, built.params, built.found, self._collector.places)
         built.connect(self._collector, self._peers.lane)
         self._built = built
         return built
-
-    def _start(self, built: Built) -> None:
-        start(built, self.state, self.param_groups, self._known, self._format.differs)
 
     def _forget(self) -> None:
         """Make another update before the next step."""
