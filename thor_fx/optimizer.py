@@ -361,7 +361,10 @@ class Thor(torch.optim.Optimizer):
         if moments or not counted:
             self._alarm.look(built.state)
         if counted and built.tx.between is not None:
-            self._renew(built, step, measured - unready, rates)
+            ready = frozenset(self._known.ready.intersection(built.found.layers))
+            due = built.renew(Taken(step, measured - unready, ready, built.ahead), rates)
+            if due is not None:
+                set_due(self.param_groups, due)
         if served and bool(skipped == built.state.skipped):  # waits for the device, in the first step
             self._known.ready |= served
         return counted, self._known.wait(unready, served, gradients, step)
@@ -464,13 +467,6 @@ class Thor(torch.optim.Optimizer):
         found = scales_of(self, self._scaler, device, built.dtype, of_factors=of_factors)
         self._alarm.scaled = bool(found)
         return found
-
-    def _renew(self, built: Built, step: int, measured: frozenset[str], rates: list[Tensor]) -> None:
-        """What happens after a step that counted, whose inverses act from the next one on."""
-        ready = frozenset(self._known.ready.intersection(built.found.layers))
-        due = built.renew(Taken(step, measured, ready, built.ahead), rates)
-        if due is not None:
-            set_due(self.param_groups, due)
 
     def _build(self) -> Built:
         """The update for the groups and layers that there are; another one goes on with all that is known."""
