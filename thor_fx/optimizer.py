@@ -34,7 +34,7 @@ from .inverses import Inverse
 from .layers import Coverage
 from .levenberg_marquardt import AdaptiveDamping, LevenbergMarquardt, loss_again
 from .metrics import Metrics, group_metrics, metrics, trace
-from .optimizer_state import layers_of, loading
+from .optimizer_state import OF_LAYERS, layers_of, loading
 from .options import MAX_DIM, Fallback, MomentumOn, Options
 from .own_passes import Statistics
 from .parameters import check_one_device
@@ -456,7 +456,8 @@ class Thor(torch.optim.Optimizer):
             return
         if "block_size" in self.param_groups[0]:  # else the state is one that was saved with a given size
             for entry in self.state.values():
-                entry.pop("inverses", None)
+                for kept in OF_LAYERS:
+                    entry.pop(kept, None)
             self._known.ready.clear()
         self._format.choose(self.param_groups, self.block_size_report.chosen)
         self._forget()
