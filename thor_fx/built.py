@@ -36,7 +36,7 @@ from .parameter_groups import ParameterGroups, Schedules
 from .transform import State, Taken, Transform, skip_nonfinite, unscale
 from .unseen import complete
 
-NO_GRAPHS = (
+NOTHING_SEEN = (
     "no compiled graph of the model has been seen: create Thor before the forward pass, call "
     "the model itself (not model.forward, nor torch.compile(model)) in training mode, and then "
     "backward. If you did, torch.compile captures nothing of this model: see "
@@ -183,7 +183,7 @@ class Builder:
         """
         coverage, version = self.collector.coverage, self.collector.version
         if coverage is None:
-            raise RuntimeError(NO_GRAPHS)
+            raise RuntimeError(NOTHING_SEEN)
         check_replaced(self.model, groups)
         labels = {
             name: str(label)
