@@ -349,7 +349,9 @@ def _getitem(walk: Walk, node: fx.Node, path: Path) -> Iterator[Site]:
 def _convolution(walk: Walk, node: fx.Node, path: Path) -> Iterator[Site]:
     g, x, weight, _, stride, padding, dilation, transposed, output_padding, groups, _ = arguments(node)
     settings = shape(weight)[2:], stride, padding, dilation, output_padding
+    axes = len(shape(weight)) - 2
     kernel, *rest = (tuple(int(size) for size in sizes) for sizes in settings)
+    rest = [sizes * axes if len(sizes) == 1 else sizes for sizes in rest]  # one number may stand for all axes
     geometry = Geometry(kernel, rest[0], rest[1], rest[2], rest[3], transposed)
     if (g in walk.backward) == (x in walk.backward):
         raise unlike(node, " with both or none of its operands from backward")

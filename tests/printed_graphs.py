@@ -1,7 +1,6 @@
 """A script: the code of every graph that both doors compile for a model of many kinds of layer, as JSON."""
 
 import json
-import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,7 +9,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 import thor_fx
-from thor_fx import compiled_update, step
+from thor_fx import compiled_update, factor_graphs, step
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "defaults": {},
@@ -90,8 +89,7 @@ def main() -> None:
     printed: list[str] = []
     for module in (compiled_update, step):
         module.compile_graph = printing(module.compile_graph, printed)
-    drop_in = sys.modules["thor_fx.compile"]  # the package has a function of that name
-    drop_in.compile_differentiable = printing_joint(drop_in.compile_differentiable, printed)
+    factor_graphs.compile_differentiable = printing_joint(factor_graphs.compile_differentiable, printed)
     found = {}
     for name, settings in SETTINGS.items():
         for door in (by_drop_in, by_function):

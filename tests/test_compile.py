@@ -2,7 +2,6 @@
 
 import copy
 import io
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch import Tensor, fx, nn
 from torch._dynamo.backends.common import aot_autograd
 
 import thor_fx
+from thor_fx import factor_graphs
 from thor_fx.compile import collector_of
 from thor_fx.factors import Kronecker, kronecker
 from thor_fx.passes import Factor, Terms
@@ -377,14 +377,13 @@ IN_BLOCKS = [f"blocks.{i}.{name}.weight" for i in range(3) for name in ("up", "d
 @pytest.mark.parametrize("left_out", [(), ("blocks.1.up.weight",)])
 def test_modules_of_one_class_have_factors_of_their_own(left_out, monkeypatch):
     compilations: list[str | None] = []
-    compile_module = sys.modules["thor_fx.compile"]  # the function has its name
-    compile_differentiable = compile_module.compile_differentiable
+    compile_differentiable = factor_graphs.compile_differentiable
 
     def counted(*args: Any, key: str | None, **kwargs: Any) -> Any:
         compilations.append(key)
         return compile_differentiable(*args, key=key, **kwargs)
 
-    monkeypatch.setattr(compile_module, "compile_differentiable", counted)
+    monkeypatch.setattr(factor_graphs, "compile_differentiable", counted)
     wanted = [name for name in IN_BLOCKS if name not in left_out]
     data = batches(5)
     model = compiled(Loop)
@@ -466,21 +465,20 @@ def test_the_plain_step_is_that_of_torch_compile(recorder, name):
 
 @pytest.mark.parametrize("name", ["mlp", "tied"])
 def test_a_new_batch_size_compiles_at_most_once(recorder, monkeypatch, name):
-    factor_graphs = []
-    module = sys.modules["thor_fx.compile"]  # the package's attribute is the function
-    differentiable = module.compile_differentiable
+    compilations = []
+    differentiable = factor_graphs.compile_differentiable
 
     def counted(*args: Any, **kwargs: Any) -> Any:
-        factor_graphs.append(1)
+        compilations.append(1)
         return differentiable(*args, **kwargs)
 
-    monkeypatch.setattr(module, "compile_differentiable", counted)
+    monkeypatch.setattr(factor_graphs, "compile_differentiable", counted)
     model = compiled(MODELS[name])
     optimizer = thor(model)
     counts = []
     for rows in (7, 7, 9, 12, 7):
         train(model, optimizer, batches(3, rows))
-        counts.append((len(factor_graphs), len(recorder.graphs)))
+        counts.append((len(compilations), len(recorder.graphs)))
     assert counts[0] == counts[1] == (1, 2)
     assert counts[2] == counts[3] == counts[4] == (2, 4)
     for graph in collector_of(model).graphs:

@@ -84,6 +84,22 @@ def test_padding_modes(mode, padding, kernel):
     assert oracle.relative_error(found.G, G) < 1e-10
 
 
+@pytest.mark.parametrize("padding", ["valid", [0], [1]])
+@pytest.mark.parametrize("kernel", [(2, 2), (3, 1)])
+def test_one_number_in_a_list_is_for_all_axes(kernel, padding):
+    """As in the graph of ``padding="valid"``, where the nightly draws failed on it."""
+    x, weight = random(BATCH, CHANNELS, 6, 6), random(OUT, CHANNELS // 2, *kernel, seed=1)
+
+    def convolve(w):
+        return F.conv2d(x, w, None, stride=[1], padding=padding, dilation=[1], groups=2)
+
+    found = thor_fx.factors(lambda p: convolve(p["w"]).sin().mean(), {"w": weight})["w"]
+    A, G, rows = expected(convolve, weight, 2, transposed=False)
+    assert found.rows == rows
+    assert oracle.relative_error(found.A, A) < 1e-10
+    assert oracle.relative_error(found.G, G) < 1e-10
+
+
 def test_output_padding():
     x, weight = random(BATCH, CHANNELS, 3, 3), random(CHANNELS, OUT // 2, 3, 3, seed=1)
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import thor_fx
-from thor_fx import compiled_update, inductor
+from thor_fx import compiled_update, factor_graphs, inductor
 from thor_fx.torch_version import supported
 from training import (
     CLASSES,
@@ -37,7 +37,6 @@ from training import (
 
 SETTINGS: dict[str, Any] = {"lr": 0.05, "damping": 0.1, "momentum": 0.9, "frequency": 2}
 DATA = batches(6)
-compile_module = sys.modules["thor_fx.compile"]  # the function of that name hides it
 
 
 def thor(model: nn.Module, **settings: Any) -> thor_fx.Thor:
@@ -228,7 +227,7 @@ def test_ctrl_c_while_the_model_is_compiled(monkeypatch: pytest.MonkeyPatch, exp
     model = compiled()
     optimizer = thor(model)
     with monkeypatch.context() as patched:
-        patched.setattr(compile_module, "survey", interrupt)
+        patched.setattr(factor_graphs, "survey", interrupt)
         with pytest.raises(KeyboardInterrupt):
             model(DATA[0][0])
     assert torch.equal(model.forward(DATA[0][0]), build(mlp)(DATA[0][0]))

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import thor_fx
-from thor_fx.compile import _FillSlots, _key
+from thor_fx.factor_graphs import _FillSlots, _key
 from thor_fx.layers import Coverage
 from thor_fx.own_passes import key_of
 from thor_fx.passes import Grad, PassError, Statistic, find_sites, outputs, splice

@@ -486,7 +486,7 @@ def compilations(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """How often a factor graph and an update were compiled."""
     counts = {"compile_differentiable": 0, "compile_graph": 0}
     for module, name in (
-        ("thor_fx.compile", "compile_differentiable"),
+        ("thor_fx.factor_graphs", "compile_differentiable"),
         ("thor_fx.compiled_update", "compile_graph"),
     ):
         original: Callable[..., Any] = getattr(sys.modules[module], name)
