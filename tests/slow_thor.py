@@ -92,13 +92,14 @@ class SlowThor:
         self.kinds |= kinds
         self.terms = self.collected if pairs else self.terms
         self.moving = self.moving | {n: self._moved(n, g) for n, g in gradients.items()}
-        if all(self.moving[name].isfinite().all() for name in gradients):
+        counted = all(bool(self.moving[name].isfinite().all()) for name in gradients)
+        if counted:
             self._apply(gradients.keys())
         else:
             self.inverses, self.terms, self.moving = before
             self.skipped += 1
         unknown = (gradients.keys() - self.seen) | (self.known & gradients.keys() - self.inverses.keys())
-        self.steps += 1
+        self.steps += counted  # one that is skipped is taken again
         self.wanted = self.overdue or bool(unknown) or self.steps % self.frequency == 0
         self.forget()
 

@@ -377,16 +377,17 @@ def test_a_group_that_is_added_later_takes_the_block_size_there_is(clock):
 
 
 @pytest.mark.usefixtures("clock")
-def test_a_first_step_that_overflows_decides_nothing():
+@pytest.mark.parametrize("averaged", [{}, {"factor_decay": 0.9}])
+def test_a_first_step_that_overflows_decides_nothing(averaged):
     data = batches(5)
     data[0][0][0, 0] = torch.nan
-    model, optimizer = optimizer_of()
+    model, optimizer = optimizer_of(**averaged)
     first = train(model, optimizer, data[:1])
     assert (optimizer.block_size, optimizer.block_size_report) == ("auto", None)
     assert optimizer.metrics()["skipped_steps"] == 1
     found = first + train(model, optimizer, data[1:])
     assert optimizer.block_size == 16
-    assert_same(found, by_drop_in_door(build(wide), data, **SETTINGS, block_size=16))
+    assert_same(found, by_drop_in_door(build(wide), data, **SETTINGS, **averaged, block_size=16))
 
 
 @pytest.mark.usefixtures("clock")

@@ -80,7 +80,7 @@ class Run:
 
     @property
     def state(self) -> Any:
-        return self.state_.inner if self.optimizer is None else self.optimizer._inner
+        return self.state_.inner if self.optimizer is None else self.optimizer._built.state
 
     @property
     def metrics(self) -> dict[str, float]:

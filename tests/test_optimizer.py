@@ -550,7 +550,7 @@ def test_a_process_group_that_comes_later_is_told_once(monkeypatch):
     """Trainers initialise it: each rank would have inverses of its own, and the weights drift apart."""
     model, data = compiled(), batches(2)
     optimizer = thor(model)
-    monkeypatch.setattr("thor_fx.optimizer.has_others", lambda: True)
+    monkeypatch.setattr("thor_fx.distributed.peers.has_others", lambda: True)
     with pytest.warns(UserWarning, match=r"before torch.distributed was initialised: create it after that"):
         train(model, optimizer, data[:1])
     train(model, optimizer, data[1:])

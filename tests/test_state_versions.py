@@ -240,8 +240,9 @@ def test_other_shapes_are_refused_by_the_option(settings):
     model, optimizer = thor(**settings)
     optimizer.load_state_dict(saved())
     (name, value) = next(iter(settings.items()))
-    with pytest.raises(ValueError, match=rf"\({name}=\d+ then, {value} now"):
-        train(model, optimizer, batches(1))
+    for _ in range(2):  # a second try does not go on without it
+        with pytest.raises(ValueError, match=rf"\({name}=\d+ then, {value} now"):
+            train(model, optimizer, batches(1))
 
 
 def test_a_sharing_that_is_a_function_can_be_saved():

@@ -44,24 +44,24 @@ def skipped_steps(state: Any) -> int | None:
 
 
 class Alarm:
-    """Warns of each kind of trouble once."""
+    """Warns of each kind of trouble once.
+
+    Attributes:
+        scaled: whether a gradient scaler is in use, whose overflows are no news.
+    """
 
     def __init__(self) -> None:
+        self.scaled = False
         self._told: set[str] = set()
 
-    def look(self, state: Any, *, scaled: bool = False) -> None:
-        """Warn of what went wrong so far, where the host knows.
-
-        Args:
-            state: of a transform.
-            scaled: by a gradient scaler, whose overflows are no news.
-        """
+    def look(self, state: Any) -> None:
+        """Warn of what went wrong so far, where the host knows; ``state`` is that of a transform."""
         failed = sum(at_hand(count) or 0 for count in failures(state))
-        self.tell(skipped=0 if scaled else skipped_steps(state) or 0, failed=failed)
+        self.tell(skipped=skipped_steps(state) or 0, failed=failed)
 
     def tell(self, *, skipped: int, failed: int) -> None:
         """Warn of what has happened so far, unless that was said."""
-        for text, count in ((SKIPPED, skipped), (FAILED, failed)):
+        for text, count in ((SKIPPED, 0 if self.scaled else skipped), (FAILED, failed)):
             if count and text not in self._told:
                 self._told.add(text)
                 warn(text.format(count=count), NumericsWarning)

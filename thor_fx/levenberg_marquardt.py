@@ -8,8 +8,9 @@ A step ``d`` was chosen by a quadratic model of the loss, which predicts the cha
 Near 1 the model is good and the damping may fall; near 0 or below it is not, and the damping has to rise.
 """
 
+import itertools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,11 @@ from .arguments import check_integer, check_number
 from .collector import Collector
 from .distributed.collectives import World
 from .predicted import PredictedState
+
+NEEDS_CLOSURE = (
+    "damping=LevenbergMarquardt(...) compares the loss of a batch before and after the step: call "
+    "step(closure), where closure computes the loss, calls backward and returns the loss"
+)
 
 
 @dataclass(frozen=True)
@@ -110,6 +116,70 @@ class LevenbergMarquardt:
         achieved = torch.as_tensor(later) - before
         ratio = float(achieved if world is None else world.mean_number(achieved)) / predicted
         return self.adjusted(damping, ratio if math.isfinite(ratio) else -math.inf)
+
+
+class AdaptiveDamping:
+    """The damping of an optimizer's groups of parameters that follow one rule; or none does.
+
+    Args:
+        rule: the optimizer's own; None: its damping does not adapt itself.
+    """
+
+    def __init__(self, rule: LevenbergMarquardt | None) -> None:
+        self._rule = rule
+        self._follows: list[bool] = []  # by group
+
+    def current(self, rule: LevenbergMarquardt, groups: Sequence[dict[str, Any]]) -> float:
+        """The damping of the groups that follow ``rule``.
+
+        Raises:
+            ValueError: it is the rule of a group alone.
+        """
+        if rule is not self._rule:
+            raise ValueError("LevenbergMarquardt adapts one damping: pass it to Thor, not to a group")
+        known = itertools.compress(groups, self._follows)
+        return float(next((group["damping"] for group in known), rule.initial))
+
+    def add(self, *, follows: bool) -> None:
+        """There is one more group."""
+        self._follows.append(follows)
+
+    def loss(self, closure: Callable[[], Any] | None) -> Any:
+        """What ``closure`` returns before the step; None without one.
+
+        Raises:
+            RuntimeError: the damping adapts itself, and there is no closure, or it returns no loss.
+        """
+        if self._rule is not None and closure is None:
+            raise RuntimeError(NEEDS_CLOSURE)
+        found = None
+        if closure is not None:
+            with torch.enable_grad():
+                found = closure()
+        if self._rule is not None and found is None:
+            raise RuntimeError(NEEDS_CLOSURE)
+        return found
+
+    def compares(self, step: int) -> bool:
+        """Whether the loss of step ``step`` is computed a second time."""
+        return self._rule is not None and self._rule.compares(step)
+
+    def adapt(
+        self, groups: Sequence[dict[str, Any]], state: Any, before: Any, later: Tensor, world: World | None
+    ) -> None:
+        """Change the damping by what a step did to the loss of its batch. Waits for the device.
+
+        Args:
+            groups: of parameters.
+            state: of the transform, after the step.
+            before: the loss of the batch.
+            later: the loss of the same batch after the step, 0-D.
+            world: the ranks whose losses are averaged.
+        """
+        assert self._rule is not None, "a rule compares"
+        damping = self._rule.after(self.current(self._rule, groups), state, before, later, world)
+        for group in itertools.compress(groups, self._follows):
+            group["damping"] = damping
 
 
 def _predicted(state: Any) -> Tensor:

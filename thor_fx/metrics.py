@@ -1,6 +1,6 @@
 """What a training run says of itself: counters and numbers that live on the device until somebody asks."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -51,6 +51,14 @@ def metrics(state: Any) -> Metrics:
     """
     found: Metrics = dict.fromkeys(COUNTERS, 0)
     _walk(state, found)
+    return found
+
+
+def group_metrics(groups: Sequence[Mapping[str, Any]]) -> Metrics:
+    """``step``, and ``lr`` and ``damping`` of an optimizer's groups: ``lr/1`` is that of the second."""
+    found: Metrics = {"step": groups[0]["step"]}
+    for i, group in enumerate(groups):
+        found |= {f"{name}/{i}" if i else name: float(group[name]) for name in ("lr", "damping")}
     return found
 
 

@@ -1,8 +1,6 @@
 """The drop-in door's optimizer: a shell around :func:`thor_fx.thor`, without mathematics of its own."""
 
-import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -10,92 +8,54 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from .ahead import Ahead
-from .alarm import Alarm, skipped_steps
+from .alarm import Alarm
 from .another_model import check_same_model
 from .arguments import check_type
-from .between import run_between
 from .block_size import choose
 from .block_size_rule import BlockSizeReport
 from .blocks import BlockSize
+from .built import Builder, Built
 from .clips import Clip
 from .collector import Collected, Collector
 from .compile import collector_of
-from .compiled_update import CompiledUpdate, Given
-from .distributed.agreement import agreed, check_ranks
-from .distributed.beside import Beside, Lane, lane
-from .distributed.distribute import distribute, for_one_rank, shared_work
-from .distributed.dtensors import here, here_as
-from .distributed.faults import waiting_for_others
-from .distributed.owned import by_owners, check_owned, moved
-from .distributed.ownership import Ownership, ownership
-from .distributed.sending import Sending
-from .distributed.work import WorkSharing, everything
-from .distributed.wrappers import (
-    LATE,
-    averager,
-    averages_gradients,
-    has_others,
-    is_dealt_out,
-    unwrapped,
-    world_of_model,
-)
+from .compiled_update import Given
+from .demand import Demand, set_due
+from .distributed.agreement import agreed
+from .distributed.dtensors import here_as
+from .distributed.owned import check_owned
+from .distributed.peers import Peers
+from .distributed.work import WorkSharing
+from .distributed.wrappers import is_dealt_out, unwrapped
 from .factors import Moments
-from .group_members import check_centralization, check_replaced, members, named, with_rest
-from .hyper import HyperTensors
+from .group_members import check_centralization, check_replaced, members, with_rest
+from .group_schedules import SCHEDULES, GroupSchedules, schedules_of
 from .inductor import check_backend
-from .inverses import METHODS, Inverse
+from .inverses import Inverse
 from .layers import Coverage
-from .levenberg_marquardt import LevenbergMarquardt, loss_again
-from .links import thor_chain
-from .metrics import Metrics, metrics, trace
-from .optimizer_state import (
-    counters_of,
-    layers_of,
-    layers_with_inverses,
-    loading,
-    restore,
-    views,
-    with_unfound,
-)
-from .options import MAX_DIM, Fallback, MomentumOn, Options, damping_schedule, number_schedule
+from .levenberg_marquardt import AdaptiveDamping, LevenbergMarquardt, loss_again
+from .metrics import Metrics, group_metrics, metrics, trace
+from .optimizer_state import OF_LAYERS, layers_of, loading
+from .options import MAX_DIM, Fallback, MomentumOn, Options
 from .own_passes import Statistics
-from .parameter_groups import ParameterGroups
 from .parameters import check_one_device
 from .passes.layout import BiasRule, Fisher, Likelihood, LongSide, Sharing, layer_of
 from .presets import Preset, takes_preset
 from .readiness import Readiness
 from .refresh import DampingRule
 from .refresh_rules import RefreshRule
-from .saved_options import accepted, format_of, other_shapes
+from .saved_options import Format, accepted
 from .scaling import Scaler, scales_of
-from .schedule import Schedule, Value
+from .schedule import Value
+from .starting import start
 from .state_versions import SavedState
 from .step_norm import StepNorm
-from .transform import Taken, Transform, skip_nonfinite, unscale
-from .unseen import NO_GRAPH, tell_unseen, unseen_weights
-from .warn import warn
+from .transform import Taken
+from .unseen import Unseen, with_unseen
 
-NEEDS_CLOSURE = (
-    "damping=LevenbergMarquardt(...) compares the loss of a batch before and after the step: call "
-    "step(closure), where closure computes the loss, calls backward and returns the loss"
-)
-
-NO_FACTORS = (
-    "a factor step found no factors (was the model in evaluation mode?): the last inverses are used until "
-    "there are some. It is so too where torch has stopped compiling the model: it says that it hit "
-    "config.recompile_limit"
-)
 A_COPY = (
     "this Thor is a copy or was unpickled, which keeps the state and nothing else: create "
     "Thor(thor_fx.compile(model), ...) for the other model and give it load_state_dict(state_dict())"
 )
-NO_LAYERS = (
-    "no weight has factors, so all of them take the first-order rule: thor_fx.explain says why, and "
-    "layer_filter may leave out fewer"
-)
-
-
 SUCCEEDED = (
     "another Thor was made for this model after this one, and it is the one that gets the factors: step that "
     "one, or make a single Thor with groups of parameters, params=[...]"
@@ -225,11 +185,7 @@ class Thor(torch.optim.Optimizer):
         backend: str | None = None,
     ) -> None:
         self._collector: Collector = collector_of(model)
-        self._world = world_of_model(model, process_group)
-        self._had_others = has_others()
-        self._averages_gradients = not averages_gradients(model)
-        self._averager = averager(model, self._world)
-        self._lane: Lane | None = None
+        self._peers = Peers(model, process_group)
         self._model = model = unwrapped(model)
         self._scaler = loss_scale if isinstance(loss_scale, Scaler) else None
         constant = 1.0 if isinstance(loss_scale, Scaler) else loss_scale
@@ -270,22 +226,21 @@ class Thor(torch.optim.Optimizer):
         )
         if is_dealt_out(model):
             check_owned(self._options)
-        self._backends = self._collector.backend, self._collector.factor_backend
+        backends = self._collector.backend, self._collector.factor_backend
         if backend is not None:
             check_backend(backend)
-            self._backends = backend, backend
+            backends = backend, backend
+        self._builder = Builder(model, self._collector, self._peers, self._options, backends)
+        self._built: Built | None = None
         self.block_size_report: BlockSizeReport | None = None
-        self._schedules: list[dict[str, Schedule]] = []
-        self._adapts: list[bool] = []  # whether the damping of a group follows the loss
-        self._warned = False
-        self._told = False  # of weights that no graph uses
-        self._overdue = False
-        self._compared = False  # with the other ranks
+        self._schedules = GroupSchedules()
+        self._adaptive = AdaptiveDamping(self._options.adaptive)
+        self._unseen = Unseen(self._options.layer_filter)
         self._known = Readiness()
+        self._demand = Demand(model, self._collector, self._known, self._options)
         self._alarm = Alarm()
-        self._scaled = False  # by a gradient scaler, whose overflows are no news
         self._reader = object()
-        self._saved_with = ""  # how options differ from those of the state that was loaded
+        self._format = Format(self._options)
         self._forget()
         defaults: dict[str, Any] = {"lr": lr, "damping": damping, "momentum": momentum}
         defaults |= {"weight_decay": weight_decay, "fallback_lr": fallback_lr}
@@ -301,7 +256,7 @@ class Thor(torch.optim.Optimizer):
 
         def __getattr__(self, name: str) -> Any:
             """What is missing: of an optimizer, torch copies and pickles the state only."""
-            if name in {"_collector", "_model", "_options"}:
+            if name in {"_collector", "_model", "_options", "_format"}:
                 raise RuntimeError(A_COPY)
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
@@ -317,23 +272,21 @@ class Thor(torch.optim.Optimizer):
         group = dict(param_group)
         group["params"] = members(self._model, group.get("params"))
         given = {name: group.get(name, self.defaults[name]) for name in SCHEDULES}
-        if given["fallback_lr"] is None:
-            del given["fallback_lr"]
-        schedules = {name: SCHEDULES[name](value) for name, value in given.items()}
+        schedules = schedules_of(given)
         group |= {name: schedule(0) for name, schedule in schedules.items()}
         adapts = isinstance(given["damping"], LevenbergMarquardt)
         if adapts:
-            group["damping"] = self._adapted_damping(given["damping"])
+            group["damping"] = self._adaptive.current(given["damping"], self.param_groups)
         if self.param_groups:
             group["step"] = self.param_groups[0]["step"]
         if self._options.block_size == "auto":
             group["block_size"] = self.block_size
         check_centralization(self._model, group)
         super().add_param_group(group)
-        self._note_format()
-        self._schedules.append(schedules)
-        self._set_due(None)
-        self._adapts.append(adapts)
+        self._format.note(self.param_groups)
+        self._schedules.add(schedules)
+        set_due(self.param_groups, None)
+        self._adaptive.add(follows=adapts)
         self._forget()
 
     # --- the step ----------------------------------------------------------------------------------
@@ -356,22 +309,14 @@ class Thor(torch.optim.Optimizer):
         """
         if self._collector.reader is not self._reader:
             raise RuntimeError(SUCCEEDED)
-        adaptive = self._options.adaptive
-        if adaptive is not None and closure is None:
-            raise RuntimeError(NEEDS_CLOSURE)
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        if adaptive is not None and loss is None:
-            raise RuntimeError(NEEDS_CLOSURE)
+        loss = self._adaptive.loss(closure)
         parameters = (p for group in self.param_groups for p in group["params"])
         first = next((p for p in parameters if p.grad is not None), None)
         if first is None:
             check_replaced(self._model, self.param_groups)
             return loss
         step: int = self.param_groups[0]["step"]
-        compares = adaptive is not None and adaptive.compares(step)
+        compares = self._adaptive.compares(step)
         collected = self._collector.collected()
         try:
             with torch.autocast(first.device.type, enabled=False):  # trainers call us inside of theirs
@@ -379,40 +324,48 @@ class Thor(torch.optim.Optimizer):
         except BaseException:
             self._collector.put_back(collected)  # after Ctrl-C, say, the step can be tried again
             raise
-        if compares and adaptive is not None and closure is not None:
-            self._adapt(adaptive, closure, loss)
+        if compares and closure is not None and self._built is not None:
+            later = loss_again(closure, self._built.params.values(), self._collector)
+            self._adaptive.adapt(self.param_groups, self._built.state, loss, later, self._peers.world)
         for group in self.param_groups:
             group["step"] = step + counted  # else this step is taken again, with its schedules and factors
-        self._prepare(step + counted, waits)
+        self._demand.ask(self.param_groups, step + counted, waits=waits)
         return loss
 
     def _advance(self, collected: Collected, step: int, compares: bool) -> tuple[bool, bool]:
         """Take step ``step``; return whether it counts, and whether the next has to collect factors."""
         moments, terms, sent, beside, arrived = collected
-        lost = sent and self._built_for != self._collector.version
+        lost = sent and (self._built is None or self._built.version != self._collector.version)
         if lost:
             moments = {}  # they went to those who were owners before there were new layers
         if self.block_size == "auto" and moments:
             self._choose_block_size(moments, terms)
-        self._build()
-        if self._sending is not None and moments and not sent:
-            lost = beside is not None and bool(arrived) and beside.readers != self._sending.readers
-            moments = {} if lost else self._sending.of_all_ranks(moments, arrived)
-        gradients = {n: here_as(p.grad, p) for n, p in self._params.items() if p.grad is not None}
-        unready = self._known.standing(self._found.layers, gradients)
-        self._tell_unseen(moments, gradients)
-        if not self._factors_due(step, moments, lost):
+        built = self._build()
+        if built.sending is not None and moments and not sent:
+            lost = beside is not None and bool(arrived) and beside.readers != built.sending.readers
+            moments = {} if lost else built.sending.of_all_ranks(moments, arrived)
+        gradients = {n: here_as(p.grad, p) for n, p in built.params.items() if p.grad is not None}
+        unready = self._known.standing(built.found.layers, gradients)
+        if moments and self._known.unknown:
+            self._unseen.look(built.found.fallback, gradients, strict=self._collector.strict)
+        if not self._demand.met(self.param_groups, step, moments, lost=lost):
             moments = {name: m for name, m in moments.items() if layer_of(name) in unready}
         if moments:
-            self._ahead.forget()
-        served = unready.intersection(moments)
-        skipped = self._inner.skipped.clone() if served else None
-        refreshes = frozenset(map(layer_of, moments)) & unready if self._tx.between else None
-        rates, terms = self._rates(), terms if moments else None
-        given = Given(gradients, moments, terms, self._scales(), refreshes, compares)
-        counted = self._take(given, rates, step)
-        self._between(step, moments, unready, rates, counted=counted)
-        if served and bool(skipped == self._inner.skipped):  # waits for the device, in the first step
+            built.ahead.forget()
+        measured, served = frozenset(map(layer_of, moments)), unready.intersection(moments)
+        skipped = built.state.skipped.clone() if served else None
+        refreshes = measured & unready if built.tx.between else None
+        rates, terms = built.rates(self._schedules.values(self.param_groups)), terms if moments else None
+        given = Given(gradients, moments, terms, self._scales(built), refreshes, compares)
+        counted = built.take(given, rates, step)
+        if moments or not counted:
+            self._alarm.look(built.state)
+        if counted and built.tx.between is not None:
+            ready = frozenset(self._known.ready.intersection(built.found.layers))
+            due = built.renew(Taken(step, measured - unready, ready, built.ahead), rates)
+            if due is not None:
+                set_due(self.param_groups, due)
+        if served and bool(skipped == built.state.skipped):  # waits for the device, in the first step
             self._known.ready |= served
         return counted, self._known.wait(unready, served, gradients, step)
 
@@ -428,19 +381,13 @@ class Thor(torch.optim.Optimizer):
     def coverage(self) -> Coverage | None:
         """Which parameters are preconditioned and how; None before the first backward pass."""
         found = self._collector.coverage
-        if found is None:
-            return None
-        # what no graph uses may be used between graphs: the loss can depend on it all the same
-        others = self._params.keys() - found.trained - {*found.frozen}
-        fallback = {**found.fallback, **dict.fromkeys(others, NO_GRAPH)}
-        return replace(found, fallback=fallback, unused=tuple(n for n in found.unused if n not in others))
+        params = {} if self._built is None else self._built.params
+        return None if found is None else with_unseen(found, params)
 
     @property
     def block_size(self) -> BlockSize:
         """The side of the blocks; ``"auto"`` as long as none has been chosen."""
-        if self._options.block_size != "auto" or not self.param_groups:
-            return self._options.block_size
-        return self.param_groups[0].get("block_size", "auto")
+        return self._format.block_size(self.param_groups)
 
     def statistics(self) -> Statistics:
         """What the model's ``passes`` have measured since the last step: :func:`thor_fx.statistics`."""
@@ -452,17 +399,14 @@ class Thor(torch.optim.Optimizer):
         Groups of parameters after the first have ``lr/1``, ``damping/1``, ... Where averages of factors are
         kept, also ``trace``: ``sum over layers of tr(A) tr(G)``. Reading them waits for the device.
         """
-        found: Metrics = {"step": self.param_groups[0]["step"]}
-        for i, group in enumerate(self.param_groups):
-            found |= {f"{name}/{i}" if i else name: float(group[name]) for name in ("lr", "damping")}
-        counts = metrics(self._inner)
-        skipped = 0 if self._scaled else int(counts["skipped_steps"])
-        self._alarm.tell(skipped=skipped, failed=int(counts["failed_inverses"]))
+        found = group_metrics(self.param_groups)
+        counts = metrics(None if self._built is None else self._built.state)
+        self._alarm.tell(skipped=int(counts["skipped_steps"]), failed=int(counts["failed_inverses"]))
         found |= counts
-        if self._inner is None:  # before the first step
+        if self._built is None:  # before the first step
             return found
-        block_size = self.block_size
-        return found | trace(self._inner, self._found.layers, None if block_size == "auto" else block_size)
+        block_size, layers = self.block_size, self._built.found.layers
+        return found | trace(self._built.state, layers, None if block_size == "auto" else block_size)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from a saved state; the momentum and all inverses are restored.
@@ -477,22 +421,15 @@ class Thor(torch.optim.Optimizer):
         before = self.block_size
         with loading(self, self._accepted):
             super().load_state_dict(state_dict)
-        saved = self.param_groups[0]["format"]
-        self._load_readiness(self.param_groups[0].pop("readiness", None))
-        if self._options.block_size != "auto":
-            for group in self.param_groups:
-                group.pop("block_size", None)  # was chosen; this time it was given
-        if self._options.refresh is None:
-            self._set_due(None)  # was the word of a rule; this time there is none
-        self._note_format()
-        self._saved_with = other_shapes(saved, self.param_groups[0]["format"])
+        self._demand.load(self.param_groups, layers_of(self.state.values()))
+        self._format.loaded(self.param_groups)
         if self.block_size != before:
             self.block_size_report = None
             self._forget()
-        if self._built_for is not None:
-            self._start()
+        if self._built is not None:
+            start(self._built, self.state, self.param_groups, self._known, self._format.differs)
         step: int = self.param_groups[0]["step"]
-        self._prepare(step, self._known.waits(step - 1))
+        self._demand.ask(self.param_groups, step, waits=self._known.waits(step - 1))
         self._collector.clear()
 
     def state_dict(self) -> dict[str, Any]:
@@ -500,293 +437,52 @@ class Thor(torch.optim.Optimizer):
         packed = super().state_dict()
         if "_collector" not in self.__dict__:
             return packed  # of a copy, which knows no layers
-        found = self._collector.coverage
-        readiness = self._known.saved(() if found is None else found.trained)
-        packed["param_groups"][0]["readiness"] = {**readiness, "overdue": self._overdue}
+        packed["param_groups"][0]["readiness"] = self._demand.saved()
         return packed
 
     def _accepted(self, saved: SavedState) -> SavedState:
         """A state dict as this optimizer saves it; or a ValueError that says what is wrong with it."""
-        saved = accepted(saved, own=format_of(self._options, self.block_size))
+        saved = accepted(saved, own=self._format.of(self.param_groups))
         names = {param: name for name, param in self._model.named_parameters()}
-        check_same_model(saved, self.param_groups, names, alone=self._world is None)
+        check_same_model(saved, self.param_groups, names, alone=self._peers.world is None)
         return saved
-
-    def _note_format(self) -> None:
-        """Let every group say what its state is."""
-        for group in self.param_groups:
-            group["format"] = format_of(self._options, self.block_size)
-
-    def _load_readiness(self, saved: Mapping[str, Any] | None) -> None:
-        found, kept = self._collector.coverage, layers_of(self.state.values())
-        used = set() if found is None else {*found.layers, *found.trained}
-        if saved is not None and not kept:
-            saved = {**saved, "ready": []}  # inverses were taken out of the state, to start anew
-        self._known.load(saved, kept, used)
-        self._overdue = saved is not None and saved["overdue"]
-
-    def _prepare(self, step: int, waits: bool) -> None:
-        """Say what the forward pass of a step is to do: measure, or look for layers; or neither."""
-        measures = self._overdue or waits or self._scheduled(step)
-        found = self._collector.coverage
-        lost = found is None or bool(self._known.unfound)
-        self._collector.looks = self._looked_for(found) if lost and not measures else None
-        self._collector.wanted = lost or measures
-
-    def _looked_for(self, found: Coverage | None) -> frozenset[str]:
-        """The parameters that graphs had used when the state was saved; all, where it does not say."""
-        if not self._known.recorded:
-            return frozenset(name for name, _ in self._model.named_parameters())
-        used = {name.partition("[")[0] for name in self._known.unfound}
-        return frozenset(used if found is None else used | found.trained)
-
-    def _scheduled(self, step: int) -> bool:
-        """Whether factors are due in a step."""
-        due = self.param_groups[0].get("due")
-        return step % self._options.frequency == 0 if due is None else step >= due
-
-    def _set_due(self, due: int | None) -> None:
-        """Ask for factors in step ``due``; None: as ``frequency`` says."""
-        for group in self.param_groups:
-            group["due"] = due
 
     def _choose_block_size(self, moments: Mapping[str, Moments], terms: Tensor | None) -> None:
         """Let the first factors decide; until then factors were whole, and so are the inverses."""
         assert self._collector.coverage is not None, "there are moments"
         find = partial(choose, moments, self._collector.coverage.layers, terms)
-        self.block_size_report = agreed(self._world, find)
+        self.block_size_report = agreed(self._peers.world, find)
         if self.block_size_report is None:
             return
         if "block_size" in self.param_groups[0]:  # else the state is one that was saved with a given size
             for entry in self.state.values():
-                entry.pop("inverses", None)
+                for kept in OF_LAYERS:
+                    entry.pop(kept, None)
             self._known.ready.clear()
-        for group in self.param_groups:
-            group["block_size"] = self.block_size_report.chosen
-        self._note_format()
+        self._format.choose(self.param_groups, self.block_size_report.chosen)
         self._forget()
 
-    def _factors_due(self, step: int, moments: Mapping[str, Moments], lost: bool) -> bool:
-        due = self._overdue or self._scheduled(step)
-        missing, found = due and not moments, self._collector.coverage
-        none_at_all = found is not None and not found.layers
-        self._overdue = missing and not none_at_all
-        if missing and not self._warned and not lost:
-            self._warned = True
-            warn(NO_LAYERS if none_at_all else NO_FACTORS)
-        return due
+    def _scales(self, built: Built) -> dict[str, Tensor]:
+        """What a gradient scaler says of this step."""
+        device, of_factors = built.state.skipped.device, self._options.fisher == "empirical"
+        found = scales_of(self, self._scaler, device, built.dtype, of_factors=of_factors)
+        self._alarm.scaled = bool(found)
+        return found
 
-    def _tell_unseen(self, moments: Mapping[str, Moments], gradients: Mapping[str, Tensor]) -> None:
-        """In a factor step, say once which weights have a gradient and no factors, as no graph uses them."""
-        if self._told or not moments or not self._known.unknown:
-            return
-        allowed = self._options.layer_filter or (lambda _: True)
-        names = [name for name in unseen_weights(self._found.fallback, gradients) if allowed(name)]
-        self._told = bool(names)
-        if names:
-            tell_unseen(names, strict=self._collector.strict)
-
-    def _take(self, given: Given, rates: list[Tensor], step: int) -> bool:
-        """Take a step; whether it counts: one that was skipped does not, where the host knows of it."""
-        before = skipped_steps(self._inner)
-        self._scaled = bool(given.scales)
-        with waiting_for_others(self._world, f"in step {step}"):
-            self._update(given, rates)
-        counted = before is None or skipped_steps(self._inner) == before
-        if given.moments or not counted:
-            self._alarm.look(self._inner, scaled=self._scaled)
-        return counted
-
-    def _between(
-        self,
-        step: int,
-        moments: Mapping[str, Moments],
-        unready: set[str],
-        rates: list[Tensor],
-        *,
-        counted: bool,
-    ) -> None:
-        """What happens after a step that counted, whose inverses act from the next one on."""
-        if self._tx.between is None or not counted:
-            return
-        measured = frozenset(map(layer_of, moments)) - unready
-        ready = frozenset(self._known.ready.intersection(self._found.layers))
-        taken = Taken(step, measured, ready, self._ahead)
-        due = run_between(self._tx, self._inner, self._update.params, self._found, rates, taken)
-        if due is not None:
-            self._set_due(due)
-
-    def _scales(self) -> dict[str, Tensor]:
-        device = self._inner.skipped.device
-        return scales_of(
-            self, self._scaler, device, self._dtype, of_factors=self._options.fisher == "empirical"
-        )
-
-    def _adapt(self, adaptive: LevenbergMarquardt, closure: Callable[[], Any], before: Any) -> None:
-        """Change the damping by what the step did to the loss of its batch. Waits for the device."""
-        later = loss_again(closure, self._params.values(), self._collector)
-        damping = self._adapted_damping(adaptive)
-        damping = adaptive.after(damping, self._inner, before, later, self._world)
-        for group in itertools.compress(self.param_groups, self._adapts):
-            group["damping"] = damping
-
-    def _adapted_damping(self, rule: LevenbergMarquardt) -> float:
-        """The damping of the groups that follow the rule."""
-        if rule is not self._options.adaptive:
-            raise ValueError("LevenbergMarquardt adapts one damping: pass it to Thor, not to a group")
-        known = itertools.compress(self.param_groups, self._adapts)
-        return float(next((group["damping"] for group in known), rule.initial))
-
-    def _rates(self) -> list[Tensor]:
-        """The hyper-parameters of this step, as tensors in the order of their names."""
-        values: dict[str, float | Tensor] = {}
-        for label, (group, schedules) in enumerate(zip(self.param_groups, self._schedules, strict=True)):
-            for name, schedule in schedules.items():
-                if not schedule.constant:
-                    group[name] = schedule(group["step"])
-                values[f"{label}.{name}"] = group[name]
-        return self._hyper({name: values[name] for name in self._tx.schedules}, self._params)
-
-    # --- what is derived from groups and graphs ------------------------------------------------------
+    def _build(self) -> Built:
+        """The update for the groups and layers that there are; another one goes on with all that is known."""
+        if self._built is not None and self._built.fits(self._collector.version):
+            return self._built
+        built = self._builder.build(self.param_groups, self._schedules.by_label, self.block_size)
+        self._demand.restart(self.param_groups, built.found.layers, built.params.keys())
+        self._forget()
+        start(built, self.state, self.param_groups, self._known, self._format.differs)
+        self._peers.compare(built.tx, built.params, built.found, self._collector.places)
+        built.connect(self._collector, self._peers.lane)
+        self._built = built
+        return built
 
     def _forget(self) -> None:
-        self._built_for: int | None = None
-        self._hyper = HyperTensors()
-        self._params: dict[str, Tensor] = {}
-        self._labels: dict[str, str] = {}  # the group of every parameter
-        self._inner: Any = None
-        self._owners: Ownership | None = None
-        self._sending: Sending | None = None
+        """Make another update before the next step."""
+        self._built = None
         self._collector.send = None
-        self._ahead = Ahead()
-
-    def _build(self) -> None:
-        """Make the transform and its state for the groups and layers there are; keep what is known."""
-        if self._collector.coverage is None:
-            raise RuntimeError(
-                "no compiled graph of the model has been seen: create Thor before the forward pass, call "
-                "the model itself (not model.forward, nor torch.compile(model)) in training mode, and then "
-                "backward. If you did, torch.compile captures nothing of this model: see "
-                "TORCH_LOGS=graph_breaks"
-            )
-        if self._built_for == self._collector.version and not self._moved():
-            return
-        check_replaced(self._model, self.param_groups)
-        self._forget()
-        self._built_for = self._collector.version
-        self._labels = {
-            name: str(label)
-            for label, group in enumerate(self.param_groups)
-            for name, _ in named(self._model, group["params"])
-        }
-        self._params = {name: p for name, p in self._model.named_parameters() if name in self._labels}
-        self._dtype = HyperTensors.dtype(self._params)
-        some = next(iter(self._params.values()))
-        self._form = some.dtype, some.device
-        self._found = _complete(self._collector.coverage, self._params)
-        trained = self._collector.coverage.trained
-        if self._known.restart(self._found.layers, self._params.keys() - trained, trained):
-            self._set_due(None)  # there are new layers: back to the schedule
-        self._tx = self._transform()
-        mode, options = self._collector.mode, self._collector.options
-        params = {name: here(p) for name, p in self._params.items()}
-        how = (*self._backends, mode, options, self._collector.disabled, self._collector.on_compile_error)
-        self._update = CompiledUpdate(self._tx, self._found, params, *how)
-        self._start()
-        if not self._compared:
-            check_ranks(self._tx, self._params, self._found)
-            if self._world is not None and self._averager is not None:
-                self._lane = lane(self._world, self._averager, self._collector.places)
-            if self._world is None and has_others() and not self._had_others:
-                warn(LATE)
-            self._compared = True
-        self._send()
-
-    def _send(self) -> None:
-        """Let factors leave in backward, to all ranks or to owners, once the block size is known."""
-        known, beside = self.block_size != "auto", None
-        if self._owners is not None:
-            self._sending = self._owners.sending
-            self._collector.send = self._sending.send if known else None
-        elif self._lane is not None:
-            made_for = self._resolved(), self._groups(), self._found, self._params
-            self._sending, collector = self._lane.sending(*made_for), self._collector
-            slots = collector.slots
-            beside = Beside(self._lane, self._sending, slots, lambda: collector.wanted) if known else None
-        self._collector.send_beside(beside)
-
-    def _resolved(self) -> Options:
-        """The options with a block size; that of whole factors as long as none has been chosen."""
-        return replace(self._options, block_size=None if self.block_size == "auto" else self.block_size)
-
-    def _moved(self) -> bool:
-        """Whether the parameters have got another dtype or device since (``model.to``)."""
-        some = next(iter(self._params.values()))
-        return (some.dtype, some.device) != self._form
-
-    def _transform(self) -> Transform:
-        copies, groups, known = self._collector.copies, self._groups(), self._resolved()
-        settings = for_one_rank(self._options, self._world, copies)
-        self._owners = ownership(self._world, known, self._params, self._found)
-        parts = None if self._owners is None else self._owners.parts
-        if parts is None:
-            tx = skip_nonfinite(thor_chain(settings, groups, self._world))
-        else:
-            tx = skip_nonfinite(by_owners(thor_chain(settings, groups), parts), self._world)
-        arrived = parts is not None or self._averager is not None
-        ranks: dict[str, Any] = {"gradients": self._averages_gradients, "copies": copies}
-        ranks |= {"parts": parts, "arrived": arrived}
-        tx = unscale(distribute(tx, self._options, groups, self._world, **ranks))  # a rank has its own scaler
-        assert known.block_size != "auto", "it is resolved"
-        return tx if tx.resolve is None else tx.resolve(known.block_size)
-
-    def _held(self) -> Callable[[Coverage, Mapping[str, Tensor]], Coverage]:
-        """Of a coverage, what this rank has inverses of."""
-        if self._owners is not None:
-            return self._owners.parts.held
-        work = shared_work(replace(self._options, block_size=self.block_size), self._world)
-        return everything if work is None else work.held
-
-    def _groups(self) -> ParameterGroups:
-        schedules = {str(label): own for label, own in enumerate(self._schedules)}
-        flagged = [str(i) for i, group in enumerate(self.param_groups) if group["grad_centralization"]]
-        return ParameterGroups(schedules, self._labels, frozenset(flagged))
-
-    def _start(self) -> None:
-        """Make a fresh state, copy what is known into it, and let ``self.state`` show it."""
-        self._ahead.forget()
-        self._update.begin()
-        self._inner, continues = self._update.state, any(self.state.values())
-        saved = {name: self.state.get(parameter, {}) for name, parameter in self._params.items()}
-        if self._owners is not None:
-            saved |= moved(self._owners.parts, saved)
-        for name, entry in views(self._inner, self._found, self._params, self._labels, self._held()).items():
-            restore(entry, saved[name], name, self._saved_with)
-            self.state[self._params[name]] = with_unfound(entry, saved[name], self._known.unfound)
-        shares = self._owners is not None or self._options.work_sharing != "none"
-        if continues and (shares or not self._known.recorded):
-            marks = METHODS[self._options.inverse].marks
-            self._known.ready |= layers_with_inverses(self.state.values(), marks)
-        if self._world is not None and shares:
-            self._known.ready = set().union(*self._world.everybodys(self._known.ready))
-        for label, counters in counters_of(self._inner).items():
-            group = self.param_groups[int(label)]
-            restore(counters, {name: group[name] for name in counters if name in group}, f"group {label}")
-            group |= counters
-
-
-SCHEDULES: dict[str, Callable[[Any], Schedule]] = {
-    "lr": partial(Schedule, "lr"),
-    "damping": damping_schedule,
-    "momentum": partial(number_schedule, "momentum"),
-    "weight_decay": partial(number_schedule, "weight_decay"),
-    "fallback_lr": partial(Schedule, "fallback_lr"),
-}
-"""What a group of parameters may have a value of its own for."""
-
-
-def _complete(found: Coverage, params: Mapping[str, Tensor]) -> Coverage:
-    """The coverage with a place for parameters that no compiled graph has used."""
-    found = found.restrict(frozenset(params))
-    others = {name: NO_GRAPH for name in params if name not in found.trained}
-    return replace(found, fallback={**found.fallback, **others}, unused=())

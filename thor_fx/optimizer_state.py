@@ -25,7 +25,10 @@ from .transform import SkipState
 
 Entry = dict[str, Any]
 
-OF_LAYERS = ("inverses", "failing", "factors")
+MEASURED = ("inverses", "factors")
+"""What the state of a parameter has of layers that had factors."""
+
+OF_LAYERS = (*MEASURED, "failing")
 """What the state of a parameter has by layer."""
 
 
@@ -189,7 +192,7 @@ def _on(device: torch.device, entry: Entry) -> Entry:
 
 def layers_of(entries: Iterable[Mapping[str, Any]]) -> set[str]:
     """The layers that a state has inverses or factors of."""
-    return {layer for entry in entries for kept in OF_LAYERS for layer in entry.get(kept, {})}
+    return {layer for entry in entries for kept in MEASURED for layer in entry.get(kept, {})}
 
 
 def with_unfound(entry: Entry, saved: Entry, unfound: Collection[str]) -> Entry:

@@ -1,6 +1,6 @@
 """What a state dict says of the options that it was saved with, where they decide what its tensors are."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from .blocks import BlockSize
@@ -32,6 +32,50 @@ def format_of(options: Options, block_size: BlockSize) -> dict[str, Any]:
     values = {name: getattr(options, name) for name in (*DECIDES, *SHAPES)}
     named = {name: "a function" if callable(value) else value for name, value in values.items()}
     return {"version": VERSION, **named, "block_size": block_size}
+
+
+class Format:
+    """What the state of one optimizer is, as its groups of parameters say it.
+
+    Attributes:
+        differs: how its options differ from those of the state that was loaded, in words; nothing where none
+            is known to.
+    """
+
+    def __init__(self, options: Options) -> None:
+        self._options = options
+        self.differs = ""
+
+    def block_size(self, groups: Sequence[Mapping[str, Any]]) -> BlockSize:
+        """The side of the blocks; ``"auto"`` as long as none has been chosen."""
+        if self._options.block_size != "auto" or not groups:
+            return self._options.block_size
+        chosen: BlockSize = groups[0].get("block_size", "auto")
+        return chosen
+
+    def of(self, groups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """The entry ``format`` of all groups."""
+        return format_of(self._options, self.block_size(groups))
+
+    def note(self, groups: Sequence[dict[str, Any]]) -> None:
+        """Let every group say what its state is."""
+        for group in groups:
+            group["format"] = self.of(groups)
+
+    def choose(self, groups: Sequence[dict[str, Any]], block_size: BlockSize) -> None:
+        """The block size that was to be chosen is this one."""
+        for group in groups:
+            group["block_size"] = block_size
+        self.note(groups)
+
+    def loaded(self, groups: Sequence[dict[str, Any]]) -> None:
+        """The groups are those of a state that was loaded just now."""
+        saved = groups[0]["format"]
+        if self._options.block_size != "auto":
+            for group in groups:
+                group.pop("block_size", None)  # was chosen; this time it was given
+        self.note(groups)
+        self.differs = other_shapes(saved, groups[0]["format"])
 
 
 def accepted(saved: SavedState, own: Mapping[str, Any]) -> SavedState:

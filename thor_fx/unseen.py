@@ -5,11 +5,12 @@ code behind a graph break that it cannot resume). Training goes on there, by the
 step every compiled graph in use has shown itself: a weight that has a gradient and no graph is one of these.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 from torch import Tensor
 
-from .layers import CoverageError
+from .layers import Coverage, CoverageError
 from .warn import warn
 
 NO_GRAPH = "no compiled graph uses it"
@@ -41,3 +42,45 @@ def tell_unseen(names: list[str], *, strict: bool) -> None:
         raise CoverageError(f"strict=True, but no compiled graph uses the weights {few}. {ADVICE}")
     told = f"no compiled graph uses the weights {few}: they take the first-order rule. {ADVICE}"
     warn(told)
+
+
+class Unseen:
+    """Looks for such weights until it has told of some.
+
+    Args:
+        layer_filter: which weights are to have factors; None: all that can.
+    """
+
+    def __init__(self, layer_filter: Callable[[str], bool] | None) -> None:
+        self._allowed = layer_filter or (lambda _: True)
+        self._told = False
+
+    def look(self, reasons: Mapping[str, str], gradients: Mapping[str, Tensor], *, strict: bool) -> None:
+        """In a factor step: say once which weights have a gradient and no graph, or refuse them.
+
+        Raises:
+            CoverageError: with ``strict``.
+        """
+        if self._told:
+            return
+        names = [name for name in unseen_weights(reasons, gradients) if self._allowed(name)]
+        self._told = bool(names)
+        if names:
+            tell_unseen(names, strict=strict)
+
+
+def complete(found: Coverage, params: Mapping[str, Tensor]) -> Coverage:
+    """The coverage of some parameters, with a place for those that no compiled graph has used."""
+    found = found.restrict(frozenset(params))
+    others = {name: NO_GRAPH for name in params if name not in found.trained}
+    return replace(found, fallback={**found.fallback, **others}, unused=())
+
+
+def with_unseen(found: Coverage, params: Mapping[str, Tensor]) -> Coverage:
+    """The coverage of a model, with those of its trained parameters that no compiled graph uses.
+
+    They may be used between graphs: the loss can depend on them all the same.
+    """
+    others = params.keys() - found.trained - {*found.frozen}
+    fallback = {**found.fallback, **dict.fromkeys(others, NO_GRAPH)}
+    return replace(found, fallback=fallback, unused=tuple(n for n in found.unused if n not in others))
