@@ -7,9 +7,11 @@ spellings are many (``F.linear``, ``x @ W``, ``einsum``, a module, a function); 
 views, casts and sums. It either reaches contractions, one site each, or says where it stopped.
 """
 
-import itertools
-from collections.abc import Mapping
+import math
+from collections import deque
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import fx
@@ -174,23 +176,27 @@ def _swap(path: Path, sizes: tuple[int, ...]) -> Permute:
 def nearest(gm: fx.GraphModule, sites: list[Site]) -> Site | None:
     """The site whose cotangent is the fewest operations away from where backward of the loss starts.
 
-    A model that returns its loss may return more (the keys that it caches): the loss is the scalar.
+    What only moves numbers is no operation: a head that turns its input is no farther than one that does
+    not. A model that returns its loss may return more (the keys that it caches): the loss is the scalar.
     """
     starts = seeds(gm)
     for frontier in ([node for node in starts if shape(node) == ()], starts):
-        distance = _distances(frontier)
-        reached = [site for site in sites if site.cotangent.node in distance]
+        computed, all_ = _distances(frontier, CASTS | RESHAPES | PERMUTES), _distances(frontier, set())
+        reached = [site for site in sites if site.cotangent.node in computed]
         if reached:
-            return min(reached, key=lambda site: distance[site.cotangent.node])
+            return min(reached, key=lambda s: (computed[s.cotangent.node], all_[s.cotangent.node]))
     return None
 
 
-def _distances(frontier: list[fx.Node]) -> dict[fx.Node, int]:
-    """How many operations away from ``frontier`` everything is that depends on it."""
-    distance: dict[fx.Node, int] = {}
-    for step in itertools.count():
-        distance |= dict.fromkeys(frontier, step)
-        frontier = list(dict.fromkeys(u for node in frontier for u in node.users if u not in distance))
-        if not frontier:
-            break
+def _distances(frontier: list[fx.Node], free: Set[Any]) -> dict[fx.Node, int]:
+    """How many operations, ``free`` ones left out, it takes from ``frontier`` to all that depends on it."""
+    distance = dict.fromkeys(frontier, 0)
+    todo = deque(frontier)
+    while todo:
+        node = todo.popleft()
+        for user in node.users:
+            counts = target(user) not in free
+            if distance[node] + counts < distance.get(user, math.inf):
+                distance[user] = distance[node] + counts
+                todo.append(user) if counts else todo.appendleft(user)
     return distance

@@ -61,11 +61,12 @@ def uses_by_hooks(model: nn.Module, loss: Callable[[], Tensor]) -> dict[str, lis
 def factors_by_hooks(uses: list[Seen], n: int) -> Pair:
     """``A = (1/R) sum a a^T`` and ``G = n sum g g^T`` over all uses; stacked for a grouped convolution.
 
-    Where a weight is used both as (out, in) and as (in, out), the pair is that of (out, in).
+    Where a weight is used both as (out, in) and as (in, out), the pair is that of (out, in); a single number
+    is used either way.
     """
     turned = [seen for seen in uses if seen.kind in TURNED]
     straight = [seen for seen in uses if seen.kind not in TURNED]
-    if turned and straight:
+    if turned and straight and uses[0].gradient().numel() > 1:
         return both_ways(_pair(straight, n), _pair(turned, n))
     found = _pair(uses, n)
     return found._replace(A=found.A.diagonal()) if {seen.kind for seen in uses} == {"embedding"} else found

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from torch import Tensor, nn
 
 import thor_fx
@@ -99,7 +99,16 @@ def assert_doors(drawn: Drawn) -> None:
     assert_near(by_drop_in(drawn, given), expected)
 
 
+FEATURES_NEARER_THAN_THE_HEAD = Drawn("sequence", (4, 2), (("recurrent", 2, 2, False),), 3, head="turned")
+"""Views lie between the head and the loss, and none between the loss and what the model returns besides."""
+
+SOFTPLUS = ("moved", (("linear", 2, 2, False, "tensordot"), ("act", "softplus")), 0, 1)
+STRIDES_UNFORESEEN = Drawn("sequence", (4, 2), (SOFTPLUS,), 2, loss="mse", head="turned")
+
+
 @examples(ci=8, nightly=300)
 @given(drawn_models())
+@example(FEATURES_NEARER_THAN_THE_HEAD)
+@example(STRIDES_UNFORESEEN)
 def test_both_doors_of_any_model(drawn):
     assert_doors(drawn)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor, fx
 from torch.utils.checkpoint import checkpoint
@@ -107,8 +107,15 @@ SUBSETS = st.lists(st.sampled_from(sorted(OPTIMISATIONS)), unique=True, max_size
 ORDERS = st.lists(st.sampled_from(sorted(PASSES)), max_size=3)
 
 
+ONE_NUMBER_BOTH_WAYS = Drawn("flat", (1,), (("linear", 1, 1, False, "linear"), ("turned", 0)), 2)
+VALID = ("conv", 4, 6, (2, 2), ((1, 1), "valid", (1, 1), 2, False, "zeros"))
+PADDING_FOR_ALL_AXES = Drawn("image", (4, 5, 6), (VALID, ("reshape", "join")), 2)
+
+
 @examples(ci=80, nightly=1800)
 @given(drawn_models(), SUBSETS, ORDERS)
+@example(ONE_NUMBER_BOTH_WAYS, [], [])
+@example(PADDING_FOR_ALL_AXES, [], [])
 def test_graphs_of_any_model(drawn, disabled, order):
     assert_graph(drawn, disabled, order)
 

@@ -529,6 +529,7 @@ def test_a_copied_optimizer_says_what_to_do():
     assert "Options: of a copy" in repr(copied)
     for use in (
         copied.step,
+        copied.metrics,
         copied.zero_grad,
         lambda: copied.load_state_dict(optimizer.state_dict()),
         lambda: pickle.loads(pickle.dumps(optimizer)).add_param_group({"params": "0.weight"}),

@@ -245,6 +245,17 @@ def test_other_shapes_are_refused_by_the_option(settings):
             train(model, optimizer, batches(1))
 
 
+def test_other_shapes_are_refused_amid_a_training_and_ever_after():
+    model, optimizer = thor(block_size=2)
+    train(model, optimizer, batches(1))
+    before = snapshot(dict(model.named_parameters()))
+    with pytest.raises(ValueError, match=r"\(block_size=\d+ then, 2 now"):
+        optimizer.load_state_dict(saved())
+    with pytest.raises(ValueError, match=r"\(block_size=\d+ then, 2 now"):
+        train(model, optimizer, batches(1))
+    assert identical(dict(model.named_parameters()), before)
+
+
 def test_a_sharing_that_is_a_function_can_be_saved():
     _, optimizer = thor(sharing=lambda _: "expand")
     assert optimizer.state_dict()["param_groups"][0]["format"]["sharing"] == "a function"

@@ -45,6 +45,7 @@ from torch.utils import _pytree as pytree
 from .arguments import check_choice, check_integer, check_likelihood, check_number, check_sharing, shown
 from .capture import LossFn
 from .curvature_operator import CurvatureOperator
+from .interpreted import interpreted
 from .layers import Layer, coverage
 from .passes import canonicalize, emit_factors, outputs, pipeline
 from .passes.layout import BiasRule, Fisher, Likelihood, Rules, Sharing
@@ -363,5 +364,5 @@ def run_graph(gm: fx.GraphModule, params: Mapping[str, Tensor], *batch: Any) -> 
     """Interpret a graph made by :func:`~thor_fx.trace.trace_step`; its results by descriptor."""
     leaves = [leaf for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor)]
     with torch.no_grad():
-        values = gm(*params.values(), *leaves)
+        values = interpreted(gm)(*params.values(), *leaves)
     return dict(zip(outputs.output_nodes(gm), values, strict=True))

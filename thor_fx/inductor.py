@@ -29,6 +29,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from .arguments import check_type
 from .distributed.collectives import is_collective
+from .interpreted import interpreted
 from .passes.splice import Decompositions
 from .passes.stitch import BACKWARD, FORWARD, SIDE
 from .uncompiled import OnCompileError, compiled_or
@@ -152,7 +153,7 @@ def compile_graph(
         NoCompiler: Inductor finds none.
     """
     if backend != "inductor":
-        return gm
+        return interpreted(gm)
     late = LATE_WAITS if any(map(is_collective, gm.graph.nodes)) else {}
     patches = {**FEW_PAIRS, **late, **_patches(mode, options)}
     if patches.get("triton.cudagraphs"):

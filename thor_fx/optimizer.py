@@ -39,6 +39,7 @@ from .options import MAX_DIM, Fallback, MomentumOn, Options
 from .own_passes import Statistics
 from .parameters import check_one_device
 from .passes.layout import BiasRule, Fisher, Likelihood, LongSide, Sharing, layer_of
+from .precision import as_written
 from .presets import Preset, takes_preset
 from .readiness import Readiness
 from .refresh import DampingRule
@@ -256,7 +257,7 @@ class Thor(torch.optim.Optimizer):
 
         def __getattr__(self, name: str) -> Any:
             """What is missing: of an optimizer, torch copies and pickles the state only."""
-            if name in {"_collector", "_model", "_options", "_format"}:
+            if name in {"_collector", "_model", "_options", "_format", "_built"}:
                 raise RuntimeError(A_COPY)
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
@@ -319,7 +320,7 @@ class Thor(torch.optim.Optimizer):
         compares = self._adaptive.compares(step)
         collected = self._collector.collected()
         try:
-            with torch.autocast(first.device.type, enabled=False):  # trainers call us inside of theirs
+            with as_written(first.device):
                 counted, waits = self._advance(collected, step, compares)
         except BaseException:
             self._collector.put_back(collected)  # after Ctrl-C, say, the step can be tried again
@@ -415,7 +416,7 @@ class Thor(torch.optim.Optimizer):
             TypeError: ``state_dict`` is no dict.
             ValueError: it is that of another optimizer, of another model, of a later version of thor_fx, or
                 of a ``Thor`` whose options give its tensors another meaning: ``docs/saving.md``; nothing has
-                been changed. Other shapes are refused in the next step, when the layers are known.
+                been changed. Other shapes are refused here, or in the next step, once the layers are known.
         """
         check_type("state_dict", state_dict, dict, "what Thor.state_dict() returned")
         before = self.block_size
@@ -427,7 +428,11 @@ class Thor(torch.optim.Optimizer):
             self.block_size_report = None
             self._forget()
         if self._built is not None:
-            start(self._built, self.state, self.param_groups, self._known, self._format.differs)
+            try:
+                start(self._built, self.state, self.param_groups, self._known, self._format.differs)
+            except ValueError:
+                self._forget()  # the next step refuses it, too
+                raise
         step: int = self.param_groups[0]["step"]
         self._demand.ask(self.param_groups, step, waits=self._known.waits(step - 1))
         self._collector.clear()
