@@ -90,7 +90,9 @@ def test_donated_arguments_are_written_in_place():
     assert all(one is other for one, other in zip(tensors, after, strict=True))
     assert addresses == [t.data_ptr() for t in after]
     changed = [not torch.equal(one, other) for one, other in zip(before, after, strict=True)]
-    assert changed.count(False) == 4  # nothing failed or was skipped: two counters, and one for two shapes each
+    assert (
+        changed.count(False) == 4
+    )  # nothing failed, nothing was skipped: a counter of two shapes, two of all
     assert (state.step, new_state.step) == (0, 4)
 
 
