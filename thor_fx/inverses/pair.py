@@ -106,10 +106,8 @@ def _renewed(job: Job, before: Tensor) -> Tensor:
     old = before.reshape(inverse.shape)
     diagonal = old if old.dim() == 2 else diagonals(old)
     nothing = (diagonal == 0).all(-1)
-    added = torch.where(nothing[:, None], simple, torch.zeros_like(simple))
-    return keep(good, inverse, old + (added if old.dim() == 2 else torch.diag_embed(added))).reshape(
-        before.shape
-    )
+    spare = keep(nothing, simple if old.dim() == 2 else torch.diag_embed(simple), old)
+    return keep(good, inverse, spare).reshape(before.shape)
 
 
 def _apply(state: InversePair, gradients: Tensor, _terms: Tensor, _lam: Tensor) -> tuple[Tensor, InversePair]:
