@@ -26,8 +26,14 @@ from torch import Tensor
 
 from .method import diagonals, over
 
-GOOD, FAILED, NOT_FINITE = 1, 2, 3
-"""How an attempt has ended; 0: there was none."""
+GOOD = 1
+"""How an attempt has ended: there is an inverse. 0: there was no attempt."""
+
+FAILED = 2
+"""There is none with this damping."""
+
+NOT_FINITE = 3
+"""There is no block, but NaN or infinity."""
 
 FLOOR = 1e-7
 """The least damping beside the trace that a second attempt begins from: about the rounding of float32."""
