@@ -37,7 +37,7 @@ from thor_fx.layers import Coverage, Layer
 
 HERE = Path(__file__).parent
 MODELS, RANKS = ("mlp", "cnn", "transformer"), (2, 4)
-FLOAT32, FAILURES = 4, 8  # bytes of a number, and of the count of failed inverses
+FLOAT32 = 4  # bytes of a number
 BLOCK_SIZE = 128
 THOR: dict[str, Any] = {"lr": 1e-6, "damping": 0.03, "momentum": 0.9, "frequency": 2}
 
@@ -94,8 +94,13 @@ def expected(found: Coverage, params: Mapping[str, Tensor], sharing: str) -> tup
     factor = plain + sent + bytes_of_counts(layers)
     if sharing == "inverse":
         numbers = sum(packed_numbers(METHODS["cholesky"], layer, BLOCK_SIZE) for layer in layers)
-        factor += FLOAT32 * numbers + FAILURES
+        factor += FLOAT32 * numbers + sum(_attempts(layer) for layer in layers)
     return plain, factor
+
+
+def _attempts(layer: Layer) -> int:
+    """Bytes that say how the attempts to invert the blocks of a layer have ended: one each."""
+    return layer.groups * METHODS["cholesky"].units((layer.input, layer.output), BLOCK_SIZE)
 
 
 def bytes_to_owners(layers: Sequence[Layer]) -> int:

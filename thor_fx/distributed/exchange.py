@@ -78,7 +78,8 @@ class Exchange:
         own = mine.intersection(wanted)
         renewed, ended = invert(own) if own else (dict(states), {})
         outcomes = [ended.get(key, torch.zeros_like(before)) for key, before in failing.items()]
-        everybodys = parted(wait(self.world.sum(joined(outcomes))), outcomes)  # one rank has tried each
+        total = self.world.sum(joined(outcomes, torch.int8))  # one rank has tried each
+        everybodys = parted(wait(total), outcomes)
         return self.inverses(renewed, groups, wanted), dict(zip(failing, everybodys, strict=True))
 
     def inverses(
