@@ -131,6 +131,14 @@ def test_an_einsum_over_one_input_is_no_product_of_matrices():
     assert sorted(found.coverage.layers) == ["body.0.weight"]
 
 
+def test_torch_foresees_other_strides_of_softplus_than_it_makes():
+    """So its own graphs fail on a view, where they are interpreted; those of ours copy."""
+    gradient, x = torch.ones(3, 2).T, torch.ones(2, 3)
+    found = torch.ops.aten.softplus_backward(gradient, x, 1, 20)
+    foreseen = torch.ops.aten.softplus_backward(gradient.to("meta"), x.to("meta"), 1, 20)
+    assert found.stride() != foreseen.stride()
+
+
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
 def test_torch_leaves_out_gradients_of_a_reentrant_segment():
     """Of an input without a gradient, and in eager mode only: under ``torch.compile`` there are some."""
