@@ -26,7 +26,7 @@ FOUR_ONLY = ["transformer fsdp and tp", "perceptron fsdp and tp", "perceptron hs
 TWO = [name for name in RUNS if name not in FOUR_ONLY]
 FOUR = [*FOUR_ONLY, "mlp fsdp at once", "cnn fsdp at once", "transformer fsdp"]
 TRAINED = [(2, run) for run in TWO if run.split()[0] in MODELS]
-TRAINED += [pytest.param(4, run, marks=pytest.mark.four_ranks) for run in FOUR]
+TRAINED += [(4, run) for run in FOUR]
 
 
 @pytest.fixture(scope="session")
