@@ -6,6 +6,8 @@ A side of length ``d`` with block size ``b`` has ``d // b`` full blocks and at m
 Legend: L layers of equal shape, F equal blocks along the diagonal, b their side.
 """
 
+import itertools
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -58,6 +60,12 @@ def units(sides: tuple[Side, Side], block_size: int | None) -> int:
 def per_matrix(part: Tensor) -> int:
     """How many blocks (L, F, b, b) has of one matrix; a diagonal (L, d) is one."""
     return 1 if part.dim() == 2 else part.shape[1]
+
+
+def by_part(flags: Tensor, parts: Sequence[Tensor]) -> list[Tensor]:
+    """Of flags (L, U) for what :func:`units` counts, those of every part of both sides: (L, F)."""
+    stops = itertools.accumulate(map(per_matrix, parts))
+    return [flags[:, stop - per_matrix(part) : stop] for part, stop in zip(parts, stops, strict=True)]
 
 
 def numel(side: Side, block_size: int | None) -> int:

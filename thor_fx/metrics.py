@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .blocks import per_matrix
+from .blocks import by_part
 from .clips import KLState
 from .layers import Layer
 from .precondition import PreconditionState
@@ -68,11 +68,9 @@ def _first_order_blocks(state: PreconditionState) -> int:
     for key, failing in state.failing.items():
         if not bool(failing.any()):
             continue
-        inverses, start = state.inverses[key], 0
-        for part in (*inverses.input, *inverses.output):
-            stop = start + per_matrix(part)
-            count += int((_is_diagonal(part) & (failing[:, start:stop] > 0)).sum())
-            start = stop
+        parts = (*state.inverses[key].input, *state.inverses[key].output)
+        for part, own in zip(parts, by_part(failing, parts), strict=True):
+            count += int((_is_diagonal(part) & (own > 0)).sum())
     return count
 
 

@@ -72,12 +72,10 @@ def _refresh(
 ) -> tuple[list[Eigenbasis], list[Tensor]]:
     jobs: list[Job] = []
     for layer, pair, _before, failing in stacks:
-        start = 0
-        for factors, side in zip(pair, (layer.input, layer.output), strict=True):
-            for part in () if factors is None else blocks.cut(factors, side, block_size):
-                stop = start + blocks.per_matrix(part)
-                jobs.append((_flat(part), failing[:, start:stop].flatten()))
-                start = stop
+        sides = zip(pair, (layer.input, layer.output), strict=True)
+        cut = [part for f, side in sides if f is not None for part in blocks.cut(f, side, block_size)]
+        own = blocks.by_part(failing, cut)
+        jobs += [(_flat(part), flags.flatten()) for part, flags in zip(cut, own, strict=True)]
     results = iter(in_batches(jobs, _decompose))
     states, outcomes = [], []
     for stack in stacks:

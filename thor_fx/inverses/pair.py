@@ -69,15 +69,15 @@ def _refresh(
     jobs: list[Job] = []
     kept: list[Tensor] = []
     for layer, pair, before, failing in stacks:
-        sides, strengths, start = (layer.input, layer.output), damping(pair, layer), 0
+        sides, strengths = (layer.input, layer.output), damping(pair, layer)
+        cut: list[tuple[Tensor, Tensor]] = []
         for factors, side, per_side, old in zip(pair, sides, strengths, before, strict=True):
             if factors is not None:
                 per_matrix = per_side * torch.ones(len(factors), dtype=factors.dtype, device=factors.device)
-                for part in blocks.cut(factors, side, block_size):
-                    stop = start + blocks.per_matrix(part)
-                    jobs.append(_job(part, per_matrix, failing[:, start:stop]))
-                    start = stop
+                cut += [(part, per_matrix) for part in blocks.cut(factors, side, block_size)]
                 kept += old
+        own = blocks.by_part(failing, [part for part, _ in cut])
+        jobs += [_job(*one, flags) for one, flags in zip(cut, own, strict=True)]
     results = iter(zip(in_batches(jobs, partial(_one_size, invert)), kept, strict=True))
     states, outcomes = [], []
     for stack in stacks:
