@@ -8,6 +8,7 @@ collection; tensors by the garbage collector, graphs by Dynamo.
 """
 
 import argparse
+import array
 import gc
 import itertools
 import json
@@ -16,7 +17,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -108,27 +109,30 @@ def batches(shapes: int) -> Iterator[Batch]:
         yield x, torch.randint(CLASSES, (rows,), generator=generator)
 
 
-def look(steps: int, times: list[float]) -> Look:
+def look(steps: int, times: list[float]) -> tuple[float, ...]:
+    """The fields of a :class:`Look`: objects of its own would be found by the next one."""
     gc.collect()
     resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     tensors = sum(issubclass(type(thing), Tensor) for thing in gc.get_objects())
     graphs = counters["stats"]["unique_graphs"]
-    return Look(steps, sys.getallocatedblocks(), resident, tensors, graphs, 1000 * statistics.median(times))
+    return steps, sys.getallocatedblocks(), resident, tensors, graphs, 1000 * statistics.median(times)
 
 
 def watched(door: str, backend: str, steps: int, shapes: int) -> list[Look]:
     """Train; the looks are at equal distances."""
     counters.clear()
     data = batches(shapes)
-    step, looks, times = DOORS[door](backend, next(data)), [], []
+    step, times = DOORS[door](backend, next(data)), list[float]()
+    kept = array.array("d", itertools.repeat(0.0, LOOKS * len(fields(Look))))  # here from the first look on
     for taken, batch in enumerate(itertools.islice(data, steps), start=1):
         start = time.perf_counter()
         step(*batch)
         times.append(time.perf_counter() - start)
-        if taken % (steps // LOOKS) == 0:
-            looks.append(look(taken, times))
+        place, rest = divmod(taken, steps // LOOKS)
+        if rest == 0:
+            kept[place - 1 :: LOOKS] = array.array("d", look(taken, times))
             times.clear()
-    return looks
+    return [Look(*map(int, each[:-1]), each[-1]) for each in (kept[place::LOOKS] for place in range(LOOKS))]
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 import thor_fx
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "long_run.py"
-STEPS, SHAPES = 1000, 100
+STEPS, SHAPES = 4000, 100
 
 
 def run(folder: Path, *arguments: str) -> dict[str, list[dict[str, Any]]]:
@@ -38,14 +38,19 @@ def test_nothing_grows_with_the_number_of_steps(looks, door):
 
 def assert_nothing_grows(found: list[dict[str, Any]]) -> None:
     assert len(found) == 10
-    middle, end = found[4], found[-1]
     assert len({each["tensors"] for each in found[1:]}) == 1
     assert len({each["graphs"] for each in found}) == 1
+    middle, end = (among(found[first : first + 3]) for first in (3, 7))
     # one object in ten steps would be more: what is kept is kept for the same few steps
     assert end["blocks"] - middle["blocks"] < (end["steps"] - middle["steps"]) / 10
     assert end["resident"] - middle["resident"] < 8e6
-    first, last = (sorted(each["milliseconds"] for each in part)[1] for part in (found[1:4], found[7:]))
-    assert last < 3 * first  # other processes are on this machine, too
+    early = among(found[1:4])
+    assert end["milliseconds"] < 3 * early["milliseconds"]  # other processes are on this machine, too
+
+
+def among(looks: list[dict[str, Any]]) -> dict[str, Any]:
+    """The median of every number: caches fill and empty, so single looks differ by dozens of blocks."""
+    return {name: sorted(each[name] for each in looks)[len(looks) // 2] for name in looks[0]}
 
 
 @pytest.mark.parametrize("door", ["drop-in", "functional"])
