@@ -19,7 +19,8 @@ from thor_fx.alarm import NumericsWarning
 from thor_fx.factors import Moments
 from thor_fx.inverses.attempts import FAILED, GOOD, MOST, NOT_FINITE, bounds, first_order, in_a_row, strength
 from thor_fx.layers import Coverage
-from thor_fx.transform import Signals, Transform, skip_nonfinite, stateless, unscale
+from thor_fx.skipping import skip_nonfinite
+from thor_fx.transform import Signals, Transform, stateless, unscale
 
 SETTINGS: dict[str, Any] = {"lr": 0.01, "damping": 0.1, "momentum": 0.9, "frequency": 2}
 METHODS = ["cholesky", "eigen", "ekfac", "newton_schulz", "eva"]
@@ -44,8 +45,11 @@ class Net(nn.Module):
 class Run:
     """One training by either door."""
 
-    def __init__(self, door: str, dtype: torch.dtype = torch.float32, **settings: Any) -> None:
-        self.dtype, model = dtype, Net(dtype)
+    def __init__(
+        self, door: str, dtype: torch.dtype = torch.float32, device: str = "cpu", **settings: Any
+    ) -> None:
+        self.dtype, self.device = dtype, device
+        model = Net(dtype).to(device)
         self.good = self.batch()
         settings = {**SETTINGS, **settings}
         if door == "drop-in":
@@ -64,8 +68,8 @@ class Run:
 
     def batch(self, x: float = 1.0, scale: float = 1.0, poison: float = 0.0, seed: int = 1) -> Any:
         draws = torch.randn(6, 5, generator=torch.Generator().manual_seed(seed))
-        numbers = (torch.tensor(number, dtype=self.dtype) for number in (scale, poison))
-        return (draws * x).to(self.dtype), *numbers
+        numbers = (torch.tensor(number, dtype=self.dtype, device=self.device) for number in (scale, poison))
+        return (draws * x).to(self.device, self.dtype), *numbers
 
     def step(self, *batch: Tensor) -> float:
         batch = batch or self.good

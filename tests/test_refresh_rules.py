@@ -22,8 +22,9 @@ from thor_fx.layers import Coverage
 from thor_fx.precondition import precondition
 from thor_fx.refresh_rules import inversion_costs, portion_due, portions
 from thor_fx.schedule import Schedule
+from thor_fx.skipping import skip_nonfinite
 from thor_fx.trace_rule import NEVER, Watch, block_trace, decide
-from thor_fx.transform import Signals, Taken, chain, partition, skip_nonfinite, unscale
+from thor_fx.transform import Signals, Taken, chain, partition, unscale
 from training import (
     Batch,
     Parameters,

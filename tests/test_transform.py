@@ -6,6 +6,7 @@ import torch
 import thor_fx
 from thor_fx.layers import Coverage
 from thor_fx.schedule import Schedule
+from thor_fx.skipping import skip_nonfinite
 from thor_fx.transform import (
     Signals,
     Transform,
@@ -18,7 +19,6 @@ from thor_fx.transform import (
     heavy_ball,
     partition,
     scale_by_learning_rate,
-    skip_nonfinite,
     stateless,
 )
 

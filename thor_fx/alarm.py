@@ -38,11 +38,6 @@ def at_hand(counter: Tensor) -> int | None:
     return int(counter) if counter.device.type == "cpu" else None
 
 
-def skipped_steps(state: Any) -> int | None:
-    """How many steps were skipped so far; None where nobody counts, or asking would wait for a device."""
-    return at_hand(state.skipped) if isinstance(state, SkipState) else None
-
-
 class Alarm:
     """Warns of each kind of trouble once.
 
@@ -54,10 +49,16 @@ class Alarm:
         self.scaled = False
         self._told: set[str] = set()
 
-    def look(self, state: Any) -> None:
-        """Warn of what went wrong so far, where the host knows; ``state`` is that of a transform."""
+    def look(self, state: Any, heard: int) -> None:
+        """Warn of what went wrong so far, where the host knows.
+
+        Args:
+            state: of a transform.
+            heard: how many skipped steps the host has heard of, where that is no CPU.
+        """
+        skipped = at_hand(state.skipped) if isinstance(state, SkipState) else 0
         failed = sum(at_hand(count) or 0 for count in failures(state))
-        self.tell(skipped=skipped_steps(state) or 0, failed=failed)
+        self.tell(skipped=heard if skipped is None else skipped, failed=failed)
 
     def tell(self, *, skipped: int, failed: int) -> None:
         """Warn of what has happened so far, unless that was said."""

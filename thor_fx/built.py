@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from .ahead import Ahead
-from .alarm import skipped_steps
 from .between import run_between
 from .blocks import BlockSize
 from .collector import Collector
@@ -28,12 +27,14 @@ from .distributed.peers import Peers
 from .distributed.sending import Sending
 from .distributed.work import everything
 from .group_members import check_replaced, named
+from .hearing import Heard, Hearing
 from .hyper import HyperTensors
 from .layers import Coverage
 from .links import thor_chain
 from .options import Options
 from .parameter_groups import ParameterGroups, Schedules
-from .transform import State, Taken, Transform, skip_nonfinite, unscale
+from .skipping import skip_nonfinite
+from .transform import State, Taken, Transform, unscale
 from .unseen import complete
 
 NOTHING_SEEN = (
@@ -60,6 +61,7 @@ class Built:
         sending: how factors get to other ranks before the update; None: they do not, or in the update.
         dtype: of hyper-parameters.
         ahead: what is computed beside the steps that follow.
+        hearing: hears of steps that were skipped.
     """
 
     version: int
@@ -72,6 +74,7 @@ class Built:
     update: CompiledUpdate
     sending: Sending | None = None
     ahead: Ahead = field(default_factory=Ahead)
+    hearing: Hearing = field(default_factory=Hearing)
 
     _hyper: HyperTensors = field(default_factory=HyperTensors)
 
@@ -113,15 +116,14 @@ class Built:
         work = shared_work(self.options, self.world)
         return everything if work is None else work.held
 
-    def take(self, given: Given, rates: list[Tensor], step: int) -> bool:
-        """Take step ``step``; whether it counts: one that was skipped does not, where the host knows of it.
+    def take(self, given: Given, rates: list[Tensor], step: int) -> Heard:
+        """Take step ``step``; what is known then of it, and of earlier ones.
 
         All ranks call this together; ``rates`` is what :meth:`rates` returned.
         """
-        before = skipped_steps(self.state)
         with waiting_for_others(self.world, f"in step {step}"):
             self.update(given, rates)
-        return before is None or skipped_steps(self.state) == before
+        return self.hearing.after(self.state, self.state, factors=bool(given.moments))
 
     def renew(self, taken: Taken, rates: list[Tensor]) -> int | None:
         """What happens after a step that counted: see :func:`~thor_fx.between.run_between`."""

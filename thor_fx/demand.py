@@ -50,7 +50,7 @@ class Demand:
     def __init__(self, model: nn.Module, collector: Collector, known: Readiness, options: Options) -> None:
         self._model, self._collector = model, collector
         self._known, self._options = known, options
-        self._overdue = False  # factors were due, and there were none
+        self._overdue = False  # factors were due, and there were none, or the step was skipped
         self._warned = False
 
     def scheduled(self, groups: Groups, step: int) -> bool:
@@ -88,6 +88,10 @@ class Demand:
             self._warned = True
             warn(NO_LAYERS if none_at_all else NO_FACTORS)
         return due
+
+    def miss(self) -> None:
+        """The step that had factors was skipped: the next has to have some."""
+        self._overdue = True
 
     def ask(self, groups: Groups, step: int, *, waits: bool) -> None:
         """Say what the forward pass of step ``step`` is to do.

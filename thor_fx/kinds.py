@@ -34,7 +34,7 @@ def _factors(tx: Transform) -> list[Factors]:
     return ["refresh"] if tx.frequency == 1 else ["plain", "refresh"]
 
 
-def kind_of(tx: Transform, step: int, due: int | None, *, ready: bool) -> Kind:
+def kind_of(tx: Transform, step: int, due: int | None, *, ready: bool, overdue: bool) -> Kind:
     """The kind of a step.
 
     Args:
@@ -42,9 +42,10 @@ def kind_of(tx: Transform, step: int, due: int | None, *, ready: bool) -> Kind:
         step: its number.
         due: the next factor step, where that is not as ``frequency`` says.
         ready: whether there are inverses; until then every step makes some.
+        overdue: whether it has to be a factor step.
     """
     factors: Factors = "plain"
     due = None if tx.between is None else due  # a saved state may say what a rule of another step wanted
-    if tx.frequency is not None and (not ready or tx.wants_factors(step, due)):
+    if tx.frequency is not None and (not ready or overdue or tx.wants_factors(step, due)):
         factors = "measure" if ready and tx.between is not None else "refresh"
     return Kind(factors, tx.adaptive is not None and tx.adaptive.compares(step))

@@ -29,6 +29,7 @@ from .distributed.wrappers import is_dealt_out, unwrapped
 from .factors import Moments
 from .group_members import check_centralization, check_replaced, members, with_rest
 from .group_schedules import SCHEDULES, GroupSchedules, schedules_of
+from .hearing import was_taken
 from .inductor import check_backend
 from .inverses import Inverse
 from .layers import Coverage
@@ -329,7 +330,7 @@ class Thor(torch.optim.Optimizer):
             later = loss_again(closure, self._built.params.values(), self._collector)
             self._adaptive.adapt(self.param_groups, self._built.state, loss, later, self._peers.world)
         for group in self.param_groups:
-            group["step"] = step + counted  # else this step is taken again, with its schedules and factors
+            group["step"] = step + counted  # else the next has the schedules of this one
         self._demand.ask(self.param_groups, step + counted, waits=waits)
         return loss
 
@@ -354,21 +355,22 @@ class Thor(torch.optim.Optimizer):
         if moments:
             built.ahead.forget()
         measured, served = frozenset(map(layer_of, moments)), unready.intersection(moments)
-        skipped = built.state.skipped.clone() if served else None
         refreshes = measured & unready if built.tx.between else None
         rates, terms = built.rates(self._schedules.values(self.param_groups)), terms if moments else None
         given = Given(gradients, moments, terms, self._scales(built), refreshes, compares)
-        counted = built.take(given, rates, step)
-        if moments or not counted:
-            self._alarm.look(built.state)
-        if counted and built.tx.between is not None:
+        heard = built.take(given, rates, step)
+        if moments or not heard.counts:
+            self._alarm.look(built.state, built.hearing.skipped)
+        if heard.missed or (moments and not heard.moved):
+            self._demand.miss()
+        if heard.moved and built.tx.between is not None:
             ready = frozenset(self._known.ready.intersection(built.found.layers))
             due = built.renew(Taken(step, measured - unready, ready, built.ahead), rates)
             if due is not None:
                 set_due(self.param_groups, due)
-        if served and bool(skipped == built.state.skipped):  # waits for the device, in the first step
+        if served and was_taken(built.state):  # waits for the device, in the first step
             self._known.ready |= served
-        return counted, self._known.wait(unready, served, gradients, step)
+        return heard.counts, self._known.wait(unready, served, gradients, step)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget gradients, and factors that no step has used."""

@@ -84,6 +84,7 @@ def counters_of(state: SkipState) -> dict[str, Entry]:
 def _counters(state: SkipState, preconditioning: PreconditionState) -> Entry:
     counters: Entry = {"terms": preconditioning.terms, "failed_inverses": preconditioning.failures}
     counters |= {"refreshes": preconditioning.refreshes, "skipped_steps": state.skipped}
+    counters["recent_steps"] = state.recent
     memory = preconditioning.memory
     if isinstance(memory, Memory) and isinstance(memory.damping, Tensor):
         counters["measured_damping"] = memory.damping

@@ -10,7 +10,7 @@ version without an entry changed nothing of that kind.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,8 +18,10 @@ from torch.utils import _pytree as pytree
 
 from .blocks import per_matrix
 from .precondition import PreconditionState
+from .skipping import nothing_skipped
+from .transform import SkipState
 
-VERSION = 2
+VERSION = 3
 
 SavedState = dict[str, Any]
 """What ``Thor.state_dict()`` returns: ``state`` by the number of the parameter, and ``param_groups``."""
@@ -47,16 +49,33 @@ def _entries_that_count_failures(saved: SavedState) -> SavedState:
 
 
 def _states_that_count_failures(state: Any) -> Any:
-    def counting(part: Any) -> Any:
-        if not isinstance(part, PreconditionState):
-            return part
+    def counting(part: PreconditionState) -> PreconditionState:
         kept = {shape: inverses._asdict() for shape, inverses in part.inverses.items()}
         return part._replace(failing={shape: _never_failed(of) for shape, of in kept.items()})
 
-    def is_leaf(part: Any) -> bool:
-        return isinstance(part, PreconditionState)
+    return _with(state, PreconditionState, counting)
 
-    return pytree.tree_map(counting, state, is_leaf=is_leaf)
+
+def _states_that_remember_steps(state: Any) -> Any:
+    """Up to version 2 nobody remembered which of the last steps were skipped."""
+
+    def remembering(part: SkipState) -> SkipState:
+        inner = _with(part.inner, SkipState, remembering)
+        return part._replace(inner=inner, recent=nothing_skipped(part.skipped.device))
+
+    return _with(state, SkipState, remembering)
+
+
+Part = TypeVar("Part")
+
+
+def _with(state: Any, kind: type[Part], change: Callable[[Part], Part]) -> Any:
+    """A state, its parts of one kind changed; of those in another of them, that one is told."""
+
+    def is_part(part: Any) -> bool:
+        return isinstance(part, kind)
+
+    return pytree.tree_map(lambda part: change(part) if is_part(part) else part, state, is_leaf=is_part)
 
 
 Migrations = Mapping[int, Callable[[Any], Any]]
@@ -64,7 +83,7 @@ Migrations = Mapping[int, Callable[[Any], Any]]
 OPTIMIZER: Migrations = {0: _groups_with_format, 1: _entries_that_count_failures}
 """Of state dicts."""
 
-STEP: Migrations = {1: _states_that_count_failures}
+STEP: Migrations = {1: _states_that_count_failures, 2: _states_that_remember_steps}
 """Of the states of functional steps. Version 1 has its number more than version 0, and nothing else."""
 
 CHECKPOINT: Migrations = {}

@@ -13,7 +13,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from .ahead import Ahead
-from .alarm import Alarm, skipped_steps
+from .alarm import Alarm
 from .arguments import check_choice, check_dynamic, check_type, checked_disabled
 from .between import run_between
 from .block_size import choose_by_step
@@ -22,6 +22,7 @@ from .blocks import BlockSize
 from .capture import Captured, LossCapture, LossFn, Runner
 from .distributed.agreement import agreed, check_ranks
 from .distributed.faults import waiting_for_others
+from .hearing import Hearing, was_taken
 from .hyper import HyperTensors
 from .inductor import Compiled, check_backend, check_settings, compile_graph, inductor_decompositions
 from .kinds import Kind, kind_of, kinds
@@ -48,7 +49,8 @@ class StepState(NamedTuple):
     """What a training step carries over.
 
     Attributes:
-        step: steps taken so far; one that is skipped does not count where the host knows of it, on a CPU.
+        step: steps taken so far; one that is skipped does not count, on a GPU a few steps later
+            (:mod:`thor_fx.hearing`).
         inner: the state of the transform.
         buffers: buffers of the model, where the loss function takes them.
         ready: whether any step so far was not skipped; until then every step is a factor step.
@@ -56,6 +58,7 @@ class StepState(NamedTuple):
         damping: of the next step, where it adapts itself (:class:`thor_fx.LevenbergMarquardt`).
         block_size: what ``block_size="auto"`` has become; None where it was given, or nothing can be cut.
         version: of what it holds, for states that were saved: :mod:`thor_fx.state_versions`.
+        overdue: whether the next step has to be a factor step, because one was skipped.
     """
 
     step: int
@@ -66,6 +69,7 @@ class StepState(NamedTuple):
     damping: float | None = None
     block_size: int | None = None
     version: int = 0  # that of a saved state which has none
+    overdue: bool = False
 
 
 class StepOutput(NamedTuple):
@@ -251,7 +255,7 @@ class CompiledStep:
         self._flat: tuple[State, list[Tensor]] = (None, [])
         self._form: Form | None = None  # of its state; unknown before the first graph
         self._ahead = Ahead()
-        self._alarm = Alarm()
+        self._hearing, self._alarm = Hearing(), Alarm()
 
     def init(self, params: Params, *batch: Any, buffers: Any = None) -> StepState:
         """Trace, compile, and return the state for the first step. Nothing runs yet.
@@ -301,29 +305,29 @@ class CompiledStep:
         self._check_rules(state)
         if self._auto is not None and state.block_size != self.block_size:
             self._resolve(state.block_size, params)
+        came = state.inner
         if not self._donate:
             params, state, copies = _copies(params, state)
             self._ahead.follow(copies)
         adapted = {} if state.damping is None else {"damping": state.damping}
         hyper = self._hyper({**self._tx.hyper(state.step), **adapted}, params)
-        kind = kind_of(self._tx, state.step, state.due, ready=state.ready)
+        kind = kind_of(self._tx, state.step, state.due, ready=state.ready, overdue=state.overdue)
         if kind.factors != "plain":
             self._ahead.forget()
-        skipped = skipped_steps(state.inner)
         call = _Call(kind, [*self._leaves(state.inner), *hyper])
         with waiting_for_others(self._tx.world, f"in step {state.step}"):
             loss, aux = self._run(params, call, batch, state.buffers)
         buffers, aux = (None, aux) if state.buffers is None else aux
-        counted = skipped is None or skipped_steps(state.inner) == skipped
-        ready = state.ready or (counted and self._was_good(state))
+        heard = self._hearing.after(state.inner, came, factors=kind.factors != "plain")
+        ready = state.ready or (heard.moved and was_taken(state.inner))  # waits, until the first good step
         with as_written(loss.device):
-            due = self._between(params, state, kind, hyper) if counted else state.due
+            due = self._between(params, state, kind, hyper) if heard.moved else state.due
             damping = self._damping(state, loss, call.later)
-        if kind.factors != "plain" or not counted:
-            self._alarm.look(state.inner)
-        # a step that was skipped is taken again, with its schedules and factors
-        step = state.step + counted
-        new = state._replace(step=step, buffers=buffers, ready=ready, due=due, damping=damping)
+        if kind.factors != "plain" or not heard.counts:
+            self._alarm.look(state.inner, self._hearing.skipped)
+        overdue = heard.missed or (state.overdue and not heard.moved)
+        new = state._replace(step=state.step + heard.counts, buffers=buffers, ready=ready)
+        new = new._replace(due=due, damping=damping, overdue=overdue)
         return params, new, StepOutput(loss, aux, call.statistics)
 
     def metrics(self, state: StepState) -> Metrics:
@@ -339,12 +343,6 @@ class CompiledStep:
         if self.coverage is None or self._block_size == "auto":
             return found
         return found | trace(state.inner, self.coverage.layers, self._block_size)
-
-    def _was_good(self, state: StepState) -> bool:
-        """Whether the first steps were not all skipped. Waits for the device where that is no CPU, once."""
-        if skipped_steps(state.inner) is not None:
-            return True  # or this step would not have counted
-        return metrics(state.inner)["skipped_steps"] <= state.step
 
     def _between(self, params: Params, state: StepState, kind: Kind, hyper: Sequence[Tensor]) -> int | None:
         """What the transform does after the step, in place; when it wants factors next."""

@@ -48,8 +48,9 @@ from .presets import Preset, takes_preset
 from .refresh import DampingRule
 from .refresh_rules import RefreshRule
 from .schedule import Schedule, Value
+from .skipping import skip_nonfinite
 from .step_norm import StepNorm
-from .transform import Transform, skip_nonfinite
+from .transform import Transform
 
 
 @takes_preset

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from .ahead import Ahead
 from .factors import Moments
@@ -379,54 +378,18 @@ def all_finite(tensors: Iterable[Tensor]) -> Tensor:
 
 
 class SkipState(NamedTuple):
-    """State of :func:`skip_nonfinite`: that of the inner transform, and the steps skipped so far."""
+    """State of :func:`thor_fx.skipping.skip_nonfinite`.
+
+    Attributes:
+        inner: that of the transform which is guarded.
+        skipped: steps skipped so far, int64, 0-D.
+        recent: what became of the last steps, the latest last, int8 (``RECENT``,): words of
+            :mod:`thor_fx.skipping`.
+    """
 
     inner: State
     skipped: Tensor
-
-
-def skip_nonfinite(inner: Transform, world: "World | None" = None) -> Transform:
-    """Let a step after which a parameter would not be finite change nothing, and count it.
-
-    A NaN or infinite gradient makes its update NaN or infinite, whatever the transform; a finite update may
-    still be too much for a parameter, or for its dtype; what a gradient scaler has found counts too. The
-    decision is taken on the device (``torch.where``), without a synchronisation.
-
-    Args:
-        inner: what is guarded.
-        world: the ranks that see a part of the updates each, and decide together; None: all are seen here.
-    """
-
-    def init(params: Params, coverage: Coverage) -> SkipState:
-        device = next(iter(params.values())).device
-        return SkipState(inner.init(params, coverage), torch.zeros((), dtype=torch.int64, device=device))
-
-    def update(
-        updates: Updates, state: SkipState, params: Params, signals: Signals
-    ) -> tuple[Updates, SkipState]:
-        new, new_inner = inner.update(updates, state.inner, params, signals)
-        finite = all_finite(apply_updates({name: params[name] for name in new}, new).values())
-        if signals.found_inf is not None:
-            finite = finite & (signals.found_inf == 0)
-        if world is not None:
-            finite = world.total((~finite).to(torch.int64)) == 0
-        new = {name: torch.where(finite, u, torch.zeros_like(u)) for name, u in new.items()}
-
-        def kept(new: Tensor, old: Tensor) -> Tensor:
-            return old if new is old else torch.where(finite, new, old)
-
-        return new, SkipState(pytree.tree_map(kept, new_inner, state.inner), state.skipped + ~finite)
-
-    def between(
-        state: SkipState, params: Params, signals: Signals, taken: Taken
-    ) -> tuple[SkipState, int | None]:
-        assert inner.between is not None
-        new, due = inner.between(state.inner, params, signals, taken)
-        return state._replace(inner=new), due
-
-    resolve = resolving(partial(skip_nonfinite, world=world), [inner])
-    hook = between if inner.between else None
-    return inner._replace(init=init, update=update, between=hook, resolve=resolve)
+    recent: Tensor = torch.empty(0, dtype=torch.int8)  # of a state that was saved before there was one
 
 
 def partition(transforms: Mapping[str, Transform], groups: Mapping[str, str]) -> Transform:
