@@ -290,17 +290,31 @@ BUGS = [
     ),
     Bug(
         "a skipped step leaves its mark on the state",
-        "thor_fx/transform.py",
+        "thor_fx/skipping.py",
         "return old if new is old else torch.where(finite, new, old)",
         "return new",
         ["test_transform.py"],
     ),
     Bug(
         "a finite update that a parameter cannot hold is written",
-        "thor_fx/transform.py",
+        "thor_fx/skipping.py",
         "all_finite(apply_updates({name: params[name] for name in new}, new).values())",
         "all_finite(new.values())",
         ["test_numerics.py"],
+    ),
+    Bug(
+        "a GPU's schedules go on in steps that it skipped",
+        "thor_fx/hearing.py",
+        "return Heard(counts=False, missed=bool",
+        "return Heard(counts=True, missed=bool",
+        ["test_hearing.py"],
+    ),
+    Bug(
+        "factors of a step that a GPU skipped are missed although later ones were measured",
+        "thor_fx/hearing.py",
+        "bool(word & FACTORS) and not any(map(_had_factors, self._words))",
+        "bool(word & FACTORS)",
+        ["test_hearing.py"],
     ),
     Bug(
         "G keeps the square of the scale of a GradScaler",

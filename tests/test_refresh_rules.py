@@ -283,7 +283,7 @@ def test_a_measuring_step_inverts_nothing(monkeypatch):
 
 
 def test_a_plain_step_writes_what_it_changes(monkeypatch):
-    """Parameters, momentum and the counter of skipped steps: no inverse, no average."""
+    """Parameters, momentum, the counter of skipped steps and the last words: no inverse, no average."""
     seen = []
     compile_graph = thor_fx.step.compile_graph
     monkeypatch.setattr(
@@ -291,7 +291,7 @@ def test_a_plain_step_writes_what_it_changes(monkeypatch):
     )
     make_step(ByTrace(), factor_decay=DECAY)
     writes = [node for node in seen[0].graph.nodes if node.target is torch.ops.aten.copy_.default]
-    assert len(writes) == 4 + 4 + 1
+    assert len(writes) == 4 + 4 + 1 + 1
 
 
 def test_kinds_of_steps(monkeypatch):

@@ -16,7 +16,9 @@ from torch.utils import _pytree as pytree
 import thor_fx
 from thor_fx import state_versions
 from thor_fx.precondition import PreconditionState
+from thor_fx.skipping import FACTORS, RECENT
 from thor_fx.state_classes import STATE_CLASSES
+from thor_fx.transform import SkipState
 from training import (
     assert_moved,
     assert_same,
@@ -53,7 +55,10 @@ def saved(**settings: Any) -> dict[str, Any]:
 
 
 def overwrite(state: Any, other: Any) -> None:
-    """Write the numbers of a state of version 0, which did not count failures in a row, into one of today."""
+    """Write the numbers of a state of version 0 into one of today.
+
+    It did not count failures in a row, and remembered no steps.
+    """
     mine, theirs = (
         {pytree.keystr(path): leaf for path, leaf in pytree.tree_flatten_with_path(tree)[0]}
         for tree in (state, other)
@@ -61,7 +66,7 @@ def overwrite(state: Any, other: Any) -> None:
     assert all("failing" in name for name in mine.keys() ^ theirs.keys())
     with torch.no_grad():
         for name in theirs:
-            if isinstance(mine[name], Tensor):
+            if isinstance(mine[name], Tensor) and not name.endswith(".recent"):
                 mine[name].copy_(theirs[name])
 
 
@@ -153,6 +158,36 @@ def test_functional_states_of_version_1_have_not_failed(inverse):
     assert len(pytree.tree_leaves(old)) < len(pytree.tree_leaves(state))
     found, expected = (step(params, before, *data[1])[0] for before in (old, state))
     assert identical(found, expected)
+
+
+def test_functional_states_of_version_2_remember_no_steps():
+    data, model = batches(2), build(mlp)
+    tx = thor_fx.thor(**SETTINGS)
+    step = thor_fx.compile_step(classifier_loss(model), tx, backend="eager", donate=False)
+    params = dict(model.named_parameters())
+    params, state, _ = step(params, step.init(params, *data[0]), *data[0])
+    old = state._replace(inner=SkipState(*state.inner[:2]), version=2)
+    assert old.inner.recent.numel() == 0
+    (found, after, _), (expected, usual, _) = (step(params, before, *data[1]) for before in (old, state))
+    assert identical(found, expected)
+    assert after.inner.recent.tolist() == [0] * RECENT
+    assert usual.inner.recent.tolist() == [0] * (RECENT - 2) + [FACTORS, 0]
+
+
+def test_state_dicts_of_version_2_remember_no_steps():
+    state = saved()
+    (group,) = state["param_groups"]
+    group["format"]["version"] = 2
+    assert group.pop("recent_steps").numel() == RECENT
+    model, resumed = thor()
+    model.load_state_dict(after_three_steps()[0])
+    resumed.load_state_dict(state)
+    found = train(model, resumed, batches(1))
+    again, whole = thor()
+    again.load_state_dict(after_three_steps()[0])
+    whole.load_state_dict(saved())
+    assert identical(found[-1], train(again, whole, batches(1))[-1])
+    assert resumed.param_groups[0]["recent_steps"].tolist() == [0] * RECENT
 
 
 def test_migrations_run_one_after_the_other(monkeypatch):
