@@ -101,9 +101,15 @@ def stock_adamw(model: nn.Module, x: Tensor, y: Tensor) -> None:
     torch.compile(torch.optim.AdamW(model.parameters(), lr=torch.tensor(1e-6)).step)()
 
 
-def drop_in(model: nn.Module, x: Tensor, y: Tensor, factor_backend: str | None = None) -> None:
+def drop_in(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    factor_backend: str | None = None,
+    update_backend: str | None = None,
+) -> None:
     model = thor_fx.compile(model, factor_backend=factor_backend)
-    optimizer = thor_fx.Thor(model, **THOR)
+    optimizer = thor_fx.Thor(model, **THOR, backend=update_backend)
     for _ in range(2):
         F.cross_entropy(model(x), y).backward()
         optimizer.step()
@@ -126,6 +132,10 @@ WAYS: dict[str, tuple[str, Callable[[nn.Module, Tensor, Tensor], None]]] = {
     "drop_in_interpreted": (
         'drop-in, factor_backend="aot_eager"',
         partial(drop_in, factor_backend="aot_eager"),
+    ),
+    "drop_in_interpreted_updates": (
+        'drop-in, factor_backend="aot_eager" and Thor(backend="aot_eager")',
+        partial(drop_in, factor_backend="aot_eager", update_backend="aot_eager"),
     ),
     "functional_interpreted": (
         'functional, factor_backend="aot_eager"',

@@ -28,7 +28,7 @@ FAILED = (
 
 
 def at_hand(counter: Tensor) -> int | None:
-    """The value of a 0-D int64 tensor; None where reading it would wait for a device.
+    """The value of a 0-D tensor of integers; None where reading it would wait for a device.
 
     Example:
         >>> import torch

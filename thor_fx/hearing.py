@@ -39,7 +39,7 @@ class Word:
 
     def __init__(self, word: Tensor, *, factors: bool) -> None:
         self.factors = factors
-        self._memory = torch.empty_like(word, device="cpu", pin_memory=True)
+        self._memory = torch.empty((), dtype=word.dtype, pin_memory=True)  # torch keeps such memory at hand
         self._memory.copy_(word, non_blocking=True)
         self._arrived = torch.cuda.Event()
         self._arrived.record(torch.cuda.current_stream(word.device))
