@@ -27,7 +27,7 @@ def late_words(monkeypatch: pytest.MonkeyPatch) -> None:
 
         def read(self) -> int:
             assert sent - self._place == LATE
-            return ctypes.c_int8.from_address(self._word.data_ptr()).value  # no operator of torch
+            return ctypes.c_int32.from_address(self._word.data_ptr()).value  # no operator of torch
 
     nothing_at_hand(monkeypatch)
     monkeypatch.setattr("thor_fx.hearing.can_hear", lambda _: True)

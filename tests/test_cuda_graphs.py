@@ -54,7 +54,7 @@ def fixed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 PARAMETERS, INVERSES = 4, 4  # two layers
-COUNTERS = 4 + 2  # n, failures, refreshes and skipped steps; failures in a row of either layer
+COUNTERS = 5 + 2  # n, failures, refreshes, skipped and recent steps; failures in a row of either layer
 
 
 @pytest.mark.inductor

@@ -64,10 +64,11 @@ def skip_nonfinite(inner: Transform, world: "World | None" = None) -> Transform:
         def kept(new: Tensor, old: Tensor) -> Tensor:
             return old if new is old else torch.where(finite, new, old)
 
-        word = (~finite).to(torch.int8) * SKIPPED + (FACTORS if signals.moments else 0)
+        skipped = ~finite
+        word = skipped.to(torch.int32)  # SKIPPED or 0
+        word = word + FACTORS if signals.moments else word
         recent = torch.cat([state.recent[1:], word.reshape(1)])
-        counted = state.skipped + ~finite
-        return new, SkipState(pytree.tree_map(kept, new_inner, state.inner), counted, recent)
+        return new, SkipState(pytree.tree_map(kept, new_inner, state.inner), state.skipped + skipped, recent)
 
     def between(
         state: SkipState, params: Params, signals: Signals, taken: Taken
@@ -83,4 +84,4 @@ def skip_nonfinite(inner: Transform, world: "World | None" = None) -> Transform:
 
 def nothing_skipped(device: torch.device) -> Tensor:
     """The words of steps before the first."""
-    return torch.zeros(RECENT, dtype=torch.int8, device=device)
+    return torch.zeros(RECENT, dtype=torch.int32, device=device)

@@ -383,13 +383,13 @@ class SkipState(NamedTuple):
     Attributes:
         inner: that of the transform which is guarded.
         skipped: steps skipped so far, int64, 0-D.
-        recent: what became of the last steps, the latest last, int8 (``RECENT``,): words of
+        recent: what became of the last steps, the latest last, int32 (``RECENT``,): words of
             :mod:`thor_fx.skipping`.
     """
 
     inner: State
     skipped: Tensor
-    recent: Tensor = torch.empty(0, dtype=torch.int8)  # of a state that was saved before there was one
+    recent: Tensor = torch.empty(0, dtype=torch.int32)  # of a state that was saved before there was one
 
 
 def partition(transforms: Mapping[str, Transform], groups: Mapping[str, str]) -> Transform:
