@@ -3,11 +3,22 @@
 ``pytest -m fuzz --hypothesis-profile=nightly`` draws many more, and others every time.
 """
 
+import gc
+from collections.abc import Iterator
 from typing import Any
 
+import pytest
 from hypothesis import HealthCheck, settings
 
 UNHURRIED: dict[str, Any] = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
 settings.register_profile("thor_fx", derandomize=True, **UNHURRIED)
 settings.register_profile("nightly", print_blob=True, **UNHURRIED)
 settings.load_profile("thor_fx")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def left_behind() -> Iterator[None]:
+    """What a module leaves, compiled graphs above all, is not looked through again by every collection."""
+    yield
+    gc.collect()
+    gc.freeze()
