@@ -22,3 +22,8 @@ def left_behind() -> Iterator[None]:
     yield
     gc.collect()
     gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    """At the end everything is let go: some libraries complain of what is not."""
+    gc.unfreeze()
