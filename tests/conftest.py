@@ -15,6 +15,8 @@ settings.register_profile("thor_fx", derandomize=True, **UNHURRIED)
 settings.register_profile("nightly", print_blob=True, **UNHURRIED)
 settings.load_profile("thor_fx")
 
+gc.set_threshold(50_000, 20, 20)  # compilers make many objects and few cycles: 5 % of the time of the suite
+
 
 @pytest.fixture(autouse=True, scope="module")
 def left_behind() -> Iterator[None]:
