@@ -8,14 +8,8 @@ from torch import Tensor
 from thor_fx.skipping import LATE
 
 
-def nothing_at_hand(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is counted cannot be read without waiting for the device."""
-    for module in ("alarm", "hearing"):
-        monkeypatch.setattr(f"thor_fx.{module}.at_hand", lambda _: None)
-
-
 def late_words(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Besides, words of steps arrive late."""
+    """What is counted cannot be read without waiting for the device, and words of steps arrive late."""
     sent = 0
 
     class Word:
@@ -29,6 +23,7 @@ def late_words(monkeypatch: pytest.MonkeyPatch) -> None:
             assert sent - self._place == LATE
             return ctypes.c_int32.from_address(self._word.data_ptr()).value  # no operator of torch
 
-    nothing_at_hand(monkeypatch)
+    for module in ("alarm", "hearing"):
+        monkeypatch.setattr(f"thor_fx.{module}.at_hand", lambda _: None)
     monkeypatch.setattr("thor_fx.hearing.can_hear", lambda _: True)
     monkeypatch.setattr("thor_fx.hearing.Word", Word)

@@ -27,7 +27,7 @@ from .matrices import matrices, put_back
 from .precision import wide
 from .precondition import PreconditionState
 from .refresh import by_shape, spans
-from .transform import Params, Signals, State, Taken, Transform, Updates
+from .transform import Params, Signals, State, Transform, Updates, between_of_inner
 
 
 class PredictedState(NamedTuple):
@@ -66,14 +66,7 @@ def predict_change(inner: Transform, curvature: Transform, loss_scale: float = 1
         change = torch.stack([*slope, *bend]).sum()
         return steps, PredictedState(after, change.to(state.change.dtype))
 
-    def between(
-        state: PredictedState, params: Params, signals: Signals, taken: Taken
-    ) -> tuple[PredictedState, int | None]:
-        assert inner.between is not None
-        after, due = inner.between(state.inner, params, signals, taken)
-        return state._replace(inner=after), due
-
-    return inner._replace(init=init, update=update, between=between if inner.between else None)
+    return inner._replace(init=init, update=update, between=between_of_inner(inner))
 
 
 def apply_curvature() -> Transform:

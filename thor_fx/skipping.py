@@ -12,11 +12,11 @@ from .transform import (
     Params,
     Signals,
     SkipState,
-    Taken,
     Transform,
     Updates,
     all_finite,
     apply_updates,
+    between_of_inner,
     resolving,
 )
 
@@ -70,16 +70,8 @@ def skip_nonfinite(inner: Transform, world: "World | None" = None) -> Transform:
         recent = torch.cat([state.recent[1:], word.reshape(1)])
         return new, SkipState(pytree.tree_map(kept, new_inner, state.inner), state.skipped + skipped, recent)
 
-    def between(
-        state: SkipState, params: Params, signals: Signals, taken: Taken
-    ) -> tuple[SkipState, int | None]:
-        assert inner.between is not None
-        new, due = inner.between(state.inner, params, signals, taken)
-        return state._replace(inner=new), due
-
     resolve = resolving(partial(skip_nonfinite, world=world), [inner])
-    hook = between if inner.between else None
-    return inner._replace(init=init, update=update, between=hook, resolve=resolve)
+    return inner._replace(init=init, update=update, between=between_of_inner(inner), resolve=resolve)
 
 
 def nothing_skipped(device: torch.device) -> Tensor:

@@ -152,6 +152,19 @@ def after(
     return state, None if every is None else taken.step + every - taken.step % every
 
 
+def between_of_inner(inner: Transform) -> Between | None:
+    """The hook of a transform around another, whose state is ``inner`` of the state of the outer."""
+    hook = inner.between
+    if hook is None:
+        return None
+
+    def between(state: Any, params: Params, signals: Signals, taken: Taken) -> tuple[State, int | None]:
+        new, due = hook(state.inner, params, signals, taken)
+        return state._replace(inner=new), due
+
+    return between
+
+
 def earliest(steps: Iterable[int | None]) -> int | None:
     """The first of the steps in which factors are due; None: nobody has named one."""
     return min((step for step in steps if step is not None), default=None)
