@@ -15,6 +15,7 @@ OPTIMISATIONS: dict[str, str] = {
     "recompute": "cheap activations are computed again in backward (functional door, Inductor)",
     "shared_inputs": "layers that read the same rows have one factor between them",
     "shifts": "A of a convolution that moves by one pixel is summed over shifts, not pairs of taps",
+    "stacked_updates": "small parameters of one shape are updated as one stack",
     "start_early": "sums over ranks travel beside backward (functional door)",
     "symmetric_products": "half of a product of rows with themselves is left out",
 }

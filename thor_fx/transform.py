@@ -266,7 +266,8 @@ def scale_by_learning_rate(lr: Schedule) -> Transform:
     """``-lr u``: the last link of a chain."""
 
     def scale(updates: Updates, _: Params, signals: Signals) -> Updates:
-        return {name: -signals.hyper[lr.name] * u for name, u in updates.items()}
+        rate = -signals.hyper[lr.name]
+        return {name: rate * u for name, u in updates.items()}
 
     return stateless(scale, {lr.name: lr})
 

@@ -34,7 +34,9 @@ from .passes.outputs import (
 from .passes.phases import mark, mark_update
 from .passes.splice import splice
 from .passes.stages import run_watched
+from .passes.switches import is_on
 from .scaling import SCALES
+from .stacked_updates import Role, Stacked, stack_alike, write_stack
 from .trace_log import tracer
 from .transform import Signals, Transform, apply_updates
 
@@ -98,8 +100,15 @@ def append_update(
     new_params, new_state = splice(out.prev, step, *leaves)
     written = mutated | {params[name]: node for name, node in new_params.items()}
     written |= dict(zip(pytree.tree_leaves(state), pytree.tree_leaves(new_state), strict=True))
+    stacks: list[Stacked] = []
+    if is_on("stacked_updates"):
+        unchanged = {name: node for name, node in params.items() if after_forward[name] is node}
+        appended = [node for node in gm.graph.nodes if node not in step_nodes and node.op == "call_function"]
+        written, stacks = stack_alike(gm.graph, appended, _by_param(unchanged, gradients, state), written)
     for target, value in written.items():
         _write(out, target, value)
+    for targets, stack in stacks:
+        write_stack(out, targets, stack)
     mark_update(gm, [node for node in gm.graph.nodes if node not in step_nodes])
     gm.recompile()
 
@@ -196,6 +205,23 @@ def _add_inputs(
         return last
 
     return pytree.tree_map(add, state), {name: add(rate) for name, rate in rates.items()}
+
+
+def _by_param(
+    params: Mapping[str, fx.Node], gradients: Mapping[str, fx.Node | None], state: Any
+) -> dict[str, dict[Role, fx.Node]]:
+    """The inputs of the update that are about one parameter, and what they are of it."""
+    found: dict[str, dict[Role, fx.Node]] = {
+        name: {("param",): node, ("gradient",): gradient}
+        for name, node in params.items()
+        if (gradient := gradients.get(name)) is not None
+    }
+    for path, node in pytree.tree_flatten_with_path(state)[0]:
+        keys: list[Any] = [getattr(entry, "key", entry) for entry in path]
+        names = [key for key in keys if key in found]
+        if len(names) == 1:
+            found[names[0]]["state", *(None if key in names else key for key in keys)] = node
+    return found
 
 
 def _write(out: fx.Node, target: fx.Node, value: fx.Node) -> None:
