@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, fx
 from torch.func import vmap
 
-from .passes.nodes import CASTS, arguments, is_random, source, target
+from .passes.nodes import CASTS, RESHAPES, arguments, is_random, source, target
 from .passes.splice import put, splice, trace
 from .stack_ops import stacked, unstack_
 
@@ -39,6 +39,7 @@ Stacked = tuple[list[fx.Node], fx.Node]
 """Inputs, and the stack of their new values."""
 
 _GATHERS = (aten.stack.default, aten.cat.default)
+_VIEWS = (aten.slice.Tensor, *RESHAPES)
 _SUMS = (aten.sum, aten.all, aten.any, aten.amax)
 
 
@@ -84,12 +85,13 @@ def stack_alike(
     order = {node: place for place, node in enumerate(graph.nodes)}
     left, stacks = dict(written), list[Stacked]()
     members: dict[fx.Node, Member] = {}
-    for alike in _alike(_parts(appended, leaves, written), order):
+    for alike in _alike(_parts(appended, leaves, written), order, _numbers(appended)):
         values = _over_stacks(alike, order, members)
         for role, place in alike[0].written.items():
             targets = [part.leaves[role] for part in alike]
             stacks.append((targets, values[place]))
-            left = {node: new for node, new in left.items() if node not in targets}
+            for node in targets:
+                del left[node]
     instead = _lead_to_stacks(appended, members, left.values())
     return {node: instead.get(new, new) for node, new in left.items()}, stacks
 
@@ -141,21 +143,35 @@ def _is_small(node: fx.Node) -> bool:
 
 
 def _can_be_stacked(node: fx.Node) -> bool:
-    """Whether a node makes one tensor of tensors, always the same of the same."""
+    """Whether a node makes one tensor of tensors, always the same of the same, and ``vmap`` knows how."""
+    known = getattr(node.target, "namespace", "") == "aten" or target(node) in CASTS
     listed = any(isinstance(argument, list | tuple) and _nodes_in(argument) for argument in arguments(node))
-    return isinstance(node.meta.get("val"), Tensor) and not listed and not is_random(node)
+    return known and isinstance(node.meta.get("val"), Tensor) and not listed and not is_random(node)
 
 
 def _nodes_in(argument: Iterable[Any]) -> bool:
     return any(isinstance(entry, fx.Node) for entry in argument)
 
 
-def _alike(parts: Iterable[Part], order: Mapping[fx.Node, int]) -> list[list[Part]]:
+def _numbers(appended: Iterable[fx.Node]) -> dict[fx.Node, str]:
+    """Of every number, the name of the first node that computes it: rates and constants come many times."""
+    first: dict[Any, str] = {}
+    names: dict[fx.Node, str] = {}
+    for node in appended:
+        if isinstance(node.meta.get("val"), Tensor) and node.meta["val"].dim() == 0 and not is_random(node):
+            args = fx.map_arg((node.args, dict(node.kwargs)), lambda n: _Named(names.get(n, n.name)))
+            names[node] = first.setdefault((node.target, repr(args)), node.name)
+    return names
+
+
+def _alike(
+    parts: Iterable[Part], order: Mapping[fx.Node, int], numbers: Mapping[fx.Node, str]
+) -> list[list[Part]]:
     """The parts that do the same, where there are enough of them."""
     groups: dict[Any, list[Part]] = {}
     for part in parts:
         if part.nodes:
-            groups.setdefault(_signature(part), []).append(part)
+            groups.setdefault(_signature(part, numbers), []).append(part)
     return [group for group in groups.values() if len(group) >= FEWEST and _in_time(group, order)]
 
 
@@ -170,9 +186,10 @@ def _in_time(alike: Sequence[Part], order: Mapping[fx.Node, int]) -> bool:
     return True
 
 
-def _signature(part: Part) -> Any:
+def _signature(part: Part, numbers: Mapping[fx.Node, str]) -> Any:
     """Equal for parts that do the same with inputs of the same shapes."""
-    known: dict[fx.Node, Any] = {leaf: role for role, leaf in part.leaves.items()}
+    known: dict[fx.Node, Any] = {**numbers}
+    known |= {leaf: role for role, leaf in part.leaves.items()}
     known |= {node: place for place, node in enumerate(part.nodes)}
 
     def named(argument: Any) -> Any:
@@ -185,7 +202,7 @@ def _signature(part: Part) -> Any:
 
 
 class _Named(NamedTuple):
-    """In place of a node: its place in the part, its role, or if it is of none, its name."""
+    """In place of a node: its place in the part, its role, or if it is of none, a name."""
 
     name: Any
 
@@ -197,22 +214,30 @@ def _over_stacks(
     alike: Sequence[Part], order: Mapping[fx.Node, int], members: dict[fx.Node, Member]
 ) -> list[fx.Node]:
     """What stands for the nodes of alike parts, place by place; and in ``members``, for every single node."""
-    roles = {leaf: role for role, leaf in alike[0].leaves.items()}
-    known: dict[fx.Node, fx.Node] = {}  # of the first part: the stack that stands for a value
+    known: dict[fx.Node, fx.Node] = {}  # the stack that stands for an input or a node of any of the parts
+    values = []
     for nodes in zip(*(part.nodes for part in alike), strict=True):
         first = min(nodes, key=order.__getitem__)
-        for leaf in nodes[0].all_input_nodes:
-            if leaf in roles and leaf not in known:
-                known[leaf] = _stack_of([part.leaves[roles[leaf]] for part in alike], first.prev)
-        stack = known[nodes[0]] = _over_stack(first.prev, nodes[0], known)
-        members |= {node: Member(stack, entry) for entry, node in enumerate(nodes)}
-    return [known[node] for node in alike[0].nodes]
+        for role in _roles(nodes[0], alike[0]):
+            leaves = [part.leaves[role] for part in alike]
+            if leaves[0] not in known:
+                known |= dict.fromkeys(leaves, _stack_of(leaves, first.prev))
+        values.append(_over_stack(first.prev, first, known))
+        known |= dict.fromkeys(nodes, values[-1])
+        members |= {node: Member(values[-1], entry) for entry, node in enumerate(nodes)}
+    return values
+
+
+def _roles(node: fx.Node, part: Part) -> list[Role]:
+    """What a node reads of the inputs of its part."""
+    return [role for role, leaf in part.leaves.items() if leaf in node.all_input_nodes]
 
 
 def _stack_of(nodes: Sequence[fx.Node], anchor: fx.Node) -> fx.Node:
     whole = _cut_into(nodes)
     if whole is not None:
-        return _one(splice(anchor, lambda value: value.unsqueeze(1), whole))
+        shape = (len(nodes), *nodes[0].meta["val"].shape)
+        return _one(splice(anchor, lambda value: value.reshape(shape), whole))
     with anchor.graph.inserting_after(anchor):
         made = anchor.graph.call_function(stacked, (list(nodes),))
     values = [node.meta["val"] for node in nodes]
@@ -223,11 +248,12 @@ def _stack_of(nodes: Sequence[fx.Node], anchor: fx.Node) -> fx.Node:
 
 def _cut_into(nodes: Sequence[fx.Node]) -> fx.Node | None:
     """What these nodes are the entries of, all of them and in order; None: nothing."""
-    if any(target(node) is not aten.slice.Tensor for node in nodes):
+    cuts = [source(node) if target(node) in RESHAPES else node for node in nodes]
+    if any(target(cut) is not aten.slice.Tensor for cut in cuts):
         return None
-    whole = source(nodes[0])
-    cuts = [(whole, 0, place, place + 1) for place in range(_entries(whole))]
-    return whole if [arguments(node) for node in nodes] == cuts else None
+    whole = source(cuts[0])
+    entries = [(whole, 0, place, place + 1) for place in range(_entries(whole))]
+    return whole if [arguments(cut) for cut in cuts] == entries else None
 
 
 def _entries(node: fx.Node) -> int:
@@ -256,10 +282,13 @@ def _over_stack(anchor: fx.Node, node: fx.Node, known: Mapping[fx.Node, fx.Node]
 
 
 def _is_elementwise(node: fx.Node, known: Mapping[fx.Node, fx.Node]) -> bool:
-    """Whether an operator is the same for a stack: its inputs are stacks of one shape, and numbers."""
-    shapes = {source.meta["val"].shape for source in node.all_input_nodes if source in known}
-    numbers = [source.meta["val"].dim() == 0 for source in node.all_input_nodes if source not in known]
-    return _pointwise(node) and len(shapes) == 1 and all(numbers)
+    """Whether an operator is the same for stacks: its inputs are stacks of one shape, and numbers.
+
+    Entries that are numbers are left to ``vmap``: beside other numbers they have a say in the dtype.
+    """
+    entries = {i.meta["val"].shape for i in node.all_input_nodes if i in known}
+    others = [i.meta["val"].dim() for i in node.all_input_nodes if i not in known]
+    return _pointwise(node) and len(entries) == 1 and not any(others) and (not others or all(entries))
 
 
 def _pointwise(node: fx.Node) -> bool:
@@ -287,7 +316,8 @@ def _lead_to_stacks(
             instead[node] = _one(splice(stack, partial(torch.select, dim=0, index=entry), stack))
             node.replace_all_uses_with(instead[node], lambda user: user not in members)
     for node in reversed(appended):
-        if node in members:
+        unread = not node.users and node not in needed and target(node) in _VIEWS
+        if node in members or unread:
             node.graph.erase_node(node)
     return instead
 

@@ -1,0 +1,256 @@
+"""Small parameters that are updated together take the steps of single ones; the graph is shorter."""
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.func import functional_call
+
+import thor_fx
+from thor_fx import stacked_updates
+from thor_fx.stack_ops import stacked, unstack_
+from thor_fx.transform import Transform, chain, scale_by_learning_rate, stateless
+from thor_fx.update import update_graph
+from training import Batch, Parameters, assert_moved, assert_same, batches, build, identical, snapshot, train
+
+THOR: dict[str, Any] = {"lr": 0.02, "damping": 0.1, "momentum": 0.9, "frequency": 2}
+DEPTH, WIDTH = 3, 5
+
+
+class Deep(nn.Module):
+    """Layers of one shape, a norm between each two of them."""
+
+    def __init__(self, depth: int = DEPTH, width: int = WIDTH) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(WIDTH, width), nn.Linear(width, 3)
+        self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(depth))
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(depth))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
+        for layer, norm in zip(self.layers, self.norms, strict=True):
+            x = x + norm(layer(x).tanh())
+        return self.last(x)
+
+
+def by_drop_in(off=(), data=None, dtype=torch.float64, backend="aot_eager", **settings) -> list[Parameters]:
+    model = thor_fx.compile(build(Deep, dtype), backend=backend, disable_passes=off)
+    return train(model, thor_fx.Thor(model, **THOR | settings), data or batches(3, dtype=dtype))
+
+
+def by_function(
+    off=(), data: list[Batch] | None = None, dtype=torch.float64, backend="aot_eager", **settings
+) -> list[Parameters]:
+    model, data = build(Deep, dtype), data or batches(3, dtype=dtype)
+
+    def loss_fn(params, x, y):
+        return F.cross_entropy(functional_call(model, params, (x,)), y)
+
+    tx = thor_fx.thor(**THOR | settings)
+    step = thor_fx.compile_step(loss_fn, tx, backend=backend, disable_passes=off)
+    params: Any = snapshot(dict(model.named_parameters()))
+    state, trajectory = step.init(params, *data[0]), []
+    for batch in data:
+        params, state, _ = step(params, state, *batch)
+        trajectory.append(snapshot(params))
+    return trajectory
+
+
+def one_by_one(door, **settings) -> list[Parameters]:
+    return door(off=["stacked_updates"], **settings)
+
+
+@pytest.fixture(autouse=True)
+def few_are_enough(monkeypatch):
+    """Models are shallow here."""
+    monkeypatch.setattr(stacked_updates, "FEWEST", DEPTH)
+
+
+DOORS = pytest.mark.parametrize("door", [by_drop_in, by_function])
+
+
+@pytest.fixture
+def stacks(monkeypatch) -> list[int]:
+    """How many parameters are in every stack that is made."""
+    made: list[int] = []
+    alike = stacked_updates._alike
+
+    def seen(*args):
+        groups = alike(*args)
+        made.extend(len(group) for group in groups)
+        return groups
+
+    monkeypatch.setattr(stacked_updates, "_alike", seen)
+    return made
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "defaults": {},
+    "weight decay of some": {"weight_decay": 0.1, "decay_filter": lambda name: "norms.1" not in name},
+    "Nesterov": {"use_nesterov": True},
+    "clipped": {"enable_clip_grad": True, "clip_norm": 0.1},
+    "joint biases": {"bias": "joint"},
+    "averages": {"factor_decay": 0.9},
+    "AdamW": {"fallback": "adamw", "fallback_lr": 0.01},
+    "momentum of gradients": {"momentum_on": "gradient"},
+    "lengths of Adam": {"step_norm": "adam"},
+    "rounded": {"update_dtype": torch.bfloat16, "dtype": torch.float32},
+}
+
+
+@DOORS
+@pytest.mark.parametrize("settings", OPTIONS.values(), ids=OPTIONS)
+def test_steps_are_those_of_single_parameters_bit_by_bit(door, settings, stacks):
+    together = door(**settings)
+    assert stacks, "nothing is stacked"
+    assert all(map(identical, together, one_by_one(door, **settings)))
+    assert_moved(
+        together, snapshot(dict(build(Deep, settings.get("dtype", torch.float64)).named_parameters()))
+    )
+
+
+@DOORS
+@pytest.mark.parametrize(
+    "settings",
+    [{"enable_clip_grad": True, "clip": "global", "clip_norm": 0.01}, {"kl_clip": 1e-5}],
+    ids=["global clip", "KL clip"],
+)
+def test_sums_over_all_parameters_are_the_same_up_to_rounding(door, settings, stacks):
+    together = door(**settings)
+    assert stacks, "nothing is stacked"
+    assert_same(together, one_by_one(door, **settings), rtol=1e-12)
+    assert not identical(together[-1], door()[-1]), "nothing is clipped"
+
+
+@DOORS
+def test_low_precision_is_the_same_bit_by_bit(door):
+    assert all(map(identical, door(dtype=torch.bfloat16), one_by_one(door, dtype=torch.bfloat16)))
+
+
+@DOORS
+def test_a_batch_with_nan_changes_nothing(door):
+    (x, y), *others = batches(3)
+    trajectory = door(data=[(x, y), (x * torch.nan, y), *others])
+    assert identical(trajectory[0], trajectory[1])
+    assert not identical(trajectory[1], trajectory[2])
+
+
+@pytest.mark.parametrize("name", ["norms.2.weight", "layers.1.bias", "first.bias"])
+def test_one_number_that_is_not_finite_skips_the_step_wherever_it_is(name):
+    model = thor_fx.compile(build(Deep), backend="aot_eager")
+    optimizer = thor_fx.Thor(model, **THOR)
+    for batch in batches(2):
+        train(model, optimizer, [batch])
+    before = snapshot(dict(model.named_parameters()))
+    (x, y), *_ = batches(1)
+    F.cross_entropy(model(x), y).backward()
+    dict(model.named_parameters())[name].grad[1] = torch.inf
+    optimizer.step()
+    assert identical(before, snapshot(dict(model.named_parameters())))
+    assert optimizer.metrics()["skipped_steps"] == 1
+
+
+@DOORS
+def test_compiled_steps_are_the_same(door):
+    assert_same(door(backend="inductor", data=batches(3)), one_by_one(door, data=batches(3)), rtol=1e-11)
+
+
+def test_a_state_is_what_it_is_without():
+    states = []
+    for off in ([], ["stacked_updates"]):
+        model = thor_fx.compile(build(Deep), backend="aot_eager", disable_passes=off)
+        optimizer = thor_fx.Thor(model, **THOR, factor_decay=0.9)
+        train(model, optimizer, batches(3))
+        states.append(torch.utils._pytree.tree_flatten(optimizer.state_dict()["state"]))
+    (values, structure), (others, same) = states
+    assert structure == same
+    assert all(torch.equal(one, other) for one, other in zip(values, others, strict=True))
+
+
+# --- what is stacked -------------------------------------------------------------------------------------
+
+
+def test_depth_adds_few_nodes_to_an_update():
+    """What a layer adds to a graph: stacking its tensors, and its part of the products."""
+    counts = {}
+    for off in ([], ["stacked_updates"]):
+        lengths = []
+        for depth in (4, 8):
+            lengths.append(len(plain_update(depth=depth, off=off).graph.nodes))
+        counts[bool(off)] = lengths[1] - lengths[0]
+    assert counts[True] > 3 * counts[False]
+
+
+def plain_update(depth=DEPTH, width=WIDTH, off=(), tx: Transform | None = None, names=None):
+    """The update of a plain step, as a graph."""
+    from thor_fx.passes.switches import without
+
+    model = Deep(depth, width)
+    params = {name: p.detach() for name, p in model.named_parameters() if names is None or name in names}
+
+    def loss_fn(params, x, y):
+        return F.cross_entropy(functional_call(model, params, (x,)), y)
+
+    if tx is None:
+        tx = thor_fx.thor(**THOR)
+    step = thor_fx.trace_step(loss_fn, params, *batches(1, dtype=torch.float32)[0])
+    found = thor_fx.layers.coverage(thor_fx.passes.survey.survey(step, tx.rules), tx.rules)
+    with without(off):
+        return update_graph(tx, found, params, params, {}, None, {})
+
+
+def calls(gm) -> Counter[Any]:
+    return Counter(node.target for node in gm.graph.nodes)
+
+
+def test_three_reads_and_two_writes_for_every_class_of_parameters():
+    """Weights, biases, and what belongs to norms; the last layer and its bias are alone."""
+    made = calls(plain_update())
+    assert made[unstack_] == 2 * 3  # parameter and momentum
+    assert made[stacked] == 3 * 3  # and gradient
+    assert made[torch.ops.aten.copy_.default] == 2 * 2 + 2  # and two counters
+    assert made[torch.ops.aten.bmm.default] == 2 * 2
+
+
+def test_few_parameters_are_left_alone():
+    assert unstack_ not in calls(plain_update(depth=1))
+
+
+def test_large_parameters_are_left_alone(monkeypatch):
+    monkeypatch.setattr(stacked_updates, "LARGEST", WIDTH)
+    made = calls(plain_update())
+    assert made[unstack_] == 2 * 2
+    monkeypatch.setattr(stacked_updates, "LARGEST", WIDTH - 1)
+    assert unstack_ not in calls(plain_update())
+
+
+def test_a_parameter_with_a_rule_of_its_own_is_left_alone():
+    """The same shape, the same operators, another number."""
+    tx = chain(
+        stateless(
+            lambda us, _params, _signals: {n: u * (2 if n == "layers.1.bias" else 3) for n, u in us.items()}
+        ),
+        scale_by_learning_rate(thor_fx.schedule.Schedule("lr", 0.1)),
+    )
+    gm = plain_update(tx=tx)
+    single = [
+        node.args[0] for node in gm.graph.find_nodes(op="call_function", target=torch.ops.aten.copy_.default)
+    ]
+    names = [thor_fx.passes.outputs.input_nodes(gm)]
+    assert {value.name for d, value in names[0].items() if getattr(d, "name", None) == "layers.1.bias"} <= {
+        node.name for node in single
+    }
+
+
+def test_the_operators_are_sound():
+    tensors = [torch.randn(3, 2) for _ in range(4)]
+    torch.library.opcheck(stacked, (tensors,))
+    torch.library.opcheck(unstack_, ([t.clone() for t in tensors], torch.randn(4, 3, 2)))
+    stack = stacked(tensors)
+    assert torch.equal(stack, torch.stack(tensors))
+    targets = [torch.zeros(2, 3).T for _ in range(4)]  # of any strides
+    unstack_(targets, stack)
+    assert all(torch.equal(one, other) for one, other in zip(targets, tensors, strict=True))
