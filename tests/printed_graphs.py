@@ -9,7 +9,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 import thor_fx
-from thor_fx import compiled_update, factor_graphs, step
+from thor_fx import compiled_update, factor_graphs, stacked_updates, step
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "defaults": {},
@@ -87,6 +87,7 @@ def by_function(settings: Mapping[str, Any]) -> None:
 
 def main() -> None:
     printed: list[str] = []
+    stacked_updates.FEWEST = 2  # parameters of one shape
     for module in (compiled_update, step):
         module.compile_graph = printing(module.compile_graph, printed)
     factor_graphs.compile_differentiable = printing_joint(factor_graphs.compile_differentiable, printed)

@@ -341,7 +341,7 @@ def _in_any_order(gather: fx.Node) -> bool:
 def _gather_stacks(gather: fx.Node, members: Mapping[fx.Node, Member]) -> None:
     """Let a list of values be, or begin with, the stacks that are a part of it."""
     entries: list[fx.Node] = list(arguments(gather)[0])
-    found = Counter(members[entry].stack for entry in set(entries) if entry in members)
+    found = Counter(members[entry].stack for entry in dict.fromkeys(entries) if entry in members)
     whole = [stack for stack, count in found.items() if count == _entries(stack)]
     rest = [entry for entry in entries if entry not in members or members[entry].stack not in whole]
     if not whole or len(set(entries)) < len(entries) or arguments(gather)[1:] not in {(), (0,)}:
