@@ -11,6 +11,10 @@ from torch.func import functional_call
 
 import thor_fx
 from thor_fx import stacked_updates
+from thor_fx.inductor import inductor_decompositions
+from thor_fx.passes.splice import inside
+from thor_fx.passes.switches import without
+from thor_fx.schedule import Schedule
 from thor_fx.stack_ops import stacked, unstack_
 from thor_fx.transform import Transform, chain, scale_by_learning_rate, stateless
 from thor_fx.update import update_graph
@@ -186,8 +190,6 @@ def test_depth_adds_few_nodes_to_an_update():
 
 def plain_update(depth=DEPTH, width=WIDTH, off=(), tx: Transform | None = None, names=None):
     """The update of a plain step, as a graph."""
-    from thor_fx.passes.switches import without
-
     model = Deep(depth, width)
     params = {name: p.detach() for name, p in model.named_parameters() if names is None or name in names}
 
@@ -215,6 +217,33 @@ def test_three_reads_and_two_writes_for_every_class_of_parameters():
     assert made[torch.ops.aten.bmm.default] == 2 * 2
 
 
+@pytest.mark.parametrize("decompositions", [{}, inductor_decompositions()], ids=["as it is", "taken apart"])
+def test_whether_all_is_finite_is_asked_of_stacks(decompositions):
+    """Not of their entries, one by one."""
+    with inside(decompositions):
+        gm = plain_update()
+    assert not gm.graph.find_nodes(op="call_function", target=torch.ops.aten.select.int)
+
+
+def test_a_list_that_is_kept_has_its_order():
+    """The norms of all gradients, in the order of the parameters, as a part of the state."""
+
+    def update(updates, state, params, signals):
+        return updates, {"norms": torch.stack([u.square().sum() for u in updates.values()])}
+
+    def init(params, found):
+        return {"norms": torch.zeros(len(params))}
+
+    tx = chain(Transform(init, update), scale_by_learning_rate(Schedule("lr", 0.1)))
+    params, gm = dict(Deep().named_parameters()), plain_update(tx=tx)
+    assert unstack_ in calls(gm)
+    gradients = [torch.randn_like(p) for p in params.values()]
+    kept = torch.zeros(len(params))
+    with torch.no_grad():
+        gm(*[p.detach().clone() for p in params.values()], *gradients, kept, torch.tensor(0.1))
+    torch.testing.assert_close(kept, torch.stack([g.square().sum() for g in gradients]))
+
+
 def test_few_parameters_are_left_alone():
     assert unstack_ not in calls(plain_update(depth=1))
 
@@ -233,16 +262,15 @@ def test_a_parameter_with_a_rule_of_its_own_is_left_alone():
         stateless(
             lambda us, _params, _signals: {n: u * (2 if n == "layers.1.bias" else 3) for n, u in us.items()}
         ),
-        scale_by_learning_rate(thor_fx.schedule.Schedule("lr", 0.1)),
+        scale_by_learning_rate(Schedule("lr", 0.1)),
     )
     gm = plain_update(tx=tx)
     single = [
         node.args[0] for node in gm.graph.find_nodes(op="call_function", target=torch.ops.aten.copy_.default)
     ]
-    names = [thor_fx.passes.outputs.input_nodes(gm)]
-    assert {value.name for d, value in names[0].items() if getattr(d, "name", None) == "layers.1.bias"} <= {
-        node.name for node in single
-    }
+    inputs = {getattr(d, "name", None): node for d, node in thor_fx.passes.outputs.input_nodes(gm).items()}
+    assert inputs["layers.1.bias"] in single
+    assert inputs["layers.2.bias"] not in single
 
 
 def test_the_operators_are_sound():

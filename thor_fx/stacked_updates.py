@@ -306,10 +306,10 @@ def _lead_to_stacks(
     Returns:
         What stands for those of ``returned`` that are dropped.
     """
+    needed, instead = frozenset(returned), {}
     for node in appended:
-        if target(node) in _GATHERS:
-            _gather_stacks(node, members)
-    needed, instead = set(returned), {}
+        if target(node) in _GATHERS and node not in needed:
+            _gather_stacks(node, members, needed)
     for node in appended:
         if node in members and (node in needed or any(user not in members for user in node.users)):
             stack, entry = members[node]
@@ -322,23 +322,24 @@ def _lead_to_stacks(
     return instead
 
 
-def _in_any_order(gather: fx.Node) -> bool:
-    """Whether a list of numbers is only asked for what does not depend on its order."""
-    lists, todo = {gather}, [gather]
-    for node in todo:
-        for user in node.users:
-            if user in lists or getattr(user.target, "overloadpacket", None) in _SUMS:
-                continue
-            if not _pointwise(user) or any(
-                i not in lists and i.meta["val"].dim() for i in user.all_input_nodes
-            ):
-                return False
-            lists.add(user)
-            todo.append(user)
-    return gather.meta["val"].dim() == 1
+def _in_any_order(gather: fx.Node, needed: frozenset[fx.Node]) -> bool:
+    """Whether a list of numbers is only asked for what does not depend on its order.
+
+    What is computed of it entry by entry is such a list, too.
+    """
+    lists = dict.fromkeys([gather])
+    for one in (todo := [gather]):
+        users = [user for user in one.users if getattr(user.target, "overloadpacket", None) not in _SUMS]
+        todo += [user for user in users if user not in lists]
+        lists |= dict.fromkeys(users)
+    computed = [node for node in lists if node is not gather]
+    if not all(map(_pointwise, computed)) or not needed.isdisjoint(lists):
+        return False
+    others = [i for node in computed for i in node.all_input_nodes if i not in lists]
+    return all(other.meta["val"].dim() == 0 for other in others)
 
 
-def _gather_stacks(gather: fx.Node, members: Mapping[fx.Node, Member]) -> None:
+def _gather_stacks(gather: fx.Node, members: Mapping[fx.Node, Member], needed: frozenset[fx.Node]) -> None:
     """Let a list of values be, or begin with, the stacks that are a part of it."""
     entries: list[fx.Node] = list(arguments(gather)[0])
     found = Counter(members[entry].stack for entry in dict.fromkeys(entries) if entry in members)
@@ -356,6 +357,6 @@ def _gather_stacks(gather: fx.Node, members: Mapping[fx.Node, Member]) -> None:
         others = values[len(whole) :]
         return torch.cat([*lists, target(gather)(list(others))] if others else lists)
 
-    if in_order or (_in_any_order(gather) and shape.numel() == len(entries)):
+    if in_order or (shape == (len(entries),) and _in_any_order(gather, needed)):
         gather.replace_all_uses_with(splice(gather.prev, joined, *whole, *rest))
         gather.graph.erase_node(gather)
