@@ -273,6 +273,16 @@ def test_a_parameter_with_a_rule_of_its_own_is_left_alone():
     assert inputs["layers.2.bias"] not in single
 
 
+def test_a_size_that_is_not_known_leaves_a_parameter_alone():
+    """A node may read a number that is no tensor: the size of a batch, say."""
+    gm = plain_update()
+    appended = [node for node in gm.graph.nodes if node.op == "call_function"]
+    scale = next(node for node in appended if node.target is torch.ops.aten.mul.Tensor)
+    assert stacked_updates._can_be_stacked(scale)
+    scale.all_input_nodes[0].meta["val"] = 3
+    assert not stacked_updates._can_be_stacked(scale)
+
+
 def test_the_operators_are_sound():
     tensors = [torch.randn(3, 2) for _ in range(4)]
     torch.library.opcheck(stacked, (tensors,))

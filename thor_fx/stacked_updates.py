@@ -21,7 +21,7 @@ from torch import Tensor, fx
 from torch.func import vmap
 
 from .passes.nodes import CASTS, RESHAPES, arguments, is_random, source, target
-from .passes.splice import put, splice, trace
+from .passes.splice import in_mode, put, splice, trace
 from .stack_ops import stacked, unstack_
 
 aten = torch.ops.aten
@@ -145,12 +145,10 @@ def _is_small(node: fx.Node) -> bool:
 def _can_be_stacked(node: fx.Node) -> bool:
     """Whether a node makes one tensor of tensors, always the same of the same, and ``vmap`` knows how."""
     known = getattr(node.target, "namespace", "") == "aten" or target(node) in CASTS
-    listed = any(isinstance(argument, list | tuple) and _nodes_in(argument) for argument in arguments(node))
-    return known and isinstance(node.meta.get("val"), Tensor) and not listed and not is_random(node)
-
-
-def _nodes_in(argument: Iterable[Any]) -> bool:
-    return any(isinstance(entry, fx.Node) for entry in argument)
+    in_lists = [one for argument in arguments(node) if isinstance(argument, list | tuple) for one in argument]
+    listed = any(isinstance(one, fx.Node) for one in in_lists)
+    tensors = all(isinstance(one.meta.get("val"), Tensor) for one in (node, *node.all_input_nodes))
+    return known and tensors and not listed and not is_random(node)
 
 
 def _numbers(appended: Iterable[fx.Node]) -> dict[fx.Node, str]:
@@ -241,8 +239,8 @@ def _stack_of(nodes: Sequence[fx.Node], anchor: fx.Node) -> fx.Node:
     with anchor.graph.inserting_after(anchor):
         made = anchor.graph.call_function(stacked, (list(nodes),))
     values = [node.meta["val"] for node in nodes]
-    with values[0].fake_mode:
-        made.meta["val"] = torch.stack(values)
+    with (mode := values[0].fake_mode):
+        made.meta["val"] = torch.stack([in_mode(mode, value) for value in values])
     return made
 
 
