@@ -43,13 +43,13 @@ THOR = {"lr": 1e-6, "damping": 0.03, "momentum": 0.9, "frequency": 2}
 PASSES = ("trace", "canonicalize", "survey", "emit_factors", "append_update", "accumulate")
 
 
-def transformer(layers: int) -> nn.Module:
+def transformer(layers: int, width: int = WIDTH) -> nn.Module:
     """Token by token, the logits of a vocabulary."""
     torch.manual_seed(0)
     blocks = [
-        nn.TransformerEncoderLayer(WIDTH, HEADS, 2 * WIDTH, 0.0, batch_first=True) for _ in range(layers)
+        nn.TransformerEncoderLayer(width, HEADS, 2 * width, 0.0, batch_first=True) for _ in range(layers)
     ]
-    parts = [nn.Embedding(VOCABULARY, WIDTH), *blocks, nn.Linear(WIDTH, VOCABULARY), nn.Flatten(0, 1)]
+    parts = [nn.Embedding(VOCABULARY, width), *blocks, nn.Linear(width, VOCABULARY), nn.Flatten(0, 1)]
     return nn.Sequential(*parts)
 
 
@@ -150,17 +150,17 @@ def cpu_seconds() -> float:
     return sum(one.ru_utime + one.ru_stime for one in used)
 
 
-def compilation(way: str, layers: int) -> dict[str, float]:
+def compilation(way: str, layers: int, width: int) -> dict[str, float]:
     """Seconds until all is compiled, and those of the CPU; called in a process of its own."""
-    model, batch = transformer(layers), example()
+    model, batch = transformer(layers, width), example()
     before, cpu_before = time.perf_counter(), cpu_seconds()
     WAYS[way][1](model, *batch)
     return {"seconds": time.perf_counter() - before, "cpu": cpu_seconds() - cpu_before}
 
 
-def compilations_apart(way: str, layers: int) -> dict[str, dict[str, float]]:
+def compilations_apart(way: str, layers: int, width: int) -> dict[str, dict[str, float]]:
     """Of a process that finds an empty cache, and of the next one, which finds what that one left."""
-    command = [sys.executable, __file__, "--one", way, "--deep", str(layers)]
+    command = [sys.executable, __file__, "--one", way, "--deep", str(layers), "--width", str(width)]
     with tempfile.TemporaryDirectory() as empty:
         environment = {
             **os.environ, "TORCHINDUCTOR_CACHE_DIR": empty, "TORCHINDUCTOR_COMPILE_THREADS": "1"
@@ -175,13 +175,17 @@ def compilations_apart(way: str, layers: int) -> dict[str, dict[str, float]]:
 # --- the report ------------------------------------------------------------------------------------------
 
 
-def report(layers: Sequence[int], deep: Sequence[int], ways: Sequence[str] = tuple(WAYS)) -> dict[str, Any]:
+def report(
+    layers: Sequence[int], deep: Sequence[int], ways: Sequence[str] = tuple(WAYS), width: int = WIDTH
+) -> dict[str, Any]:
     passes(min(layers))  # what is imported on the way
     return {
         "torch": torch.__version__,
         "passes": [passes(count) for count in layers],
         "compilations": [
-            {"layers": count, "way": way, **compilations_apart(way, count)} for count in deep for way in ways
+            {"layers": count, "way": way, **compilations_apart(way, count, width)}
+            for count in deep
+            for way in ways
         ],
     }
 
@@ -209,6 +213,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
     parser.add_argument("--layers", type=int, nargs="+", default=[4, 8, 16, 32], help="of the passes")
     parser.add_argument("--deep", type=int, nargs="*", default=[2], help="layers of the compilations")
+    parser.add_argument("--width", type=int, default=WIDTH, help="of the models of the compilations")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="of compiling")
     parser.add_argument("--print", action="store_true", help="print only; leave results and README.md")
     parser.add_argument("--json", type=Path, help="write there, and leave results and README.md")
@@ -216,9 +221,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     if options.one:
-        print(json.dumps(compilation(options.one, *options.deep)))
+        print(json.dumps(compilation(options.one, *options.deep, options.width)))
         return
-    result = report(options.layers, options.deep, options.ways)
+    result = report(options.layers, options.deep, options.ways, options.width)
     table = markdown(result)
     print(table)
     if options.json is not None:
