@@ -68,6 +68,11 @@ def is_random(node: fx.Node) -> bool:
     return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
 
 
+def is_pointwise(node: fx.Node) -> bool:
+    """Whether torch says of an operator that it works element by element."""
+    return torch.Tag.pointwise in getattr(target(node), "tags", ())
+
+
 def use_of(node: fx.Node) -> str:
     """The line of Python that a node comes from: ``model.py:12 in forward: y = self.fc(x)``; or ""."""
     frames = _FRAME.findall(node.meta.get("stack_trace") or "")

@@ -7,7 +7,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.func import functional_call
 
 import thor_fx
 from thor_fx import stacked_updates
@@ -18,7 +17,18 @@ from thor_fx.schedule import Schedule
 from thor_fx.stack_ops import stacked, unstack_
 from thor_fx.transform import Transform, chain, scale_by_learning_rate, stateless
 from thor_fx.update import update_graph
-from training import Batch, Parameters, assert_moved, assert_same, batches, build, identical, snapshot, train
+from training import (
+    Parameters,
+    assert_moved,
+    assert_same,
+    batches,
+    build,
+    by_functional_door,
+    classifier_loss,
+    identical,
+    snapshot,
+    train,
+)
 
 THOR: dict[str, Any] = {"lr": 0.02, "damping": 0.1, "momentum": 0.9, "frequency": 2}
 DEPTH, WIDTH = 3, 5
@@ -45,22 +55,9 @@ def by_drop_in(off=(), data=None, dtype=torch.float64, backend="aot_eager", **se
     return train(model, thor_fx.Thor(model, **THOR | settings), data or batches(3, dtype=dtype))
 
 
-def by_function(
-    off=(), data: list[Batch] | None = None, dtype=torch.float64, backend="aot_eager", **settings
-) -> list[Parameters]:
-    model, data = build(Deep, dtype), data or batches(3, dtype=dtype)
-
-    def loss_fn(params, x, y):
-        return F.cross_entropy(functional_call(model, params, (x,)), y)
-
-    tx = thor_fx.thor(**THOR | settings)
-    step = thor_fx.compile_step(loss_fn, tx, backend=backend, disable_passes=off)
-    params: Any = snapshot(dict(model.named_parameters()))
-    state, trajectory = step.init(params, *data[0]), []
-    for batch in data:
-        params, state, _ = step(params, state, *batch)
-        trajectory.append(snapshot(params))
-    return trajectory
+def by_function(off=(), data=None, dtype=torch.float64, backend="aot_eager", **settings) -> list[Parameters]:
+    data = data or batches(3, dtype=dtype)
+    return by_functional_door(build(Deep, dtype), data, backend, disable_passes=off, **THOR | settings)
 
 
 def one_by_one(door, **settings) -> list[Parameters]:
@@ -188,17 +185,13 @@ def test_depth_adds_few_nodes_to_an_update():
     assert counts[True] > 3 * counts[False]
 
 
-def plain_update(depth=DEPTH, width=WIDTH, off=(), tx: Transform | None = None, names=None):
+def plain_update(depth=DEPTH, width=WIDTH, off=(), tx: Transform | None = None):
     """The update of a plain step, as a graph."""
     model = Deep(depth, width)
-    params = {name: p.detach() for name, p in model.named_parameters() if names is None or name in names}
-
-    def loss_fn(params, x, y):
-        return F.cross_entropy(functional_call(model, params, (x,)), y)
-
+    params = {name: p.detach() for name, p in model.named_parameters()}
     if tx is None:
         tx = thor_fx.thor(**THOR)
-    step = thor_fx.trace_step(loss_fn, params, *batches(1, dtype=torch.float32)[0])
+    step = thor_fx.trace_step(classifier_loss(model), params, *batches(1, dtype=torch.float32)[0])
     found = thor_fx.layers.coverage(thor_fx.passes.survey.survey(step, tx.rules), tx.rules)
     with without(off):
         return update_graph(tx, found, params, params, {}, None, {})

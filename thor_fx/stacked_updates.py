@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, fx
 from torch.func import vmap
 
-from .passes.nodes import CASTS, RESHAPES, arguments, is_random, source, target
+from .passes.nodes import CASTS, RESHAPES, arguments, is_pointwise, is_random, shape, source, target
 from .passes.splice import in_mode, put, splice, trace
 from .stack_ops import stacked, unstack_
 
@@ -234,8 +234,8 @@ def _roles(node: fx.Node, part: Part) -> list[Role]:
 def _stack_of(nodes: Sequence[fx.Node], anchor: fx.Node) -> fx.Node:
     whole = _cut_into(nodes)
     if whole is not None:
-        shape = (len(nodes), *nodes[0].meta["val"].shape)
-        return _one(splice(anchor, lambda value: value.reshape(shape), whole))
+        stack = (len(nodes), *shape(nodes[0]))
+        return _one(splice(anchor, lambda value: value.reshape(stack), whole))
     with anchor.graph.inserting_after(anchor):
         made = anchor.graph.call_function(stacked, (list(nodes),))
     values = [node.meta["val"] for node in nodes]
@@ -250,12 +250,8 @@ def _cut_into(nodes: Sequence[fx.Node]) -> fx.Node | None:
     if any(target(cut) is not aten.slice.Tensor for cut in cuts):
         return None
     whole = source(cuts[0])
-    entries = [(whole, 0, place, place + 1) for place in range(_entries(whole))]
+    entries = [(whole, 0, place, place + 1) for place in range(shape(whole)[0])]
     return whole if [arguments(cut) for cut in cuts] == entries else None
-
-
-def _entries(node: fx.Node) -> int:
-    return int(node.meta["val"].shape[0])
 
 
 def _one(made: Any) -> fx.Node:
@@ -284,13 +280,13 @@ def _is_elementwise(node: fx.Node, known: Mapping[fx.Node, fx.Node]) -> bool:
 
     Entries that are numbers are left to ``vmap``: beside other numbers they have a say in the dtype.
     """
-    entries = {i.meta["val"].shape for i in node.all_input_nodes if i in known}
-    others = [i.meta["val"].dim() for i in node.all_input_nodes if i not in known]
+    entries = {shape(i) for i in node.all_input_nodes if i in known}
+    others = [shape(i) for i in node.all_input_nodes if i not in known]
     return _pointwise(node) and len(entries) == 1 and not any(others) and (not others or all(entries))
 
 
 def _pointwise(node: fx.Node) -> bool:
-    return torch.Tag.pointwise in getattr(node.target, "tags", ()) or target(node) in CASTS
+    return is_pointwise(node) or target(node) in CASTS
 
 
 # --- the way back ------------------------------------------------------------------------------------
@@ -341,20 +337,20 @@ def _gather_stacks(gather: fx.Node, members: Mapping[fx.Node, Member], needed: f
     """Let a list of values be, or begin with, the stacks that are a part of it."""
     entries: list[fx.Node] = list(arguments(gather)[0])
     found = Counter(members[entry].stack for entry in dict.fromkeys(entries) if entry in members)
-    whole = [stack for stack, count in found.items() if count == _entries(stack)]
+    whole = [stack for stack, count in found.items() if count == shape(stack)[0]]
     rest = [entry for entry in entries if entry not in members or members[entry].stack not in whole]
     if not whole or len(set(entries)) < len(entries) or arguments(gather)[1:] not in {(), (0,)}:
         return
     in_order = [members[entry].entry for entry in entries if entry in members] == list(range(len(entries)))
-    shape = gather.meta["val"].shape
+    result = shape(gather)
 
     def joined(*values: Tensor) -> Tensor:
         if in_order:
-            return values[0].reshape(shape)
+            return values[0].reshape(result)
         lists = [stack.reshape(-1) for stack in values[: len(whole)]]
         others = values[len(whole) :]
         return torch.cat([*lists, target(gather)(list(others))] if others else lists)
 
-    if in_order or (shape == (len(entries),) and _in_any_order(gather, needed)):
+    if in_order or (result == (len(entries),) and _in_any_order(gather, needed)):
         gather.replace_all_uses_with(splice(gather.prev, joined, *whole, *rest))
         gather.graph.erase_node(gather)

@@ -100,15 +100,9 @@ def append_update(
     new_params, new_state = splice(out.prev, step, *leaves)
     written = mutated | {params[name]: node for name, node in new_params.items()}
     written |= dict(zip(pytree.tree_leaves(state), pytree.tree_leaves(new_state), strict=True))
-    stacks: list[Stacked] = []
-    if is_on("stacked_updates"):
-        unchanged = {name: node for name, node in params.items() if after_forward[name] is node}
-        appended = [node for node in gm.graph.nodes if node not in step_nodes and node.op == "call_function"]
-        written, stacks = stack_alike(gm.graph, appended, _by_param(unchanged, gradients, state), written)
-    for target, value in written.items():
-        _write(out, target, value)
-    for targets, stack in stacks:
-        write_stack(out, targets, stack)
+    unchanged = {name: node for name, node in params.items() if after_forward[name] is node}
+    appended = [node for node in gm.graph.nodes if node not in step_nodes and node.op == "call_function"]
+    _write_all(out, appended, _by_param(unchanged, gradients, state), written)
     mark_update(gm, [node for node in gm.graph.nodes if node not in step_nodes])
     gm.recompile()
 
@@ -222,6 +216,22 @@ def _by_param(
         if len(names) == 1:
             found[names[0]]["state", *(None if key in names else key for key in keys)] = node
     return found
+
+
+def _write_all(
+    out: fx.Node,
+    appended: Sequence[fx.Node],
+    by_param: Mapping[str, Mapping[Role, fx.Node]],
+    written: Mapping[fx.Node, fx.Node],
+) -> None:
+    """Write the new value of every input, those of small parameters together: :func:`stack_alike`."""
+    stacks: list[Stacked] = []
+    if is_on("stacked_updates"):
+        written, stacks = stack_alike(out.graph, appended, by_param, written)
+    for target, value in written.items():
+        _write(out, target, value)
+    for targets, stack in stacks:
+        write_stack(out, targets, stack)
 
 
 def _write(out: fx.Node, target: fx.Node, value: fx.Node) -> None:

@@ -9,7 +9,7 @@ from torch import fx
 
 from ..flops import flops_of
 from ..kernels import Kernel
-from ..passes.nodes import target
+from ..passes.nodes import is_pointwise
 from ..passes.outputs import KEY, InputDescriptor, OutputDescriptor
 from ..passes.phases import PHASE, Phase
 from ..passes.walk import Site
@@ -101,7 +101,7 @@ def _facts(node: fx.Node) -> Facts:
         bytes=bytes_of(value),
         kernel=None,
         view=is_view(node),
-        pointwise=torch.Tag.pointwise in getattr(target(node), "tags", ()),
+        pointwise=is_pointwise(node),
         descriptors=(described,) if isinstance(described, InputDescriptor) else (),
     )
 
