@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterable
+from operator import getitem
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,21 @@ def is_random(node: fx.Node) -> bool:
 def is_pointwise(node: fx.Node) -> bool:
     """Whether torch says of an operator that it works element by element."""
     return torch.Tag.pointwise in getattr(target(node), "tags", ())
+
+
+def is_write(node: fx.Node) -> bool:
+    """Whether a node writes to one of its arguments."""
+    return bool(getattr(getattr(target(node), "_schema", None), "is_mutable", False))
+
+
+def is_view(node: fx.Node) -> bool:
+    """Whether a node's value, or what it is one of, lies in the memory of its first argument."""
+    if target(node) is getitem:
+        return is_view(source(node))
+    if target(node) in RESHAPES or target(node) in (aten.detach.default, aten.alias.default):
+        return True
+    returned = getattr(getattr(target(node), "_schema", None), "returns", ())
+    return not is_write(node) and any(one.alias_info is not None for one in returned)
 
 
 def use_of(node: fx.Node) -> str:

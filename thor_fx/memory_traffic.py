@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, fx
 
 from .flops import flops_of
-from .passes.nodes import RESHAPES, is_random, source, target
+from .passes.nodes import is_random, is_view, is_write, source, target
 from .passes.phases import Phase, phase_of
 
 aten = torch.ops.aten
@@ -28,7 +28,6 @@ ALONE = re.compile(r"linalg|cholesky|solve|fft|sort|topk|scatter|index_put|nonze
 """In the names of operators that are not fused, besides those that count as products."""
 
 LOOKUPS = {aten.embedding, aten.index, aten.gather, aten.index_select}
-SAME_STORAGE = RESHAPES | {aten.detach.default, aten.alias.default}
 
 
 @dataclass
@@ -117,24 +116,9 @@ def is_constant(node: fx.Node) -> bool:
     return node.op == "call_function" and not node.all_input_nodes and not is_random(node)
 
 
-def is_view(node: fx.Node) -> bool:
-    """Whether a node is only another look at the value of its argument."""
-    if node.op != "call_function" or is_write(node) or target(node) in SAME_STORAGE:
-        return target(node) in SAME_STORAGE
-    returned = getattr(getattr(node.target, "_schema", None), "returns", ())
-    return any(one.alias_info is not None for one in returned)
-
-
-def is_write(node: fx.Node) -> bool:
-    """Whether a node writes to its first argument."""
-    return node.op == "call_function" and bool(
-        getattr(getattr(node.target, "_schema", None), "is_mutable", 0)
-    )
-
-
 def holder(node: fx.Node) -> fx.Node:
     """The node whose value a view looks at."""
-    while is_view(node) or (target(node) is operator.getitem and is_view(source(node))):
+    while is_view(node):
         node = source(node)
     return node
 

@@ -1,6 +1,7 @@
 """A step graph as a ``networkx.DiGraph``, with what is known of every node on it."""
 
 from collections.abc import Sequence
+from operator import getitem
 from typing import Any, TypedDict
 
 import networkx as nx
@@ -9,13 +10,13 @@ from torch import fx
 
 from ..flops import flops_of
 from ..kernels import Kernel
-from ..passes.nodes import is_pointwise
+from ..passes.nodes import is_pointwise, is_view, target
 from ..passes.outputs import KEY, InputDescriptor, OutputDescriptor
 from ..passes.phases import PHASE, Phase
 from ..passes.walk import Site
 from .modules import modules
 from .owners import described_results, owners
-from .values import bytes_of, is_view, shape_of
+from .values import bytes_of, shape_of
 
 
 class Facts(TypedDict):
@@ -100,7 +101,7 @@ def _facts(node: fx.Node) -> Facts:
         flops=flops_of(node) if value is not None else 0,
         bytes=bytes_of(value),
         kernel=None,
-        view=is_view(node),
+        view=is_view(node) or target(node) is getitem,
         pointwise=is_pointwise(node),
         descriptors=(described,) if isinstance(described, InputDescriptor) else (),
     )

@@ -1,13 +1,10 @@
-"""How large a node's value is, and whether it has memory of its own."""
+"""How large a node's value is."""
 
 import math
-from operator import getitem
 from typing import Any
 
-from torch import Tensor, fx
+from torch import Tensor
 from torch.utils import _pytree as pytree
-
-from ..passes.nodes import target
 
 
 def known(size: Any) -> int:
@@ -26,14 +23,3 @@ def bytes_of(value: Any) -> int:
     """The bytes of a tensor, or of all tensors in a nest."""
     tensors = [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
     return sum(math.prod(map(known, tensor.shape)) * tensor.dtype.itemsize for tensor in tensors)
-
-
-def is_view(node: fx.Node) -> bool:
-    """Whether a node's value lies in the memory of its first argument."""
-    if target(node) is getitem:
-        return True
-    schema: Any = getattr(target(node), "_schema", None)
-    if schema is None or not schema.returns:
-        return False
-    aliased = [result.alias_info for result in schema.returns]
-    return all(alias is not None and not alias.is_write for alias in aliased)
