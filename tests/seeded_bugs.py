@@ -365,6 +365,34 @@ BUGS = [
         "damping /= factor\n        elif not ratio >= self.low:\n            damping *= factor",
         ["test_levenberg_marquardt.py"],
     ),
+    Bug(
+        "an entry of a stack is read in the place of another",
+        "thor_fx/stacked_updates.py",
+        "members |= {node: Member(values[-1], entry) for entry, node in enumerate(nodes)}",
+        "members |= {node: Member(values[-1], 0) for entry, node in enumerate(nodes)}",
+        ["test_stacked_updates.py"],
+    ),
+    Bug(
+        "the entries of a stack are written to the wrong parameters",
+        "thor_fx/stacked_updates.py",
+        "targets = [part.leaves[role] for part in alike]",
+        "targets = [part.leaves[role] for part in reversed(alike)]",
+        ["test_stacked_updates.py"],
+    ),
+    Bug(
+        "parameters with different numbers in their updates are stacked",
+        "thor_fx/stacked_updates.py",
+        "first.setdefault((node.target, repr(args)), node.name)",
+        "first.setdefault(node.target, node.name)",
+        ["test_stacked_updates.py"],
+    ),
+    Bug(
+        "an operator on stacks of numbers gives them the dtype of whole tensors",
+        "thor_fx/stacked_updates.py",
+        "and not any(others) and (not others or all(entries))",
+        "and not any(others)",
+        ["test_stacked_updates.py"],
+    ),
     # --- the doors ------------------------------------------------------------------------------
     Bug(
         "two runs in one pass count their terms twice",

@@ -50,14 +50,18 @@ class Deep(nn.Module):
         return self.last(x)
 
 
-def by_drop_in(off=(), data=None, dtype=torch.float64, backend="aot_eager", **settings) -> list[Parameters]:
-    model = thor_fx.compile(build(Deep, dtype), backend=backend, disable_passes=off)
-    return train(model, thor_fx.Thor(model, **THOR | settings), data or batches(3, dtype=dtype))
+def by_drop_in(
+    off=(), data=None, dtype=torch.float64, backend="aot_eager", model=Deep, **settings
+) -> list[Parameters]:
+    compiled = thor_fx.compile(build(model, dtype), backend=backend, disable_passes=off)
+    return train(compiled, thor_fx.Thor(compiled, **THOR | settings), data or batches(3, dtype=dtype))
 
 
-def by_function(off=(), data=None, dtype=torch.float64, backend="aot_eager", **settings) -> list[Parameters]:
+def by_function(
+    off=(), data=None, dtype=torch.float64, backend="aot_eager", model=Deep, **settings
+) -> list[Parameters]:
     data = data or batches(3, dtype=dtype)
-    return by_functional_door(build(Deep, dtype), data, backend, disable_passes=off, **THOR | settings)
+    return by_functional_door(build(model, dtype), data, backend, disable_passes=off, **THOR | settings)
 
 
 def one_by_one(door, **settings) -> list[Parameters]:
@@ -129,6 +133,38 @@ def test_sums_over_all_parameters_are_the_same_up_to_rounding(door, settings, st
 @DOORS
 def test_low_precision_is_the_same_bit_by_bit(door):
     assert all(map(identical, door(dtype=torch.bfloat16), one_by_one(door, dtype=torch.bfloat16)))
+
+
+class Scaled(Deep):
+    """A number for every layer is trained, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scales = nn.ParameterList(nn.Parameter(torch.ones(())) for _ in self.layers)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
+        for scale, layer in zip(self.scales, self.layers, strict=True):
+            x = x + scale * layer(x).tanh()
+        return self.last(x)
+
+
+@DOORS
+def test_numbers_of_low_precision_are_the_same_bit_by_bit(door, monkeypatch):
+    """A number beside a wider one takes its dtype, which an entry of a list would not."""
+    settings = {"dtype": torch.bfloat16, "model": Scaled}
+    values: list[tuple[Any, Any]] = []
+    over_stack = stacked_updates._over_stack
+
+    def seen(anchor, node, known):
+        made = over_stack(anchor, node, known)
+        values.append((node.meta["val"], made.meta["val"][0]))
+        return made
+
+    monkeypatch.setattr(stacked_updates, "_over_stack", seen)
+    assert all(map(identical, door(**settings), one_by_one(door, **settings)))
+    assert any(value.dim() == 0 and value.dtype == torch.float32 for value, _ in values)
+    assert all(value.dtype == entry.dtype and value.shape == entry.shape for value, entry in values)
 
 
 @DOORS
@@ -249,11 +285,19 @@ def test_large_parameters_are_left_alone(monkeypatch):
     assert unstack_ not in calls(plain_update())
 
 
-def test_a_parameter_with_a_rule_of_its_own_is_left_alone():
+@pytest.mark.parametrize(
+    "rule",
+    [lambda u, number, _: u * number, lambda u, number, lr: u * (lr + number)],
+    ids=["a number", "one computed of a rate"],
+)
+def test_a_parameter_with_a_rule_of_its_own_is_left_alone(rule):
     """The same shape, the same operators, another number."""
     tx = chain(
         stateless(
-            lambda us, _params, _signals: {n: u * (2 if n == "layers.1.bias" else 3) for n, u in us.items()}
+            lambda updates, _params, signals: {
+                name: rule(u, 2 if name == "layers.1.bias" else 3, signals.hyper["lr"])
+                for name, u in updates.items()
+            }
         ),
         scale_by_learning_rate(Schedule("lr", 0.1)),
     )
