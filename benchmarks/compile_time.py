@@ -107,8 +107,9 @@ def drop_in(
     y: Tensor,
     factor_backend: str | None = None,
     update_backend: str | None = None,
+    shared_graph: bool = False,
 ) -> None:
-    model = thor_fx.compile(model, factor_backend=factor_backend)
+    model = thor_fx.compile(model, factor_backend=factor_backend, shared_graph=shared_graph)
     optimizer = thor_fx.Thor(model, **THOR, backend=update_backend)
     for _ in range(2):
         F.cross_entropy(model(x), y).backward()
@@ -129,6 +130,11 @@ WAYS: dict[str, tuple[str, Callable[[nn.Module, Tensor, Tensor], None]]] = {
     "stock_adamw": ("the same and AdamW's step", stock_adamw),
     "drop_in": ("thor_fx, drop-in: both kinds of step and of update", drop_in),
     "functional": ("thor_fx, functional: both kinds of step", functional),
+    "drop_in_shared": ("drop-in, shared_graph=True", partial(drop_in, shared_graph=True)),
+    "drop_in_shared_interpreted_updates": (
+        'drop-in, shared_graph=True and Thor(backend="aot_eager")',
+        partial(drop_in, shared_graph=True, update_backend="aot_eager"),
+    ),
     "drop_in_interpreted": (
         'drop-in, factor_backend="aot_eager"',
         partial(drop_in, factor_backend="aot_eager"),
@@ -162,9 +168,8 @@ def compilations_apart(way: str, layers: int, width: int) -> dict[str, dict[str,
     """Of a process that finds an empty cache, and of the next one, which finds what that one left."""
     command = [sys.executable, __file__, "--one", way, "--deep", str(layers), "--width", str(width)]
     with tempfile.TemporaryDirectory() as empty:
-        environment = {
-            **os.environ, "TORCHINDUCTOR_CACHE_DIR": empty, "TORCHINDUCTOR_COMPILE_THREADS": "1"
-        }  # fmt: skip
+        folders = {"TORCHINDUCTOR_CACHE_DIR": empty, "TMPDIR": empty}  # precompiled headers lie in the latter
+        environment = {**os.environ, **folders, "TORCHINDUCTOR_COMPILE_THREADS": "1"}
         runs = [
             subprocess.run(command, env=environment, capture_output=True, check=True, text=True).stdout
             for _ in range(2)

@@ -447,3 +447,12 @@ def test_what_the_kernel_of_symmetric_products_does_in_a_second(on_path: None):
     }
     shown = markdown({"title": "", "machine": {}, "settings": {"device": "cuda"}, "rows": [row]})
     assert "| tf32 | 1000 | 1998 | 0.020 | 0.030 | 1.50 | 100 | 1.0e-06 | 2.0e-06 | no |" in shown
+
+
+def test_steps_of_a_shared_graph_are_timed_beside_those_of_two(on_path: None):
+    from shared_graph import measure
+
+    found = measure(layers=1, width=8, length=3, batch=2, rounds=1, backend="aot_eager")
+    assert list(found) == ["torch.compile", "two graphs", "shared_graph=True"]
+    assert all(plain > 0 for plain, _ in found.values())
+    assert [factor is None for _, factor in found.values()] == [True, False, False]

@@ -181,6 +181,7 @@ DOORS: dict[str, dict[str, Right]] = {
     },
     "compile": {
         **COMPILING,
+        "shared_graph": flag,
         "model": lambda value: (
             isinstance(value, nn.Module) and any(p.requires_grad for p in value.parameters())
         ),

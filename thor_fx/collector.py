@@ -192,6 +192,7 @@ class Collector:
         passes: the user's own, over factor graphs.
         disabled: optimisations that factor graphs and updates go without.
         on_compile_error: what becomes of a graph that cannot be compiled.
+        shared_graph: whether plain steps run what factor steps run, and leave its products out.
         reader: who takes the factors; a later one takes them from an earlier one.
         send: starts to send the factors of a graph once backward has made them, and returns what waits for
             those to keep in their place. None: all are kept.
@@ -214,6 +215,7 @@ class Collector:
     passes: tuple[Pass, ...] = ()
     disabled: tuple[str, ...] = ()
     on_compile_error: OnCompileError = "raise"
+    shared_graph: bool = False
     reader: object = None
     send: Send | None = None
     beside: Beside | None = None
@@ -226,7 +228,16 @@ class Collector:
     _watched: dict[SlottedGraph, set[Factor]] = field(default_factory=dict)  # what this pass has made
 
     def use(self, rules: Rules) -> None:
-        """Collect the factors that these rules ask for; what was compiled for others is forgotten."""
+        """Collect the factors that these rules ask for; what was compiled for others is forgotten.
+
+        Raises:
+            ValueError: they take more than products, and plain steps would do it as well.
+        """
+        if self.shared_graph and rules.fisher != "empirical":
+            raise ValueError(
+                f"fisher={rules.fisher!r} follows cotangents of its own through backward, and plain steps of "
+                "thor_fx.compile(model, shared_graph=True) would do it as well: leave one of them out"
+            )
         rules = replace(rules, disabled=self.disabled)
         if rules != self.rules:
             self.clear()

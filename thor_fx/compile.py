@@ -31,6 +31,7 @@ from .inductor import (
     check_backend,
     check_settings,
     compile_as_torch_does,
+    replays,
     tell_of_compiler,
 )
 from .layers import CoverageError
@@ -56,6 +57,7 @@ def compile(
     passes: Sequence[Pass] = (),
     disable_passes: Collection[str] = (),
     on_compile_error: OnCompileError = "raise",
+    shared_graph: bool = False,
     **kwargs: Any,
 ) -> Module:
     """Compile a model so that :class:`thor_fx.Thor` can read its Kronecker factors.
@@ -79,6 +81,9 @@ def compile(
             ``docs/passes.md``.
         on_compile_error: ``"eager"``: a graph that Inductor cannot compile runs uncompiled, with a warning
             that gives the reason; so does an update. ``"raise"``: it is an error.
+        shared_graph: plain steps run the graph of factor steps, and leave its products out
+            (:mod:`thor_fx.passes.gates`): there is one graph to compile, not two, of other code than that of
+            ``torch.compile(model)``: ``docs/compiling.md``.
         **kwargs: further arguments of ``torch.compile`` (``fullgraph``, ``dynamic``, ...).
 
     Returns:
@@ -88,8 +93,8 @@ def compile(
         TypeError: ``model`` is no module, or has a parameter that is not floating-point; a pass is not
             callable, or another argument has a wrong type; the message names it.
         ValueError: ``model`` has no trainable parameter; a backend, a mode, a setting of Inductor, an
-            optimisation or ``on_compile_error`` is unknown; or there are both ``mode`` and ``options``,
-            which torch refuses.
+            optimisation or ``on_compile_error`` is unknown; there are both ``mode`` and ``options``,
+            which torch refuses; or ``shared_graph`` with a ``factor_backend`` or with CUDA graphs.
 
     Example:
         >>> import torch, thor_fx
@@ -111,16 +116,34 @@ def compile(
         raise ValueError("torch.compile takes mode or options: options may hold what mode stands for")
     check_type("strict", strict, bool, "True or False")
     check_choice("on_compile_error", on_compile_error, OnCompileError)
+    check_type("shared_graph", shared_graph, bool, "True or False")
+    if shared_graph:
+        _check_shared(backend, factors_by, mode, options)
     check_dynamic(kwargs.get("dynamic"))
     own, disabled = checked_passes(passes), checked_disabled(disable_passes)
     inner = unwrapped(model)
     settings: dict[str, Any] = {"mode": mode, "options": options, "strict": strict}
-    settings["on_compile_error"] = on_compile_error
+    settings |= {"on_compile_error": on_compile_error, "shared_graph": shared_graph}
     collector = Collector(backend, factors_by, **settings, passes=own, disabled=disabled)
     collector.use(collector.rules)
     call = _Call(inner, collector, kwargs)
     inner._compiled_call_impl = call  # NOTE: the slot nn.Module.compile() uses; dropped when pickled
     return model
+
+
+def _check_shared(
+    backend: str, factor_backend: str, mode: str | None, options: Mapping[str, Any] | None
+) -> None:
+    if factor_backend != backend:
+        raise ValueError(
+            "shared_graph=True compiles one graph for all steps: "
+            f"factor_backend must be None, got {factor_backend!r}"
+        )
+    if replays(mode, options):
+        raise ValueError(
+            "shared_graph=True asks the host in every step what to leave out, and CUDA graphs ask nothing: "
+            f"leave out shared_graph, or mode={mode!r} and options={options!r}"
+        )
 
 
 def collector_of(model: Any) -> Collector:
@@ -218,7 +241,8 @@ class _Call:
             raise
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:
-        collects = self.collector.wanted and self._model.training and torch.is_grad_enabled()
+        trains = self._model.training and torch.is_grad_enabled()
+        collects = trains and (self.collector.wanted or self.collector.shared_graph)
         if not collects and self._breaks_at_rnn():
             with self._rnns_looked_into():
                 return self._plain(*args, **kwargs)

@@ -3,9 +3,10 @@
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, cached_property, partial
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
 from .capture import (
@@ -25,6 +26,7 @@ from .layers import Coverage, coverage
 from .logs import log_coverage
 from .own_passes import apply_own, fixed_shape, key_of, statistics_of
 from .passes import emit_factors, outputs
+from .passes.gates import gate_products
 from .passes.layout import Rules
 from .passes.outputs import Factor, Input, InputDescriptor, Param, Rows, Split, Statistic, Terms
 from .passes.pipeline import Pass
@@ -37,6 +39,12 @@ from .trace_log import tracer
 # NOTE: [Modules of one class] Where Dynamo compiles a frame of its own (behind a graph break in a loop, or
 # under FSDP), all modules of one class run what it has compiled for the first of them: their parameters are
 # arguments, and no guard tells them apart. Which ones they are has to be looked up in every call.
+
+
+@cache
+def told(wanted: bool) -> Tensor:
+    """What a graph is told that asks whether its factors are wanted."""
+    return torch.tensor(wanted, device="cpu")
 
 
 class FactorGraph:
@@ -67,11 +75,11 @@ class FactorGraph:
 
     def _runner(self, args: Sequence[Any]) -> Runner:
         collector, instance = self._compiler.collector, self._instance(args)
-        if collector.looks is not None:
-            if not instance.shown:
-                instance.built.show(collector, collector.looks)
-                instance.shown = True
-            return self._compiler.plain()
+        if collector.looks is not None and not instance.shown:
+            instance.built.show(collector, collector.looks)
+            instance.shown = True
+        if collector.looks is not None or not collector.wanted:
+            return instance.built.unmeasured if collector.shared_graph else self._compiler.plain()
         if instance.runner is None:
             instance.runner = instance.built.added(collector)
         return instance.runner
@@ -107,18 +115,34 @@ class _Built:
     """A compiled graph that nobody knows of yet; without slots where it uses no parameter.
 
     Attributes:
-        compiled: takes the slots behind its arguments.
+        compiled: takes whether factors are wanted, if it asks, and the slots behind its arguments.
         slotted: the graph.
+        asks: whether it leaves out products for factors that are not wanted.
     """
 
     compiled: Runner
     slotted: SlottedGraph | None
+    asks: bool = False
 
     def added(self, collector: Collector) -> Runner:
         """Let the factors of every run arrive."""
         if self.slotted is None:
             return self.compiled
-        return _runner(self.compiled, collector.add(self.slotted), collector)
+        return _runner(
+            self.compiled, collector.add(self.slotted), collector, [told(True)] if self.asks else []
+        )
+
+    @cached_property
+    def unmeasured(self) -> Runner:
+        """Run the graph without its factors, if it asks for them."""
+        if self.slotted is None:
+            return self.compiled
+        compiled, rest = self.compiled, [told(False), *(s.detach() for s in self.slotted.slots.values())]
+
+        def run(*args: Any) -> Any:
+            return compiled(*args, *rest)
+
+        return run
 
     def show(self, collector: Collector, looked_for: frozenset[str]) -> None:
         """Tell of the layers that are looked for."""
@@ -166,7 +190,7 @@ class _FactorCompiler:
         if form not in self.compiled:
             self.compiled[form] = self._compile_slotted(described, found, slots)
         owners = {name: used[name] for layer in found.layers.values() for name in layer.params}
-        return _Built(self.compiled[form], SlottedGraph(found, slots, owners))
+        return _Built(self.compiled[form], SlottedGraph(found, slots, owners), self.collector.shared_graph)
 
     def plain(self) -> Runner:
         """What ``torch.compile`` makes of the graph."""
@@ -196,9 +220,12 @@ class _FactorCompiler:
         found: Coverage,
         slots: Mapping[outputs.OutputDescriptor, Tensor],
     ) -> Runner:
-        slotted, fakes = add_slots(self.forward, list(slots.values()))
-        described += tuple(Input(len(described) + i) for i in range(len(slots)))
-        fill = _FillSlots(described, tuple(slots), self.rules, self.collector.passes)
+        shares = self.collector.shared_graph
+        first = [told(True)] if shares else []
+        slotted, fakes = add_slots(self.forward, [*first, *slots.values()])
+        wanted = Input(len(described)) if shares else None
+        described += tuple(Input(len(described) + i) for i in range(len(fakes)))
+        fill = _FillSlots(described, tuple(slots), self.rules, self.collector.passes, wanted)
         return self._compile(slotted, [*self.inputs, *fakes], fill, key=_key(fill, found))
 
     def _compile(
@@ -244,12 +271,14 @@ def _key(fill: "_FillSlots", found: Coverage) -> str | None:
         return None
     sharing = tuple(layer.sharing for layer in found.layers.values())
     rules = replace(fill.rules, sharing="expand", layer_filter=None)
-    return repr((fill.inputs, _splits(fill.inputs), fill.slots, rules, sharing, own))
+    return repr((fill.inputs, _splits(fill.inputs), fill.slots, rules, sharing, own, fill.wanted))
 
 
-def _runner(compiled: Callable[..., Any], graph: SlottedGraph, collector: Collector) -> Runner:
+def _runner(
+    compiled: Callable[..., Any], graph: SlottedGraph, collector: Collector, first: Sequence[Tensor]
+) -> Runner:
     def run(*args: Any) -> Any:
-        return compiled(*args, *collector.begin(graph))
+        return compiled(*args, *first, *collector.begin(graph))
 
     return run
 
@@ -270,12 +299,21 @@ def _slots(found: Coverage) -> list[tuple[outputs.OutputDescriptor, tuple[int, .
 
 @dataclass(frozen=True)
 class _FillSlots:
-    """The joint pass: emit factors, and put each where the gradient of its slot belongs."""
+    """The joint pass: emit factors, and put each where the gradient of its slot belongs.
+
+    Attributes:
+        inputs: what the inputs of the graph are.
+        slots: what the last of them are for.
+        rules: which factors to emit.
+        passes: the user's own.
+        wanted: the input that says whether factors are wanted; None: they always are.
+    """
 
     inputs: tuple[InputDescriptor, ...]
     slots: tuple[outputs.OutputDescriptor, ...]
     rules: Rules
     passes: tuple[Pass, ...]
+    wanted: Input | None = None
 
     def __call__(self, gm: fx.GraphModule, *, decompositions: Decompositions) -> None:
         describe_joint(gm, self.inputs)
@@ -285,6 +323,8 @@ class _FillSlots:
         run_watched(emit, gm, emit_factors.__name__, watch)
         with inside(decompositions):
             apply_own(gm, self.passes, watch=watch)
+        if self.wanted is not None:
+            gate_products(gm, outputs.input_nodes(gm)[self.wanted], self.slots)
         emitted = outputs.output_nodes(gm)
         missing = [descriptor for descriptor in self.slots if descriptor not in emitted]
         if missing:

@@ -112,6 +112,11 @@ def check_settings(mode: Any, options: Any) -> None:
             raise ValueError(f"options has {name!r}, which is no setting: see torch._inductor.list_options()")
 
 
+def replays(mode: str | None, options: Mapping[str, Any] | None) -> bool:
+    """Whether CUDA graphs are asked for."""
+    return bool(_patches(mode, options).get("triton.cudagraphs"))
+
+
 # NOTE: [Few pairs] Inductor asks of every two readers of one buffer, if they are near enough in order,
 # whether to fuse them. All parameters read the same learning rate, and whether the step is skipped: with
 # hundreds of them most of the time would go to these questions. Neighbours suffice: what is fused is a

@@ -1,0 +1,272 @@
+"""``shared_graph=True``: plain steps run the graph of factor steps, and leave out its products."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import thor_fx
+from thor_fx import factor_graphs
+from thor_fx.compile import collector_of
+from thor_fx.passes import Factor, emit_factors, gates, outputs
+from thor_fx.passes.gates import gate_products, product_if
+from thor_fx.passes.outputs import Statistic
+from thor_fx.passes.splice import splice
+from training import (
+    MODELS,
+    Parameters,
+    assert_moved,
+    batches,
+    build,
+    classifier_loss,
+    identical,
+    snapshot,
+    train,
+)
+
+THOR: dict[str, Any] = {"lr": 0.02, "damping": 0.1, "momentum": 0.9, "frequency": 3}
+STEPS = 7
+
+
+class Mixed(nn.Module):
+    """A convolution, a lookup and a norm: factors that are more than products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.convolution = nn.Embedding(4, 5), nn.Conv1d(1, 2, 3)
+        self.norm, self.head = nn.LayerNorm(6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.table((x.sum(1) > 0).long())
+        return self.head(self.norm(self.convolution(x[:, None]).flatten(1).tanh()))
+
+
+MADE_BY = {**MODELS, "mixed": Mixed}
+
+
+class Gates:
+    """What gated products are asked; where they are not wanted they spoil whatever reads them."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.asked: list[bool] = []
+        product, memory = gates._product_if, gates._memory
+
+        def spoilt(*args: Any) -> Tensor:
+            return memory(*args).fill_(torch.nan)
+
+        def seen(wanted: Tensor, left: Tensor, right: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
+            self.asked.append(bool(wanted))
+            return (
+                product(wanted, left, right, out_dtype) if wanted else spoilt(wanted, left, right, out_dtype)
+            )
+
+        self._library = torch.library.Library("thor_fx", "IMPL")
+        self._library.impl("product_if", seen, "CPU")
+
+    def take(self) -> list[bool]:
+        taken, self.asked = self.asked, []
+        return taken
+
+    def close(self) -> None:
+        self._library._destroy()
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    seen = Gates(monkeypatch)
+    yield seen
+    seen.close()
+
+
+def trained(
+    make: Any = MODELS["mlp"],
+    backend: str = "aot_eager",
+    shared: bool = True,
+    steps: int = STEPS,
+    **settings: Any,
+) -> list[Parameters]:
+    model = thor_fx.compile(build(make), backend=backend, shared_graph=shared)
+    return train(model, thor_fx.Thor(model, **THOR | settings), batches(steps))
+
+
+@pytest.mark.parametrize("make", MADE_BY.values(), ids=MADE_BY)
+def test_steps_are_those_of_two_graphs_bit_by_bit(make, asked):
+    together = trained(make)
+    assert {True, False} == set(asked.take())
+    assert all(map(identical, together, trained(make, shared=False)))
+    assert asked.take() == []
+    assert_moved(together, snapshot(dict(build(make).named_parameters())))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"factor_decay": 0.9},
+        {"block_size": 2},
+        {"bias": "joint"},
+        {"rows": 0.5},
+        {"inverse": "eva"},
+        {"refresh": thor_fx.Staggered(parts=2)},
+        {"factor_dtype": torch.bfloat16},
+    ],
+    ids=lambda settings: next(iter(settings)),
+)
+def test_options_are_those_of_two_graphs_bit_by_bit(settings, asked):
+    assert all(map(identical, trained(**settings), trained(shared=False, **settings)))
+
+
+def test_plain_steps_leave_products_out(asked):
+    model = thor_fx.compile(build(MODELS["mlp"]), backend="aot_eager", shared_graph=True)
+    optimizer = thor_fx.Thor(model, **THOR)
+    kinds = []
+    for batch in batches(STEPS):
+        train(model, optimizer, [batch])
+        kinds.append(asked.take())
+    assert {len(kind) for kind in kinds} == {4}  # A and G of two layers
+    assert [all(kind) for kind in kinds] == [step % 3 == 0 for step in range(STEPS)]
+    assert not any(any(kind) for kind in kinds if not all(kind))
+
+
+def test_one_graph_is_compiled(monkeypatch):
+    made: list[str] = []
+    for name in ("compile_differentiable", "compile_as_torch_does"):
+        function = getattr(factor_graphs, name)
+
+        def counted(*args: Any, name: str = name, function: Any = function, **kwargs: Any) -> Any:
+            made.append(name)
+            return function(*args, **kwargs)
+
+        monkeypatch.setattr(factor_graphs, name, counted)
+    model = thor_fx.compile(build(MODELS["mlp"]), backend="aot_eager", shared_graph=True)
+
+    def never(*_: Any, **__: Any) -> Any:
+        pytest.fail("the graph of torch.compile runs")
+
+    monkeypatch.setattr(model._compiled_call_impl, "_plain", never)
+    train(model, thor_fx.Thor(model, **THOR), batches(STEPS))
+    assert made == ["compile_differentiable"]
+
+
+def test_evaluation_runs_what_torch_compiles(asked):
+    model = thor_fx.compile(build(MODELS["mlp"]), backend="aot_eager", shared_graph=True)
+    (x, _), *_ = batches(1)
+    expected = build(MODELS["mlp"])(x)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), expected)
+    torch.testing.assert_close(model.eval()(x), expected)
+    assert asked.take() == []
+
+
+def test_what_is_wanted_is_decided_in_the_forward_pass(asked):
+    """Two runs, one with and one without factors, whose backward passes come together."""
+    model = thor_fx.compile(build(MODELS["mlp"]), backend="aot_eager", shared_graph=True)
+    (x, y), (other, labels) = batches(2)
+    measured = F.cross_entropy(model(x), y)
+    collector = collector_of(model)
+    collector.wanted = False
+    (measured + F.cross_entropy(model(other), labels)).backward()
+    assert sorted(asked.take()) == 4 * [False] + 4 * [True]
+    (graph,) = collector.graphs
+    augmented = torch.cat([x, torch.ones_like(x[:, :1])], 1)
+    sums = graph.take()[Factor("0.weight", "A")]
+    assert any(torch.allclose(sums, a.T @ a) for a in (x, augmented))
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+def test_a_graph_break_makes_two_graphs_of_each_kind(asked):
+    class Broken(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(5, 6), nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.first(x)
+            torch._dynamo.graph_break()
+            return self.last(x.tanh())
+
+    assert all(map(identical, trained(Broken), trained(Broken, shared=False)))
+
+
+def test_statistics_are_those_of_factor_steps():
+    def norms(gm: Any) -> None:
+        gradient = outputs.output_nodes(gm)[outputs.Grad("0.weight")]
+        norm = splice(gradient, torch.linalg.vector_norm, gradient)
+        outputs.append(gm, [(Statistic("norm", "0.weight"), norm)])
+
+    model = thor_fx.compile(build(MODELS["mlp"]), backend="aot_eager", shared_graph=True, passes=[norms])
+    optimizer = thor_fx.Thor(model, **THOR)
+    found = []
+    for x, y in batches(4):
+        F.cross_entropy(model(x), y).backward()
+        found.append(bool(thor_fx.statistics(model)))
+        optimizer.step()
+        optimizer.zero_grad()
+    assert found == [True, False, False, True]
+
+
+def test_compiled_steps_are_the_same():
+    for one, other in zip(trained(backend="inductor"), trained(shared=False), strict=True):
+        for name in one:
+            torch.testing.assert_close(one[name], other[name], rtol=1e-11, atol=1e-12)
+
+
+# --- the pass ----------------------------------------------------------------------------------------
+
+
+def test_products_of_the_gradient_stay_as_they_are():
+    model = build(MODELS["mlp"])
+    params = {name: p.detach() for name, p in model.named_parameters()}
+    gm = thor_fx.trace_step(classifier_loss(model), params, *batches(1)[0])
+    plain = _products(gm)
+    emit_factors(gm)
+    with_factors = _products(gm)
+    last = gm.graph.find_nodes(op="placeholder")[-1]
+    with gm.graph.inserting_after(last):
+        wanted = gm.graph.placeholder("wanted")
+    factors = [descriptor for descriptor in outputs.output_nodes(gm) if isinstance(descriptor, Factor)]
+    assert gate_products(gm, wanted, factors) == len(factors) == with_factors - plain
+    assert _products(gm) == plain
+    gated = gm.graph.find_nodes(op="call_function", target=product_if)
+    assert len(gated) == len(factors)
+    assert all(node.args[0] is wanted for node in gated)
+
+
+def _products(gm: Any) -> int:
+    return sum(node.target in gates._PRODUCTS for node in gm.graph.nodes)
+
+
+@pytest.mark.parametrize("shapes", [((3, 4), (4, 5)), ((2, 3, 4), (2, 4, 5))], ids=["mm", "bmm"])
+def test_the_operator_is_sound(shapes: Sequence[tuple[int, ...]]):
+    left, right = map(torch.randn, shapes)
+    for wanted in (torch.tensor(True), torch.tensor(False)):
+        torch.library.opcheck(
+            product_if, (wanted, left, right), test_utils=("test_schema", "test_faketensor")
+        )
+    assert torch.equal(product_if(torch.tensor(True), left, right), left @ right)
+    assert product_if(torch.tensor(False), left, right).shape == (left @ right).shape
+
+
+# --- what is refused ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "match"),
+    [
+        ({"shared_graph": 1}, TypeError, "shared_graph must be True or False"),
+        ({"factor_backend": "eager"}, ValueError, "factor_backend must be None, got 'eager'"),
+        ({"mode": "reduce-overhead"}, ValueError, "leave out shared_graph, or mode='reduce-overhead'"),
+        ({"options": {"triton.cudagraphs": True}}, ValueError, "leave out shared_graph, or mode=None"),
+    ],
+)
+def test_what_does_not_go_with_it_is_named(arguments, error, match):
+    with pytest.raises(error, match=match):
+        thor_fx.compile(nn.Linear(3, 2), **{"backend": "aot_eager", "shared_graph": True, **arguments})
+
+
+def test_other_fishers_are_refused():
+    model = thor_fx.compile(build(MODELS["mlp"]), backend="aot_eager", shared_graph=True)
+    with pytest.raises(ValueError, match=r"fisher='sampled' .* leave one of them out"):
+        thor_fx.Thor(model, **THOR, fisher="sampled")
