@@ -78,8 +78,10 @@ class FactorGraph:
         if collector.looks is not None and not instance.shown:
             instance.built.show(collector, collector.looks)
             instance.shown = True
-        if collector.looks is not None or not collector.wanted:
-            return instance.built.unmeasured if collector.shared_graph else self._compiler.plain()
+        if collector.shared_graph and (collector.looks is not None or not collector.wanted):
+            return instance.built.unmeasured
+        if collector.looks is not None:
+            return self._compiler.plain()
         if instance.runner is None:
             instance.runner = instance.built.added(collector)
         return instance.runner
