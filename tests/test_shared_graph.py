@@ -50,46 +50,35 @@ MADE_BY = {**MODELS, "mixed": Mixed}
 class Gates:
     """What gated products are asked; where they are not wanted they spoil whatever reads them."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, library: torch.library.Library) -> None:
         self.asked: list[bool] = []
-        product, memory = gates._product_if, gates._memory
+        library.impl("product_if", self._product, "CPU")
 
-        def spoilt(*args: Any) -> Tensor:
-            return memory(*args).fill_(torch.nan)
-
-        def seen(wanted: Tensor, left: Tensor, right: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
-            self.asked.append(bool(wanted))
-            return (
-                product(wanted, left, right, out_dtype) if wanted else spoilt(wanted, left, right, out_dtype)
-            )
-
-        self._library = torch.library.Library("thor_fx", "IMPL")
-        self._library.impl("product_if", seen, "CPU")
+    def _product(self, wanted: Tensor, *operands: Any) -> Tensor:
+        self.asked.append(bool(wanted))
+        made = gates._product_if(wanted, *operands)
+        return made if wanted else made.fill_(torch.nan)
 
     def take(self) -> list[bool]:
         taken, self.asked = self.asked, []
         return taken
 
-    def close(self) -> None:
-        self._library._destroy()
-
 
 @pytest.fixture
-def asked(monkeypatch):
-    seen = Gates(monkeypatch)
-    yield seen
-    seen.close()
+def asked():
+    library = torch.library.Library("thor_fx", "IMPL")
+    yield Gates(library)
+    library._destroy()
 
 
 def trained(
     make: Any = MODELS["mlp"],
     backend: str = "aot_eager",
     shared: bool = True,
-    steps: int = STEPS,
     **settings: Any,
 ) -> list[Parameters]:
     model = thor_fx.compile(build(make), backend=backend, shared_graph=shared)
-    return train(model, thor_fx.Thor(model, **THOR | settings), batches(steps))
+    return train(model, thor_fx.Thor(model, **THOR | settings), batches(STEPS))
 
 
 @pytest.mark.parametrize("make", MADE_BY.values(), ids=MADE_BY)
