@@ -1,10 +1,9 @@
 """Products of rows with themselves: where nearly all of the work of a factor step is.
 
 ``x^T x`` is symmetric, so half of a general product of matrices is wasted on it. On a CPU, long sides are
-cut into panels: what lies above the diagonal is computed panel by panel, and mirrored. With p panels that is
-``(p + 1) / 2p`` of the work, and two more passes over the result, which many rows make up for. A GPU is
-slower with a few small products than with a large one: there, one kernel of our own leaves the half out
-where tensor cores multiply (:mod:`thor_fx.passes.symmetric` says where), and else it is one product.
+cut into panels (:mod:`thor_fx.passes.panels`). A GPU is slower with a few small products than with a large
+one: there, one kernel of our own leaves the half out where tensor cores multiply
+(:mod:`thor_fx.passes.symmetric` says where), and else it is one product.
 
 Legend: R rows, F features; any axes in front.
 """
@@ -13,10 +12,8 @@ import torch
 from torch import Tensor
 
 from . import switches
+from .panels import by_panels, gram_by_panels
 from .symmetric import by_kernel, gram_by_kernel
-
-PANEL = 128  # features
-PANELS = 4  # fewer are not worth their calls
 
 
 def gram(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -31,17 +28,9 @@ def gram(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     rounded = x.dtype if dtype is None or x.dtype == torch.float64 else dtype
     if by_kernel(x, rounded):
         return gram_by_kernel(x.to(rounded)).to(x.dtype)
-    rows, features = x.shape[-2:]
-    long = features >= PANELS * PANEL and isinstance(rows, int) and rows >= features
-    return _by_panels(x, dtype) if long and x.device.type == "cpu" else product(x.mT, x, dtype)
-
-
-def _by_panels(x: Tensor, dtype: torch.dtype | None) -> Tensor:
-    features = x.shape[-1]
-    strips = [product(x[..., i : i + PANEL].mT, x[..., i:], dtype) for i in range(0, features, PANEL)]
-    upper = torch.cat([torch.nn.functional.pad(s, (features - s.shape[-1], 0)) for s in strips], -2)
-    place = torch.arange(features, device=x.device)
-    return torch.where(place >= place[:, None], upper, upper.mT)
+    if by_panels(x, rounded):
+        return gram_by_panels(x.to(rounded)).to(x.dtype)
+    return product(x.mT, x, dtype)
 
 
 def block_grams(x: Tensor, size: int, dtype: torch.dtype | None = None) -> Tensor:

@@ -3,10 +3,14 @@
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+from torch.utils.flop_counter import FlopCounterMode
 
 from models import random
-from thor_fx.passes import products
-from thor_fx.passes.products import block_grams, gram, product
+from thor_fx.passes import panels
+from thor_fx.passes.panels import by_panels, flops_of_panels, gram_by_panels, panel_by_panel
+from thor_fx.passes.products import block_grams, gram
 
 D = torch.float64
 
@@ -15,29 +19,62 @@ def close(found, expected):
     assert torch.allclose(found, expected, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("shape", [(40, 33), (64, 32), (2, 50, 37)])
-def test_panels_are_the_whole_product(monkeypatch, shape):
-    monkeypatch.setattr(products, "PANEL", 8)
-    x = random(1, D, *shape)
-    found = gram(x)
-    close(found, x.mT @ x)
+@pytest.fixture
+def narrow(monkeypatch):
+    """Panels of 8 features, from 16 on."""
+    for name, value in {"PANEL": 8, "FEATURES": 16, "WIDE": 32}.items():
+        monkeypatch.setattr(panels, name, value)
+
+
+@pytest.mark.parametrize("shape", [(40, 33), (64, 16), (2, 50, 37), (2, 3, 100, 20)])
+@pytest.mark.parametrize("dtype", [D, torch.float32])
+def test_panels_are_the_whole_product(narrow, shape, dtype):
+    x = random(1, dtype, *shape)
+    assert by_panels(x, dtype)
+    found, exact = gram(x), x.double().mT @ x.double()
+    assert found.dtype == dtype
+    assert (found - exact).abs().max() <= exact.abs().max() * 20 * torch.finfo(dtype).eps
     assert torch.equal(found, found.mT)  # mirrored, where a plain product may round otherwise
 
 
-def test_few_rows_and_short_sides_are_one_product(monkeypatch):
-    monkeypatch.setattr(products, "PANEL", 8)
-    for shape in (31, 32), (64, 31):
+@pytest.mark.parametrize("shape", [(31, 32), (63, 16), (640, 15)], ids=["wide", "rows", "features"])
+def test_few_rows_and_short_sides_are_one_product(narrow, shape):
+    x = random(1, D, *shape)
+    assert not by_panels(x, D)
+    for function in gram, gram_by_panels if shape[1] >= panels.FEATURES else gram:
+        assert torch.equal(function(x), x.mT @ x)
+
+
+def test_rounded_rows_must_be_more(narrow):
+    x = random(1, torch.float32, 64, 32)
+    assert by_panels(x, torch.float32)
+    assert not by_panels(x, torch.bfloat16)
+    assert by_panels(random(1, torch.float32, 128, 32), torch.bfloat16)
+
+
+def test_a_symbolic_number_of_rows_is_left_to_the_operator(narrow):
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    by_row = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC, DimDynamic.STATIC])
+    fake = mode.from_tensor(random(1, D, 20, 16), symbolic_context=by_row)
+    traced = make_fx(gram)(fake, None)
+    assert traced.graph.find_nodes(op="call_function", target=torch.ops.thor_fx.gram_by_panels.default)
+    for rows in (3, 20, 200):
+        x = random(2, D, rows, 16)
+        close(traced(x, None), x.mT @ x)
+
+
+def test_panels_leave_half_of_the_work_out(narrow):
+    for shape, work in ((64, 64), 64 * 64 * (8 + 1) // (2 * 8)), ((2, 40, 33), None):
         x = random(1, D, *shape)
-        assert torch.equal(gram(x), x.mT @ x)
+        with FlopCounterMode(display=False) as counter:
+            panel_by_panel(x)
+        assert counter.get_total_flops() == flops_of_panels(x)
+        assert work is None or counter.get_total_flops() == 2 * 64 * work
 
 
-def test_panels_leave_half_of_the_work_out(monkeypatch):
-    monkeypatch.setattr(products, "PANEL", 8)
-    asked = []
-    monkeypatch.setattr(products, "product", lambda a, b, dtype: asked.append((a, b)) or product(a, b, dtype))
-    gram(random(1, D, 64, 64))
-    work = sum(left.shape[-2] * right.shape[-1] for left, right in asked)
-    assert work == 64 * 64 * (8 + 1) / (2 * 8)
+def test_panels_are_an_operator():
+    x = random(1, torch.float32, 1200, 300)
+    torch.library.opcheck(gram_by_panels, (x,), test_utils=("test_schema", "test_faketensor"))
 
 
 @pytest.mark.parametrize("features", [1, 4, 10, 12])

@@ -15,6 +15,7 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from .passes.nodes import target
+from .passes.panels import flops_of_panels
 
 aten = torch.ops.aten
 
@@ -60,4 +61,5 @@ _OURS: dict[Any, Callable[..., int]] = {
     aten.convolution_backward: _convolution_backward,
     aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+    torch.ops.thor_fx.gram_by_panels: flops_of_panels,
 }
