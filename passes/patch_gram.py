@@ -63,7 +63,8 @@ def patch_gram(
 
 
 @patch_gram.register_fake
-def _(x: Tensor, groups: int, kernel: list[int], *_settings: Any) -> Tensor:
+def result_of(x: Tensor, groups: int, kernel: list[int], *_settings: Any) -> Tensor:
+    """Memory for the result, not written to."""
     side = x.shape[1] // groups * math.prod(kernel)
     return x.new_empty(groups, side, side)
 

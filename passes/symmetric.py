@@ -18,6 +18,8 @@ try:
 except ImportError:  # Triton comes with torch's builds for CUDA only
     symmetric = None
 
+KERNEL = None if symmetric is None else torch.ops.thor_fx.symmetric.default
+
 FEATURES = 512  # four tiles to a side: five eighths of the work
 MULTIPLE = 16  # of features: rows that begin elsewhere cannot be copied in large words
 ROWS = 1024  # of fewer, the result takes longer to write than to compute
@@ -53,6 +55,12 @@ def by_kernel(x: Tensor, dtype: torch.dtype) -> bool:
 def _has_tensor_cores(device: torch.device) -> bool:
     """Where there is no device, what is traced on fake tensors is for one of today's."""
     return not torch.cuda.is_available() or torch.cuda.get_device_capability(device) >= TENSOR_CORES
+
+
+def result_of(x: Tensor) -> Tensor:
+    """Memory for what the kernel makes of rows (B, R, F), not written to."""
+    features = x.shape[-1]
+    return x.new_empty((x.shape[0], features, features), dtype=torch.float32)
 
 
 def gram_by_kernel(x: Tensor) -> Tensor:

@@ -1,20 +1,23 @@
 """``shared_graph=True``: plain steps run the graph of factor steps, and leave out its products."""
 
-from collections.abc import Sequence
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import thor_fx
 from thor_fx import factor_graphs
 from thor_fx.compile import collector_of
-from thor_fx.passes import Factor, emit_factors, gates, outputs
-from thor_fx.passes.gates import gate_products, product_if
+from thor_fx.passes import Factor, emit_factors, outputs
+from thor_fx.passes.gates import PRODUCTS, gate_products, gated
 from thor_fx.passes.outputs import Statistic
 from thor_fx.passes.splice import splice
+from thor_fx.passes.symmetric import KERNEL
 from training import (
     MODELS,
     Parameters,
@@ -27,6 +30,7 @@ from training import (
     train,
 )
 
+aten, ours = torch.ops.aten, torch.ops.thor_fx
 THOR: dict[str, Any] = {"lr": 0.02, "damping": 0.1, "momentum": 0.9, "frequency": 3}
 STEPS = 7
 
@@ -44,7 +48,30 @@ class Mixed(nn.Module):
         return self.head(self.norm(self.convolution(x[:, None]).flatten(1).tanh()))
 
 
-MADE_BY = {**MODELS, "mixed": Mixed}
+class Images(nn.Module):
+    """A convolution with two axes, whose ``A`` is one operator."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolution, self.head = nn.Conv2d(1, 3, 2), nn.Linear(12, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.convolution(x[:, None, None].tile(2, 1)).tanh().flatten(1))
+
+
+class Wide(nn.Module):
+    """A side of so many features that its product is made by panels; many rows from few."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.spread, self.head = nn.Linear(5, 256), nn.Linear(256, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = self.spread(x)[:, None] * torch.linspace(0.5, 1.0, 150, dtype=x.dtype)[:, None]
+        return self.head(rows.tanh()).mean(1)
+
+
+MADE_BY = {**MODELS, "mixed": Mixed, "images": Images}
 
 
 class Gates:
@@ -52,12 +79,12 @@ class Gates:
 
     def __init__(self, library: torch.library.Library) -> None:
         self.asked: list[bool] = []
-        library.impl("product_if", self._product, "CPU")
+        for product in PRODUCTS:
+            library.impl(gated(product)._opname, partial(self._made, product), "CPU")
 
-    def _product(self, wanted: Tensor, *operands: Any) -> Tensor:
+    def _made(self, product: Any, wanted: Tensor, *operands: Any) -> Tensor:
         self.asked.append(bool(wanted))
-        made = gates._product_if(wanted, *operands)
-        return made if wanted else made.fill_(torch.nan)
+        return product(*operands) if wanted else PRODUCTS[product](*operands).fill_(torch.nan)
 
     def take(self) -> list[bool]:
         taken, self.asked = self.asked, []
@@ -117,6 +144,34 @@ def test_plain_steps_leave_products_out(asked):
     assert {len(kind) for kind in kinds} == {4}  # A and G of two layers
     assert [all(kind) for kind in kinds] == [step % 3 == 0 for step in range(STEPS)]
     assert not any(any(kind) for kind in kinds if not all(kind))
+
+
+@pytest.mark.parametrize(
+    ("make", "product"),
+    [(Images, ours.patch_gram.default), (Wide, ours.gram_by_panels.default)],
+    ids=["patches", "panels"],
+)
+def test_operators_of_our_own_are_left_out(make, product, monkeypatch):
+    """None of them asks nobody: by counting what is computed beside what is asked."""
+    computed: list[Any] = []
+    library = torch.library.Library("thor_fx", "IMPL")
+    result = PRODUCTS[product]
+
+    def counted(*operands: Any) -> Tensor:
+        computed.append(product)
+        return result(*operands).fill_(1.0)
+
+    library.impl(product._opname, counted, "CPU")
+    try:
+        model = thor_fx.compile(build(make), backend="aot_eager", shared_graph=True)
+        optimizer, counts = thor_fx.Thor(model, **THOR | {"block_size": None}), []
+        for batch in batches(STEPS):
+            train(model, optimizer, [batch])
+            counts.append(len(computed))
+            computed.clear()
+    finally:
+        library._destroy()
+    assert counts == [1, 0, 0, 1, 0, 0, 1]
 
 
 def test_one_graph_is_compiled(monkeypatch):
@@ -218,44 +273,56 @@ def test_products_of_the_gradient_stay_as_they_are():
     factors = [descriptor for descriptor in outputs.output_nodes(gm) if isinstance(descriptor, Factor)]
     assert gate_products(gm, wanted, factors) == len(factors) == with_factors - plain
     assert _products(gm) == plain
-    gated = gm.graph.find_nodes(op="call_function", target=product_if)
-    assert len(gated) == len(factors)
-    assert all(node.args[0] is wanted for node in gated)
+    asking = gm.graph.find_nodes(op="call_function", target=gated(aten.mm.default))
+    assert len(asking) == len(factors)
+    assert all(node.args[0] is wanted for node in asking)
 
 
 def _products(gm: Any) -> int:
-    return sum(node.target in gates._PRODUCTS for node in gm.graph.nodes)
+    return sum(node.target in PRODUCTS for node in gm.graph.nodes)
 
 
-@pytest.mark.parametrize("shapes", [((3, 4), (4, 5)), ((2, 3, 4), (2, 4, 5))], ids=["mm", "bmm"])
-def test_the_operator_is_sound(shapes: Sequence[tuple[int, ...]]):
-    left, right = map(torch.randn, shapes)
+ROWS = torch.linspace(-1, 1, 1200).view(1, 3, 400)
+OPERANDS: dict[Any, Callable[[], tuple[Any, ...]]] = {
+    aten.mm.default: lambda: (ROWS[0], ROWS[0].T),
+    aten.bmm.default: lambda: (ROWS, ROWS.mT),
+    ours.gram_by_panels.default: lambda: (ROWS.view(4, 300),),
+    ours.patch_gram.default: lambda: (
+        ROWS.view(1, 3, 20, 20),
+        1,
+        [2, 2],
+        [1, 1],
+        [0, 0],
+        [1, 1],
+        [0, 0],
+        False,
+        1,
+    ),
+}
+
+
+@pytest.mark.parametrize("product", OPERANDS)
+def test_the_operators_are_sound(product: Any):
+    operands = OPERANDS[product]()
     for wanted in (torch.tensor(True), torch.tensor(False)):
-        torch.library.opcheck(
-            product_if, (wanted, left, right), test_utils=("test_schema", "test_faketensor")
-        )
-    assert torch.equal(product_if(torch.tensor(True), left, right), left @ right)
-    assert product_if(torch.tensor(False), left, right).shape == (left @ right).shape
+        tests = ("test_schema", "test_faketensor")
+        torch.library.opcheck(gated(product), (wanted, *operands), test_utils=tests)
+    made, left_out = (gated(product)(torch.tensor(wanted), *operands) for wanted in (True, False))
+    assert torch.equal(made, product(*operands))
+    assert (left_out.shape, left_out.dtype) == (made.shape, made.dtype)
 
 
-# --- what is refused ---------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("arguments", "error", "match"),
-    [
-        ({"shared_graph": 1}, TypeError, "shared_graph must be True or False"),
-        ({"factor_backend": "eager"}, ValueError, "factor_backend must be None, got 'eager'"),
-        ({"mode": "reduce-overhead"}, ValueError, "leave out shared_graph, or mode='reduce-overhead'"),
-        ({"options": {"triton.cudagraphs": True}}, ValueError, "leave out shared_graph, or mode=None"),
-    ],
-)
-def test_what_does_not_go_with_it_is_named(arguments, error, match):
-    with pytest.raises(error, match=match):
-        thor_fx.compile(nn.Linear(3, 2), **{"backend": "aot_eager", "shared_graph": True, **arguments})
-
-
-def test_other_fishers_are_refused():
-    model = thor_fx.compile(build(MODELS["mlp"]), backend="aot_eager", shared_graph=True)
-    with pytest.raises(ValueError, match=r"fisher='sampled' .* leave one of them out"):
-        thor_fx.Thor(model, **THOR, fisher="sampled")
+def test_results_of_a_gpu_have_the_right_form():
+    """On fake tensors: products that return float32 of rounded rows, and the kernel where there is Triton."""
+    with FakeTensorMode():
+        rows, wanted = torch.empty(2, 2048, 512, dtype=torch.bfloat16), torch.tensor(True)
+        operands: dict[Any, tuple[Any, ...]] = {
+            aten.mm.dtype: (rows[0].T, rows[0], torch.float32),
+            aten.bmm.dtype: (rows.mT, rows, torch.float32),
+        }
+        operands |= {KERNEL: (rows,)} if KERNEL is not None else {}
+        assert {*OPERANDS, *operands} == set(PRODUCTS)
+        for product, given in operands.items():
+            found = gated(product)(wanted, *given)
+            assert found.shape == (2, 512, 512)[-given[0].dim() :]
+            assert found.dtype == torch.float32
