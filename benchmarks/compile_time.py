@@ -130,8 +130,12 @@ WAYS: dict[str, tuple[str, Callable[[nn.Module, Tensor, Tensor], None]]] = {
     "stock_adamw": ("the same and AdamW's step", stock_adamw),
     "drop_in": ("thor_fx, drop-in: both kinds of step and of update", drop_in),
     "functional": ("thor_fx, functional: both kinds of step", functional),
+    "drop_in_updates_interpreted": (
+        'drop-in, Thor(backend="aot_eager")',
+        partial(drop_in, update_backend="aot_eager"),
+    ),
     "drop_in_shared": ("drop-in, shared_graph=True", partial(drop_in, shared_graph=True)),
-    "drop_in_shared_interpreted_updates": (
+    "drop_in_shared_updates_interpreted": (
         'drop-in, shared_graph=True and Thor(backend="aot_eager")',
         partial(drop_in, shared_graph=True, update_backend="aot_eager"),
     ),
@@ -139,7 +143,7 @@ WAYS: dict[str, tuple[str, Callable[[nn.Module, Tensor, Tensor], None]]] = {
         'drop-in, factor_backend="aot_eager"',
         partial(drop_in, factor_backend="aot_eager"),
     ),
-    "drop_in_interpreted_updates": (
+    "drop_in_all_interpreted": (
         'drop-in, factor_backend="aot_eager" and Thor(backend="aot_eager")',
         partial(drop_in, factor_backend="aot_eager", update_backend="aot_eager"),
     ),

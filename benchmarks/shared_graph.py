@@ -3,7 +3,8 @@
     python benchmarks/shared_graph.py
 
 Milliseconds of forward and backward, medians over all rounds, on one thread: what a plain step pays for
-running the graph of a factor step, and a factor step for asking. Updates are not in it: they are the same.
+running the graph of a factor step, and a factor step for asking. Factors are those of ``thor_fx.Thor`` as it
+is by default, or of one block size. Updates are not in it: they are the same.
 """
 
 import argparse
@@ -14,15 +15,17 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from compile_time import VOCABULARY, transformer
-from torch import Tensor, nn
-from workloads import text
+from torch import nn
+from workloads import WORKLOADS, Batch
 
 import thor_fx
 from thor_fx.compile import collector_of
 
+Times = dict[tuple[str, str], float]
+"""By way of compiling and kind of step: milliseconds."""
 
-def step(model: nn.Module, batch: tuple[Tensor, Tensor], measures: bool | None) -> None:
+
+def step(model: nn.Module, batch: Batch, measures: bool | None) -> None:
     """Forward and backward, with or without factors; None: a model that has none."""
     if measures is not None:
         collector_of(model).clear()
@@ -38,33 +41,49 @@ def milliseconds(function: Callable[[], None]) -> float:
     return 1e3 * (time.perf_counter() - before)
 
 
+def ours(model: nn.Module, backend: str, block_size: int | None, *, shared: bool) -> nn.Module:
+    """With an optimizer, which says what is to be measured."""
+    model = thor_fx.compile(model, backend=backend, shared_graph=shared)
+    thor_fx.Thor(model, lr=0.1, damping=0.1, momentum=0.9, block_size=block_size)
+    return model
+
+
 def measure(
-    layers: int, width: int, length: int, batch: int, rounds: int, backend: str = "inductor"
-) -> dict[str, tuple[float, float | None]]:
-    """By way of compiling: milliseconds of a plain step and of a factor step."""
-    data, build = text(batch, length, VOCABULARY), partial(transformer, layers, width)
-    ways: list[tuple[str, nn.Module, list[bool | None]]] = [
-        ("torch.compile", torch.compile(build(), backend=backend), [None]),
-        ("two graphs", thor_fx.compile(build(), backend=backend), [False, True]),
-        ("shared_graph=True", thor_fx.compile(build(), backend=backend, shared_graph=True), [False, True]),
-    ]
-    steps = {(name, kind): partial(step, model, data, kind) for name, model, kinds in ways for kind in kinds}
+    build: Callable[[], nn.Module],
+    batch: Batch,
+    rounds: int,
+    block_size: int | None = 128,
+    backend: str = "inductor",
+) -> Times:
+    two, one = (ours(build(), backend, block_size, shared=shared) for shared in (False, True))
+    steps = {
+        ("torch.compile", "plain"): partial(step, torch.compile(build(), backend=backend), batch, None),
+        ("two graphs", "plain"): partial(step, two, batch, False),
+        ("shared graph", "plain"): partial(step, one, batch, False),
+        ("two graphs", "factor"): partial(step, two, batch, True),
+        ("shared graph", "factor"): partial(step, one, batch, True),
+    }
     for function in 3 * list(steps.values()):
         function()
     times = [{key: milliseconds(function) for key, function in steps.items()} for _ in range(rounds)]
-    found = {key: statistics.median(one[key] for one in times) for key in steps}
-    return {name: (found[name, kinds[0]], found.get((name, True))) for name, _, kinds in ways}
+    return {key: statistics.median(one[key] for one in times) for key in steps}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
-    for name, default in {"layers": 4, "width": 128, "length": 64, "batch": 8, "rounds": 40}.items():
-        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--models", nargs="+", choices=WORKLOADS, default=["mlp", "cnn", "transformer"])
+    parser.add_argument("--block-size", type=int, default=128, help="of the factors; 0: whole ones")
+    parser.add_argument("--rounds", type=int, default=40)
+    options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    found = measure(**vars(parser.parse_args(arguments)))
-    print("| | plain step, ms | factor step, ms |\n| --- | --- | --- |")
-    for name, (plain, factor) in found.items():
-        print(f"| {name} | {plain:.2f} | {'-' if factor is None else f'{factor:.2f}'} |")
+    head: list[str] = []
+    for name in options.models:
+        work = WORKLOADS[name]
+        found = measure(work.build, work.batch(), options.rounds, options.block_size or None)
+        if not head:
+            head = ["model", *(f"{way}, {kind} step" for way, kind in found)]
+            print(f"| {' | '.join(head)} |\n| {' | '.join(['---', *(len(found) * ['---:'])])} |")
+        print(f"| {name} | {' | '.join(f'{ms:.2f}' for ms in found.values())} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -9,12 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import thor_fx
 from thor_fx import factor_graphs
 from thor_fx.compile import collector_of
 from thor_fx.passes import Factor, emit_factors, outputs
-from thor_fx.passes.gates import PRODUCTS, gate_products, gated
+from thor_fx.passes.gates import COPIES, GATED, PRODUCTS, gate, gated
 from thor_fx.passes.outputs import Statistic
 from thor_fx.passes.splice import splice
 from thor_fx.passes.symmetric import KERNEL
@@ -79,12 +80,15 @@ class Gates:
 
     def __init__(self, library: torch.library.Library) -> None:
         self.asked: list[bool] = []
-        for product in PRODUCTS:
-            library.impl(gated(product)._opname, partial(self._made, product), "CPU")
+        for operator in GATED:
+            library.impl(gated(operator)._opname, partial(self._made, operator), "CPU")
 
-    def _made(self, product: Any, wanted: Tensor, *operands: Any) -> Tensor:
-        self.asked.append(bool(wanted))
-        return product(*operands) if wanted else PRODUCTS[product](*operands).fill_(torch.nan)
+    def _made(self, operator: Any, wanted: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if operator in PRODUCTS:
+            self.asked.append(bool(wanted))
+        if wanted:
+            return operator(*args, **kwargs)
+        return GATED[operator](*args, **kwargs).fill_(torch.nan)
 
     def take(self) -> list[bool]:
         taken, self.asked = self.asked, []
@@ -271,7 +275,7 @@ def test_products_of_the_gradient_stay_as_they_are():
     with gm.graph.inserting_after(last):
         wanted = gm.graph.placeholder("wanted")
     factors = [descriptor for descriptor in outputs.output_nodes(gm) if isinstance(descriptor, Factor)]
-    assert gate_products(gm, wanted, factors) == len(factors) == with_factors - plain
+    assert gate(gm, wanted, factors) == len(factors) == with_factors - plain
     assert _products(gm) == plain
     asking = gm.graph.find_nodes(op="call_function", target=gated(aten.mm.default))
     assert len(asking) == len(factors)
@@ -283,33 +287,46 @@ def _products(gm: Any) -> int:
 
 
 ROWS = torch.linspace(-1, 1, 1200).view(1, 3, 400)
-OPERANDS: dict[Any, Callable[[], tuple[Any, ...]]] = {
-    aten.mm.default: lambda: (ROWS[0], ROWS[0].T),
-    aten.bmm.default: lambda: (ROWS, ROWS.mT),
-    ours.gram_by_panels.default: lambda: (ROWS.view(4, 300),),
-    ours.patch_gram.default: lambda: (
-        ROWS.view(1, 3, 20, 20),
-        1,
-        [2, 2],
-        [1, 1],
-        [0, 0],
-        [1, 1],
-        [0, 0],
-        False,
-        1,
-    ),
+CONVOLUTION = 1, [2, 2], [1, 1], [0, 0], [1, 1], [0, 0], False, 1
+OPERATORS: dict[str, tuple[Any, tuple[Any, ...]]] = {
+    "mm": (aten.mm.default, (ROWS[0], ROWS[0].T)),
+    "bmm": (aten.bmm.default, (ROWS, ROWS.mT)),
+    "panels": (ours.gram_by_panels.default, (ROWS.view(4, 300),)),
+    "patches": (ours.patch_gram.default, (ROWS.view(1, 3, 20, 20), *CONVOLUTION)),
+    "clone": (aten.clone.default, (ROWS,)),
+    "pad": (aten.constant_pad_nd.default, (ROWS, [1, 2])),
+    "pad, two axes": (aten.constant_pad_nd.default, (ROWS, [0, 5, 2, -1], 3.0)),
 }
 
 
-@pytest.mark.parametrize("product", OPERANDS)
-def test_the_operators_are_sound(product: Any):
-    operands = OPERANDS[product]()
+@pytest.mark.parametrize(("operator", "given"), OPERATORS.values(), ids=OPERATORS)
+def test_the_operators_are_sound(operator: Any, given: tuple[Any, ...]):
     for wanted in (torch.tensor(True), torch.tensor(False)):
         tests = ("test_schema", "test_faketensor")
-        torch.library.opcheck(gated(product), (wanted, *operands), test_utils=tests)
-    made, left_out = (gated(product)(torch.tensor(wanted), *operands) for wanted in (True, False))
-    assert torch.equal(made, product(*operands))
-    assert (left_out.shape, left_out.dtype) == (made.shape, made.dtype)
+        torch.library.opcheck(gated(operator), (wanted, *given), test_utils=tests)
+    made, left_out = (gated(operator)(torch.tensor(wanted), *given) for wanted in (True, False))
+    assert torch.equal(made, operator(*given))
+    assert (left_out.shape, left_out.stride(), left_out.dtype) == (made.shape, made.stride(), made.dtype)
+
+
+def copied(function: Callable[[Tensor], Tensor], x: Tensor) -> int:
+    """How many copies of a function's the pass gates."""
+    gm, factor = make_fx(lambda x: (function(x),))(x), Factor("weight", "A")
+    outputs.describe(gm, [outputs.Input(0)], [factor])
+    with gm.graph.inserting_before(gm.graph.find_nodes(op="placeholder")[0]):
+        wanted = gm.graph.placeholder("wanted")
+    gate(gm, wanted, [factor])
+    return sum(node.target in map(gated, COPIES) for node in gm.graph.nodes)
+
+
+def test_copies_that_move_something_are_left_out():
+    x = torch.ones(4, 6)
+    assert copied(lambda x: F.pad(x, (0, 2)), x) == 1
+    assert copied(lambda x: x.T.contiguous(), x) == 1
+    assert copied(lambda x: F.pad(x, (0, 0)), x) == 0, "compilers drop it"
+    assert copied(lambda x: x.clone(), x) == 0, "likewise"
+    assert copied(lambda x: x.T.clone(), x) == 0, "its result is as it lies"
+    assert copied(lambda x: x.T.contiguous(), x.long()) == 0, "an index may be read from it"
 
 
 def test_results_of_a_gpu_have_the_right_form():
@@ -321,7 +338,7 @@ def test_results_of_a_gpu_have_the_right_form():
             aten.bmm.dtype: (rows.mT, rows, torch.float32),
         }
         operands |= {KERNEL: (rows,)} if KERNEL is not None else {}
-        assert {*OPERANDS, *operands} == set(PRODUCTS)
+        assert {*(operator for operator, _ in OPERATORS.values()), *operands} == set(GATED)
         for product, given in operands.items():
             found = gated(product)(wanted, *given)
             assert found.shape == (2, 512, 512)[-given[0].dim() :]

@@ -26,7 +26,7 @@ from .layers import Coverage, coverage
 from .logs import log_coverage
 from .own_passes import apply_own, fixed_shape, key_of, statistics_of
 from .passes import emit_factors, outputs
-from .passes.gates import gate_products
+from .passes.gates import gate
 from .passes.layout import Rules
 from .passes.outputs import Factor, Input, InputDescriptor, Param, Rows, Split, Statistic, Terms
 from .passes.pipeline import Pass
@@ -326,7 +326,7 @@ class _FillSlots:
         with inside(decompositions):
             apply_own(gm, self.passes, watch=watch)
         if self.wanted is not None:
-            gate_products(gm, outputs.input_nodes(gm)[self.wanted], self.slots)
+            gate(gm, outputs.input_nodes(gm)[self.wanted], self.slots)
         emitted = outputs.output_nodes(gm)
         missing = [descriptor for descriptor in self.slots if descriptor not in emitted]
         if missing:
