@@ -31,6 +31,7 @@ from torch.func import functional_call
 from workloads import text
 
 import thor_fx
+from thor_fx.compile import collector_of
 from thor_fx.layers import coverage
 from thor_fx.passes import accumulate, canonicalize, emit_factors, run
 from thor_fx.passes.layout import Rules
@@ -117,6 +118,14 @@ def drop_in(
         optimizer.zero_grad()
 
 
+def drop_in_alone(model: nn.Module, x: Tensor, y: Tensor, shared_graph: bool = False) -> None:
+    """Forward and backward of both kinds of step, and no update."""
+    model = thor_fx.compile(model, shared_graph=shared_graph)
+    thor_fx.Thor(model, **THOR)  # says what is to be measured
+    for collector_of(model).wanted in (True, False):
+        F.cross_entropy(model(x), y).backward()
+
+
 def functional(model: nn.Module, x: Tensor, y: Tensor, factor_backend: str | None = None) -> None:
     params: Any = dict(model.named_parameters())
     step = thor_fx.compile_step(loss_of(model), thor_fx.thor(**THOR), factor_backend=factor_backend)
@@ -133,6 +142,11 @@ WAYS: dict[str, tuple[str, Callable[[nn.Module, Tensor, Tensor], None]]] = {
     "drop_in_updates_interpreted": (
         'drop-in, Thor(backend="aot_eager")',
         partial(drop_in, update_backend="aot_eager"),
+    ),
+    "drop_in_alone": ("drop-in, forward and backward of both kinds", drop_in_alone),
+    "drop_in_shared_alone": (
+        "drop-in, shared_graph=True, forward and backward of both kinds",
+        partial(drop_in_alone, shared_graph=True),
     ),
     "drop_in_shared": ("drop-in, shared_graph=True", partial(drop_in, shared_graph=True)),
     "drop_in_shared_updates_interpreted": (
