@@ -96,10 +96,16 @@ class Gates:
 
 
 @pytest.fixture
-def asked():
+def library():
+    """Where operators get other kernels for the time of a test."""
     library = torch.library.Library("thor_fx", "IMPL")
-    yield Gates(library)
+    yield library
     library._destroy()
+
+
+@pytest.fixture
+def asked(library):
+    return Gates(library)
 
 
 def trained(
@@ -155,26 +161,21 @@ def test_plain_steps_leave_products_out(asked):
     [(Images, ours.patch_gram.default), (Wide, ours.gram_by_panels.default)],
     ids=["patches", "panels"],
 )
-def test_operators_of_our_own_are_left_out(make, product, monkeypatch):
-    """None of them asks nobody: by counting what is computed beside what is asked."""
-    computed: list[Any] = []
-    library = torch.library.Library("thor_fx", "IMPL")
-    result = PRODUCTS[product]
+def test_operators_of_our_own_are_left_out(make, product, library):
+    """By counting what is computed, not what is asked."""
+    computed: list[Tensor] = []
 
     def counted(*operands: Any) -> Tensor:
-        computed.append(product)
-        return result(*operands).fill_(1.0)
+        computed.append(PRODUCTS[product](*operands).fill_(1.0))
+        return computed[-1]
 
     library.impl(product._opname, counted, "CPU")
-    try:
-        model = thor_fx.compile(build(make), backend="aot_eager", shared_graph=True)
-        optimizer, counts = thor_fx.Thor(model, **THOR | {"block_size": None}), []
-        for batch in batches(STEPS):
-            train(model, optimizer, [batch])
-            counts.append(len(computed))
-            computed.clear()
-    finally:
-        library._destroy()
+    model = thor_fx.compile(build(make), backend="aot_eager", shared_graph=True)
+    optimizer, counts = thor_fx.Thor(model, **THOR | {"block_size": None}), []
+    for batch in batches(STEPS):
+        train(model, optimizer, [batch])
+        counts.append(len(computed))
+        computed.clear()
     assert counts == [1, 0, 0, 1, 0, 0, 1]
 
 
@@ -343,3 +344,26 @@ def test_results_of_a_gpu_have_the_right_form():
             found = gated(product)(wanted, *given)
             assert found.shape == (2, 512, 512)[-given[0].dim() :]
             assert found.dtype == torch.float32
+
+
+# --- what is refused ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "match"),
+    [
+        ({"shared_graph": 1}, TypeError, "shared_graph must be True or False"),
+        ({"factor_backend": "eager"}, ValueError, "factor_backend must be None, got 'eager'"),
+        ({"mode": "reduce-overhead"}, ValueError, "leave out shared_graph, or mode='reduce-overhead'"),
+        ({"options": {"triton.cudagraphs": True}}, ValueError, "leave out shared_graph, or mode=None"),
+    ],
+)
+def test_what_does_not_go_with_it_is_named(arguments, error, match):
+    with pytest.raises(error, match=match):
+        thor_fx.compile(nn.Linear(3, 2), **{"backend": "aot_eager", "shared_graph": True, **arguments})
+
+
+def test_other_fishers_are_refused():
+    model = thor_fx.compile(build(MODELS["mlp"]), backend="aot_eager", shared_graph=True)
+    with pytest.raises(ValueError, match=r"fisher='sampled' .* leave one of them out"):
+        thor_fx.Thor(model, **THOR, fisher="sampled")
