@@ -10,6 +10,7 @@ has to write, build and run over all of the result; and it would have to know ho
 Legend: R rows, F features; any axes in front.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -56,14 +57,18 @@ gram_by_panels.register_fake(result_of)
 def panel_by_panel(x: Tensor) -> Tensor:
     """What the operator does with many rows."""
     features, out = x.shape[-1], result_of(x)
-    for start in range(0, features, PANEL):
-        end = min(start + PANEL, features)
-        panel = x[..., start:end].mT @ x[..., start:]
-        corner, beside = panel.split([end - start, features - end], -1)
-        out[..., start:end, start:end] = corner.triu() + corner.triu(1).mT
-        out[..., start:end, end:] = beside
-        out[..., end:, start:end] = beside.mT
+    for panel, later in upper_panels(features):
+        end = min(panel.stop, features)
+        corner, beside = (x[..., panel].mT @ x[..., later]).split([end - panel.start, features - end], -1)
+        out[..., panel, panel] = corner.triu() + corner.triu(1).mT
+        out[..., panel, end:] = beside
+        out[..., end:, panel] = beside.mT
     return out
+
+
+def upper_panels(features: int) -> Iterator[tuple[slice, slice]]:
+    """The rows of every panel, and the columns from its corner on."""
+    return ((slice(start, start + PANEL), slice(start, None)) for start in range(0, features, PANEL))
 
 
 def flops_of_panels(x: Tensor, **_result: Any) -> int:

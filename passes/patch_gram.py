@@ -5,6 +5,8 @@ the input as tap ``k`` sees it. That is the weight gradient of the same convolut
 cotangent: one call for every tap (or several taps at a time, as long as their slices are no larger
 than input or output). ``A`` is symmetric, so earlier rows of the kernel are left out. Where the kernel moves
 by one pixel, most of these sums are the same, and :mod:`thor_fx.passes.shifts` needs a fraction of them.
+Convolutions of few channels are slow on a CPU, which multiplies the patches of a few images at a time:
+:mod:`thor_fx.passes.portions`.
 
 NOTE: [One operator] As nodes of the graph the slices would be fused into one kernel that writes them all at
 once, which is all patches; and there would be many nodes.
@@ -20,7 +22,10 @@ import torch
 from torch import Tensor
 
 from .geometry import Geometry, in_parts, padded_input, positions_of, seen_by, weight_gradient
+from .portions import gram_by_patches, images_at_once
 from .shifts import gram_by_shifts, shifts_pay
+
+FEW = 2  # channels: patches of so few are multiplied in less time than there are calls for shifts
 
 
 @torch.library.custom_op("thor_fx::patch_gram", mutates_args=())
@@ -55,11 +60,14 @@ def patch_gram(
     """
     sizes = (kernel, stride, padding, dilation, output_padding)
     geometry = Geometry(*(tuple(size) for size in sizes), transposed)  # type: ignore[arg-type,call-arg]
-    if shifts and shifts_pay(x.shape, geometry):
-        upper = gram_by_shifts(x, groups, geometry)
-    else:
-        upper = gram_by_taps(x, groups, geometry, at_once)
-    return _mirrored(upper, geometry).flatten(3).flatten(1, 2)
+    images = images_at_once(x, groups, geometry, at_once)
+    narrow = images and x.shape[1] <= FEW * groups
+    if shifts and not narrow and shifts_pay(x.shape, geometry):
+        return _mirrored(gram_by_shifts(x, groups, geometry), geometry)
+    if images:
+        upper = gram_by_patches(x, groups, geometry, images)
+        return upper.triu() + upper.triu(1).mT
+    return _mirrored(gram_by_taps(x, groups, geometry, at_once), geometry)
 
 
 @patch_gram.register_fake
@@ -98,9 +106,10 @@ def _weight_gradient(padded: Tensor, g: Geometry, seen: Tensor, first: int) -> T
 
 
 def _mirrored(upper: Tensor, g: Geometry) -> Tensor:
-    """All of (E, C, K, C, K), which is symmetric, from the pairs whose second tap is in no earlier row."""
+    """(E, C K, C K), symmetric, from the pairs (E, C, K, C, K) whose second tap is in no earlier row."""
     rows = torch.arange(g.taps, device=upper.device) // g.row
-    return upper.where((rows >= rows[:, None])[:, None], upper.permute(0, 3, 4, 1, 2))
+    whole = upper.where((rows >= rows[:, None])[:, None], upper.permute(0, 3, 4, 1, 2))
+    return whole.flatten(3).flatten(1, 2)
 
 
 def _chunks(taps: range, size: int) -> Iterator[range]:

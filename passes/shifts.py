@@ -2,18 +2,21 @@
 
 Entry ``((i, k), (j, l))`` sums ``x[i, p] x[j, p + (l - k) d]`` over the pixels ``p`` that tap ``k`` sees: all
 but some at the border. So most of it depends on the *shift* ``l - k`` only, and along an axis there are
-``2 K - 1`` shifts, not ``K^2``. With ``T(P)`` the same sums over a set ``P`` of pixels, for all shifts,
+``2 K - 1`` shifts, not ``K^2``. The pixels are cut into runs that a tap sees all of or none of: rows at the
+top, those between, rows at the bottom, and so along every axis. With ``T(R)`` the sums over the pixels of a
+run, for all shifts,
 
-    A[k, l] = T(all)[l - k] - sum of T(r)[l - k] over the rows r that tap k does not see
-                            - the same over columns + over the pixels where two such lines meet
+    A[k, l] = sum of T(R)[l - k] over the runs R that tap k sees.
 
-and so on for three axes. A is symmetric, so shifts along the first axis that are negative are not needed.
-Every ``T`` is the weight gradient of a convolution of ``x`` with itself. A 3 x 3 kernel takes 15 sums over
-the image and as many over its border; from pairs of taps it would be 81 sums over the image.
+A is symmetric, so shifts along the first axis that are negative are not needed. ``T`` is the weight
+gradient of a convolution of ``x`` with itself; at the border there are so few pixels that a product of what
+is written down is faster. A 3 x 3 kernel takes 15 sums over the image, each pixel once; from pairs of taps it
+would be 81.
 
-Legend: N batch, E groups, C channels of one group, K taps of the kernel, S shifts.
+Legend: N batch, E groups, C channels of one group, K taps of the kernel, R runs.
 """
 
+import functools
 import itertools
 import math
 from collections.abc import Sequence
@@ -27,12 +30,12 @@ from torch import Tensor
 from .geometry import Geometry, in_parts, weight_gradient
 
 
-class Line(NamedTuple):
-    """Pixels along one axis: all (``border`` is False), or a single one that some tap does not see."""
+class Run(NamedTuple):
+    """Neighbouring pixels along one axis, and the taps that see all of them: the others see none."""
 
     start: int
     length: int
-    border: bool
+    taps: range
 
 
 @dataclass(frozen=True)
@@ -55,38 +58,39 @@ class Axis:
         return range(0 if self.first else 1 - self.kernel, self.kernel)
 
     @property
-    def lines(self) -> list[Line]:
-        """All pixels, and those that some tap does not see, one by one."""
-        seen_by_all = range(self._start(self.kernel - 1), self._stop(0))
-        border = [p for p in range(self.size) if p not in seen_by_all]
-        return [Line(0, self.size, border=False), *(Line(p, 1, border=True) for p in border)]
+    def runs(self) -> list[Run]:
+        """All pixels that some tap sees, cut where a tap starts or stops to see them."""
+        seen = [self._seen_by(tap) for tap in range(self.kernel)]
+        cuts = sorted({edge for pixels in seen for edge in (pixels.start, pixels.stop)})
+        runs = []
+        for start, stop in itertools.pairwise(cuts):
+            if taps := [k for k, pixels in enumerate(seen) if start in pixels]:
+                runs.append(Run(start, stop - start, range(taps[0], taps[-1] + 1)))
+        return runs
 
-    def weights(self, line: Line, like: Tensor) -> Tensor:
-        """With which factor the sums over a line enter the entry of a pair of taps: (S, K, K)."""
-        shifts = torch.arange(self.shifts.start, self.shifts.stop, device=like.device)
-        taps = torch.arange(self.kernel, device=like.device)
-        chosen = taps - taps[:, None] == shifts[:, None, None]
-        if not line.border:
-            return chosen.to(like.dtype)
-        start = (taps * self.dilation - self.padding).clamp_min(0)
-        stop = (taps * self.dilation + self._stop(0)).clamp_max(self.size)
-        unseen = (start > line.start) | (stop <= line.start)
-        return -(chosen & unseen[:, None]).to(like.dtype)
+    def seen(self, like: Tensor) -> Tensor:
+        """One where a tap sees a run, else zero: (K, R)."""
+        taps = torch.arange(self.kernel, device=like.device)  # no copy from the host, which would wait
+        columns = [(taps >= run.taps.start) & (taps < run.taps.stop) for run in self.runs]
+        return torch.stack(columns, 1).to(like.dtype)
 
-    def window(self, x: Tensor, line: Line, axis: int) -> Tensor:
-        """What the pixels of a line are multiplied with: ``x`` at all their shifts, zero outside."""
-        start = line.start + self.shifts.start * self.dilation
-        stop = line.start + line.length + (self.kernel - 1) * self.dilation
-        inside = max(0, start), min(self.size, stop)
-        x = x.narrow(axis, inside[0], inside[1] - inside[0])
-        margins = [0, 0] * (x.dim() - 1 - axis) + [inside[0] - start, stop - inside[1]]
-        return F.pad(x, margins) if any(margins) else x
+    def places(self, tap: int) -> tuple[slice, slice]:
+        """Which taps ``l`` are wanted beside one, and their shifts from it."""
+        if self.first:
+            return slice(tap, None), slice(0, self.kernel - tap)
+        return slice(None), slice(self.kernel - 1 - tap, 2 * self.kernel - 1 - tap)
 
-    def _start(self, tap: int) -> int:
-        return max(0, tap * self.dilation - self.padding)
+    def window(self, run: Run) -> tuple[range, int, int]:
+        """The pixels that those of a run are multiplied with, and how many zeros on both sides."""
+        start = run.start + self.shifts.start * self.dilation
+        stop = run.start + run.length + (self.kernel - 1) * self.dilation
+        inside = range(max(0, start), min(self.size, stop))
+        return inside, inside.start - start, stop - inside.stop
 
-    def _stop(self, tap: int) -> int:
-        return min(self.size, self.size + self.padding - (self.kernel - 1 - tap) * self.dilation)
+    def _seen_by(self, tap: int) -> range:
+        """The pixels that a tap sees; it also sees zeros beside them."""
+        last = self.size + self.padding - (self.kernel - 1 - tap) * self.dilation
+        return range(max(0, tap * self.dilation - self.padding), max(0, min(self.size, last)))
 
 
 def axes_of(space: Sequence[int], g: Geometry) -> list[Axis]:
@@ -96,7 +100,7 @@ def axes_of(space: Sequence[int], g: Geometry) -> list[Axis]:
 
 
 def shifts_pay(shape: Sequence[int], g: Geometry) -> bool:
-    """Whether shifts take at most half the products of pairs of taps, in at most twice as many calls.
+    """Whether shifts take at most half the products of pairs of taps, in at most three times as many calls.
 
     Args:
         shape: of the input, (N, E C, *space).
@@ -106,10 +110,10 @@ def shifts_pay(shape: Sequence[int], g: Geometry) -> bool:
         return False
     axes = axes_of(shape[2:], g)
     shifts = math.prod(len(axis.shifts) for axis in axes)
-    pixels = math.prod(axis.size + len(axis.lines) - 1 for axis in axes)
+    pixels = math.prod(axis.size for axis in axes)
     seen = math.prod(a.size + 2 * a.padding - a.dilation * (a.kernel - 1) for a in axes)
-    calls = math.prod(len(axis.lines) for axis in axes)
-    return 2 * shifts * pixels <= g.taps**2 * seen and calls <= 2 * g.taps
+    calls = math.prod(len(axis.runs) for axis in axes)
+    return 2 * shifts * pixels <= g.taps**2 * seen and 0 < calls <= 3 * g.taps
 
 
 def gram_by_shifts(x: Tensor, groups: int, g: Geometry) -> Tensor:
@@ -124,32 +128,56 @@ def gram_by_shifts(x: Tensor, groups: int, g: Geometry) -> Tensor:
         (E, C, K, C, K), in the dtype of ``x``; zero elsewhere.
     """
     axes, channels = axes_of(x.shape[2:], g), x.shape[1] // groups
-    found = x.new_zeros(x.shape[1] * channels, g.taps**2)
-    for lines in itertools.product(*(axis.lines for axis in axes)):
-        sums = _sums(x, groups, axes, lines)
-        found.addmm_(sums.view(len(found), -1), _weights(axes, lines, x))
-    return found.view(groups, channels, channels, g.taps, g.taps).transpose(2, 3)
+    by_run = torch.stack(
+        [_sums(x, groups, axes, runs) for runs in itertools.product(*(a.runs for a in axes))]
+    )
+    seen = functools.reduce(torch.kron, [axis.seen(x) for axis in axes])  # (K, R)
+    by_tap = (seen @ by_run.flatten(1)).view(-1, *by_run.shape[1:]).unflatten(1, (groups, channels))
+    found = x.new_zeros(groups, channels, g.taps, channels, *g.kernel)
+    for tap, place in enumerate(itertools.product(*map(range, g.kernel))):
+        taps, shifts = zip(*(axis.places(k) for axis, k in zip(axes, place, strict=True)), strict=True)
+        found[:, :, tap, :, *taps] = by_tap[tap, ..., *shifts]
+    return found.flatten(4)
 
 
-def _weights(axes: list[Axis], lines: tuple[Line, ...], like: Tensor) -> Tensor:
-    """(S, K K)."""
-    found = like.new_ones(1, 1, 1)
-    for axis, line in zip(axes, lines, strict=True):
-        found = torch.kron(found, axis.weights(line, like))
-    return found.flatten(1)
+def _sums(x: Tensor, groups: int, axes: list[Axis], runs: tuple[Run, ...]) -> Tensor:
+    """``sum_np x[i, p] x[j, p + shift]`` over the pixels of some runs: (E C, C, *shifts)."""
+    every, pixels, shifts = (
+        math.prod(sizes)
+        for sizes in (x.shape[2:], (run.length for run in runs), (len(axis.shifts) for axis in axes))
+    )
+    sums = _sums_by_product if pixels * shifts <= every else _sums_by_convolution
+    parts = in_parts(x) if 2 * pixels > every else (x,)
+    return functools.reduce(Tensor.add_, (sums(*_pixels(part, axes, runs), groups, axes) for part in parts))
 
 
-def _sums(x: Tensor, groups: int, axes: list[Axis], lines: tuple[Line, ...]) -> Tensor:
-    """``sum_np x[i, p] x[j, p + shift]`` over the pixels of some lines: (E C, C, *shifts)."""
-    parts = (x,) if any(line.border for line in lines) else in_parts(x)
+def _pixels(x: Tensor, axes: list[Axis], runs: tuple[Run, ...]) -> tuple[Tensor, Tensor]:
+    """Those of some runs, and those that they are multiplied with."""
+    rows = window = x
+    margins: list[int] = []
+    for i, (axis, run) in enumerate(zip(axes, runs, strict=True), start=2):
+        inside, *zeros = axis.window(run)
+        rows = rows.narrow(i, run.start, run.length)
+        window = window.narrow(i, inside.start, len(inside))
+        margins = [*zeros, *margins]
+    return rows, F.pad(window, margins) if any(margins) else window
+
+
+def _sums_by_convolution(rows: Tensor, window: Tensor, groups: int, axes: list[Axis]) -> Tensor:
     shifts, dilation = [len(axis.shifts) for axis in axes], [axis.dilation for axis in axes]
-    total: Tensor | None = None
-    for part in parts:
-        rows = window = part
-        for i, (axis, line) in enumerate(zip(axes, lines, strict=True), start=2):
-            rows = rows.narrow(i, line.start, line.length)
-            window = axis.window(window, line, i)
-        found = weight_gradient(rows, window, shifts, (1,) * len(axes), dilation, groups)
-        total = found if total is None else total.add_(found)
-    assert total is not None, "there is a batch"
-    return total
+    return weight_gradient(rows, window, shifts, (1,) * len(axes), dilation, groups)
+
+
+def _sums_by_product(rows: Tensor, window: Tensor, groups: int, axes: list[Axis]) -> Tensor:
+    """The same for a few pixels: all that they are multiplied with is written down."""
+    rows, window = (
+        part.unflatten(1, (groups, -1)).movedim(0, 2) for part in (rows, window)
+    )  # (E, C, N, ...)
+    for i, axis in enumerate(axes, start=3):
+        reach = axis.dilation * (len(axis.shifts) - 1) + 1
+        window = window.unfold(i, reach, 1)[..., :: axis.dilation]
+    window = window.movedim(
+        [*range(-len(axes), 0)], [*range(2, 2 + len(axes))]
+    )  # (E, C, *shifts, N, *pixels)
+    found = rows.flatten(2) @ window.flatten(2 + len(axes)).flatten(1, -2).mT
+    return found.view(-1, rows.shape[1], *(len(axis.shifts) for axis in axes))

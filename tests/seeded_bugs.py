@@ -98,9 +98,23 @@ BUGS = [
     Bug(
         "panels of a symmetric product are mirrored from the half that was not computed",
         "passes/panels.py",
-        "        out[..., end:, start:end] = beside.mT\n",
-        "        out[..., end:, start:end] = 0\n",
+        "        out[..., end:, panel] = beside.mT\n",
+        "        out[..., end:, panel] = 0\n",
         ["test_products.py"],
+    ),
+    Bug(
+        "a tap is taken to see the pixels that only its neighbour sees",
+        "passes/shifts.py",
+        "(taps < run.taps.stop)",
+        "(taps <= run.taps.stop)",
+        ["test_convolutions.py"],
+    ),
+    Bug(
+        "patches of a transposed convolution have their taps in the order of a plain one",
+        "passes/portions.py",
+        "    seen = seen.flip([*range(2, 2 + axes)]) if g.transposed else seen\n",
+        "",
+        ["test_convolutions.py"],
     ),
     Bug(
         "every image of a convolution counts as one row",

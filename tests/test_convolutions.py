@@ -11,6 +11,7 @@ from torch.func import functional_call
 import oracle
 import thor_fx
 from convolutions import BATCH, CHANNELS, OUT, case, expected, patches, random
+from thor_fx.passes import panels, portions
 from thor_fx.passes import patch_gram as gram_module
 from thor_fx.passes.geometry import Geometry
 from thor_fx.passes.shifts import shifts_pay
@@ -224,8 +225,24 @@ def plain(kernel, stride, padding, dilation, axes):
     return Geometry(*((size,) * axes for size in (kernel, stride, padding, dilation, 0)), transposed=False)
 
 
-def test_patches_are_not_written_down_where_they_overlap(monkeypatch):
-    """Of a strided 3 x 3 kernel that doubles the channels, only slices no larger than the input are made."""
+def test_patches_of_a_few_images_at_a_time_are_written_down_on_a_cpu(monkeypatch):
+    """Of a strided 3 x 3 kernel that doubles the channels, and never more than the input has."""
+    written = []
+
+    def spy(padded, groups, g):
+        written.append(patches_of(padded, groups, g))
+        return written[-1]
+
+    patches_of = portions._patches
+    monkeypatch.setattr(portions, "_patches", spy)
+    x = random(16, CHANNELS, 8, 8)
+    factors_of(nn.Conv2d(CHANNELS, 2 * CHANNELS, 3, 2, padding=1).double(), x)
+    assert len(written) == 8  # two images each
+    assert max(patches.numel() for patches in written) <= x.numel()
+
+
+def test_patches_of_one_image_that_are_too_large_are_never_written_down(monkeypatch):
+    """Then slices are made, of one tap each, and as large as the output at most."""
     largest = []
     seen_by = gram_module.seen_by
 
@@ -235,9 +252,26 @@ def test_patches_are_not_written_down_where_they_overlap(monkeypatch):
         return found
 
     monkeypatch.setattr(gram_module, "seen_by", spy)
-    factors_of(nn.Conv2d(CHANNELS, 2 * CHANNELS, 3, 2, padding=1).double(), random(BATCH, CHANNELS, 8, 8))
-    assert len(largest) == 3 * BATCH  # one example at a time
+    factors_of(nn.Conv2d(CHANNELS, 2 * CHANNELS, 3, 2, padding=1).double(), random(2, CHANNELS, 8, 8))
+    assert len(largest) == 3 * 2  # taps at once, one example at a time
     assert max(largest) <= 1
+
+
+@pytest.mark.parametrize("axes", [1, 2, 3])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("stride", [1, 2, 3])
+@pytest.mark.parametrize("dilation", [1, 2])
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("images", [1, 2, 3])
+def test_patches_of_a_few_images_give_what_pairs_of_taps_give(
+    axes, transposed, stride, dilation, groups, images, monkeypatch
+):
+    monkeypatch.setattr(panels, "PANEL", 5)
+    g = Geometry(*((size,) * axes for size in (3, stride, 1, dilation, 0)), transposed)
+    x = random(3, CHANNELS, *(6, 7, 5)[:axes])
+    by_taps = gram_module._mirrored(gram_module.gram_by_taps(x, groups, g, 1), g)
+    by_patches = portions.gram_by_patches(x, groups, g, images).triu()
+    assert torch.allclose(by_patches, by_taps.triu(), rtol=0, atol=1e-12 * by_taps.abs().max())
 
 
 # --- shifts ----------------------------------------------------------------------------------------
@@ -264,12 +298,22 @@ def test_shifts_of_a_kernel_that_is_longer_along_one_axis():
     assert torch.allclose(by_shifts, by_taps, rtol=0, atol=1e-12 * by_taps.abs().max())
 
 
+def test_a_convolution_that_sees_nothing_but_zeros_has_no_a():
+    """One pixel between two taps; it is no sum over shifts, because no tap sees a pixel."""
+    assert not shifts_pay((BATCH, CHANNELS, 1, 1), plain(2, 1, 1, 2, 2))
+    layer = nn.Conv2d(CHANNELS, OUT, 2, padding=1, dilation=2).double()
+    pair = factors_of(layer, random(BATCH, CHANNELS, 1, 1))["weight"]
+    assert not pair.A.any()
+    assert pair.G.any()
+
+
 def test_shifts_are_taken_where_they_save_half_the_products():
     assert shifts_pay((8, 64, 8, 8), plain(3, 1, 1, 1, 2))
     assert shifts_pay((8, 3, 64, 64), plain(7, 1, 3, 1, 2))
     assert not shifts_pay((8, 64, 8, 8), plain(3, 2, 1, 1, 2))  # most pairs of taps see different pixels
     assert not shifts_pay((8, 64, 8, 8), plain(1, 1, 0, 1, 2))  # there are none
-    assert not shifts_pay((8, 64, 2, 2), plain(3, 1, 1, 1, 2))  # all is border
+    assert shifts_pay((8, 64, 2, 2), plain(3, 1, 1, 1, 2))  # four pixels, each seen by four taps
+    assert not shifts_pay((8, 64, 8, 8, 8), plain(3, 1, 0, 1, 3))  # without zeros around, 125 sets of pixels
 
 
 # --- both doors ------------------------------------------------------------------------------------
