@@ -103,6 +103,13 @@ BUGS = [
         ["test_products.py"],
     ),
     Bug(
+        "every portion of the layers of one shape takes the inverses of the first",
+        "thor_fx/inverses/method.py",
+        "tuple(part[i] for part in field) for field in by_field",
+        "tuple(part[0] for part in field) for field in by_field",
+        ["test_portions.py"],
+    ),
+    Bug(
         "a tap is taken to see the pixels that only its neighbour sees",
         "passes/shifts.py",
         "(taps < run.taps.stop)",

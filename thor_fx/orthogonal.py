@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from .matrices import matrices, norm, put_back, unit
+from .portions import portions
 from .refresh import by_shape, spans
 from .transform import Params, Signals, Transform, Updates, stateless
 
@@ -42,9 +43,10 @@ def orthogonalize() -> Transform:
             present = [layer for layer in layers if layer.param in updates]
             if not present:
                 continue
-            steps = _steps(torch.cat([matrices(layer, updates) for layer in present]))
-            for layer, place in zip(present, spans(present), strict=True):
-                put_back(layer, steps[place], new)
+            for few in portions(present, updates[present[0].param]):
+                steps = _steps(torch.cat([matrices(layer, updates) for layer in few]))
+                for layer, place in zip(few, spans(few), strict=True):
+                    put_back(layer, steps[place], new)
         return new
 
     return stateless(update)

@@ -35,11 +35,12 @@ from torch.utils import _pytree as pytree
 from .averages import average
 from .distributed.exchange import Exchange
 from .factors import cotangent_scale, factor_pair
-from .inverses import FAILED, METHODS, Inverse, Method, Pair, State, in_a_row, replace, select
+from .inverses import FAILED, METHODS, Inverse, Method, Pair, State, cut, in_a_row, join, replace, select
 from .layers import Coverage, Layer
 from .matrices import matrices, put_back
 from .overlap import Overlap
 from .passes.layout import Fisher, Rules
+from .portions import portions
 from .precision import wide
 from .refresh import DampingRule, by_shape, per_side, refresh, root, spans
 from .refresh_rules import RefreshRule
@@ -353,15 +354,29 @@ def _apply(
         return {}, state
     used = select(state, spans(layers), present)
     shown = [layer for layer, here in zip(layers, present, strict=True) if here]
-    each = [matrices(layer, gradients) for layer in shown]
-    stacked = each[0] if len(each) == 1 else torch.cat(each)  # (L, out, in); a copy where there are several
-    preconditioned, after = apply(used, stacked)
-    preconditioned = preconditioned.to(stacked.dtype)
-    new = dict(gradients)
-    for layer, place in zip(shown, spans(shown), strict=True):
-        put_back(layer, preconditioned[place], new)
+    new, parts = dict(gradients), portions(shown, gradients[shown[0].param])
+    own = cut(used, [sum(layer.groups for layer in few) for few in parts])
+    after = join(
+        used, own, [_apply_to_few(apply, few, kept, new) for few, kept in zip(parts, own, strict=True)]
+    )
     kept = state if after is used else replace(state, spans(layers), present, after)
     return {name: new[name] for layer in shown for name in layer.params if name in new}, kept
+
+
+def _apply_to_few(
+    apply: Callable[[State, Tensor], tuple[Tensor, State]],
+    layers: list[Layer],
+    state: State,
+    tensors: dict[str, Tensor],
+) -> State:
+    """Write the updates of layers over their gradients; what the method keeps."""
+    each = [matrices(layer, tensors) for layer in layers]
+    stacked = each[0] if len(each) == 1 else torch.cat(each)  # (L, out, in); a copy where there are several
+    preconditioned, after = apply(state, stacked)
+    preconditioned = preconditioned.to(stacked.dtype)
+    for layer, place in zip(layers, spans(layers), strict=True):
+        put_back(layer, preconditioned[place], tensors)
+    return after
 
 
 def _dtype(state: State, stacked: Tensor) -> torch.dtype:

@@ -8,7 +8,7 @@ from .cholesky import CHOLESKY
 from .eigen import EIGEN
 from .ekfac import EKFAC
 from .eva import EVA
-from .method import Damping, Method, Pair, Stack, State, Work, pick, put, replace, select
+from .method import Damping, Method, Pair, Stack, State, Work, cut, join, pick, put, replace, select
 from .newton_schulz import NEWTON_SCHULZ
 
 __all__ = [
@@ -21,7 +21,9 @@ __all__ = [
     "Stack",
     "State",
     "Work",
+    "cut",
     "in_a_row",
+    "join",
     "pick",
     "put",
     "replace",

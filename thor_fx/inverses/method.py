@@ -117,6 +117,32 @@ def put(part: Tensor, places: list[slice], present: list[bool], new: Tensor) -> 
     return torch.cat(pieces)
 
 
+def cut(state: State, counts: list[int]) -> list[State]:
+    """The state of so many matrices each."""
+    if len(counts) == 1:
+        return [state]
+    by_field = [[part.split(counts) for part in field] for field in state]
+    return [
+        type(state)(*(tuple(part[i] for part in field) for field in by_field)) for i in range(len(counts))
+    ]
+
+
+def join(state: State, own: list[State], new: list[State]) -> State:
+    """The state that :func:`cut` has cut, put together again from what became of its pieces."""
+    if len(own) == 1:
+        return new[0]
+    if all(after is before for before, after in zip(own, new, strict=True)):
+        return state
+
+    def joined(part: Tensor, field: int, i: int) -> Tensor:
+        pieces = [after[field][i] for after in new]
+        same = all(piece is before[field][i] for piece, before in zip(pieces, own, strict=True))
+        return part if same else torch.cat(pieces)
+
+    fields = (tuple(joined(part, f, i) for i, part in enumerate(field)) for f, field in enumerate(state))
+    return type(state)(*fields)
+
+
 def select(state: State, places: list[slice], present: list[bool]) -> State:
     """The state of some layers only: not all have a gradient, or factors, in every step."""
     if all(present):
