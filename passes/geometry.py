@@ -86,6 +86,16 @@ def _slice(x: Tensor, g: Geometry, positions: list[int], offset: tuple[int, ...]
     return x
 
 
+def windows(
+    x: Tensor, groups: int, kernel: Sequence[int], dilation: Sequence[int], stride: Sequence[int]
+) -> Tensor:
+    """All that a kernel sees of (N, E C, *space), everywhere: a view, (E, C, *kernel, N, *positions)."""
+    x, axes = x.unflatten(1, (groups, -1)).movedim(0, 2), len(kernel)
+    for axis, (k, d, s) in enumerate(zip(kernel, dilation, stride, strict=True), start=3):
+        x = x.unfold(axis, d * (k - 1) + 1, s)[..., ::d]
+    return x.movedim([*range(-axes, 0)], [*range(2, 2 + axes)])
+
+
 PARTS = 8
 
 

@@ -6,7 +6,7 @@ cotangent: one call for every tap (or several taps at a time, as long as their s
 than input or output). ``A`` is symmetric, so earlier rows of the kernel are left out. Where the kernel moves
 by one pixel, most of these sums are the same, and :mod:`thor_fx.passes.shifts` needs a fraction of them.
 Convolutions of few channels are slow on a CPU, which multiplies the patches of a few images at a time:
-:mod:`thor_fx.passes.portions`.
+:mod:`thor_fx.passes.few_images`.
 
 NOTE: [One operator] As nodes of the graph the slices would be fused into one kernel that writes them all at
 once, which is all patches; and there would be many nodes.
@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .few_images import gram_by_patches, images_at_once
 from .geometry import Geometry, in_parts, padded_input, positions_of, seen_by, weight_gradient
-from .portions import gram_by_patches, images_at_once
 from .shifts import gram_by_shifts, shifts_pay
 
 FEW = 2  # channels: patches of so few are multiplied in less time than there are calls for shifts

@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .geometry import Geometry, in_parts, weight_gradient
+from .geometry import Geometry, in_parts, weight_gradient, windows
 
 
 class Run(NamedTuple):
@@ -80,7 +80,7 @@ class Axis:
             return slice(tap, None), slice(0, self.kernel - tap)
         return slice(None), slice(self.kernel - 1 - tap, 2 * self.kernel - 1 - tap)
 
-    def window(self, run: Run) -> tuple[range, int, int]:
+    def beside(self, run: Run) -> tuple[range, int, int]:
         """The pixels that those of a run are multiplied with, and how many zeros on both sides."""
         start = run.start + self.shifts.start * self.dilation
         stop = run.start + run.length + (self.kernel - 1) * self.dilation
@@ -128,9 +128,8 @@ def gram_by_shifts(x: Tensor, groups: int, g: Geometry) -> Tensor:
         (E, C, K, C, K), in the dtype of ``x``; zero elsewhere.
     """
     axes, channels = axes_of(x.shape[2:], g), x.shape[1] // groups
-    by_run = torch.stack(
-        [_sums(x, groups, axes, runs) for runs in itertools.product(*(a.runs for a in axes))]
-    )
+    every = itertools.product(*(axis.runs for axis in axes))
+    by_run = torch.stack([_sums(x, groups, axes, runs) for runs in every])  # (R, E C, C, *shifts)
     seen = functools.reduce(torch.kron, [axis.seen(x) for axis in axes])  # (K, R)
     by_tap = (seen @ by_run.flatten(1)).view(-1, *by_run.shape[1:]).unflatten(1, (groups, channels))
     found = x.new_zeros(groups, channels, g.taps, channels, *g.kernel)
@@ -142,42 +141,37 @@ def gram_by_shifts(x: Tensor, groups: int, g: Geometry) -> Tensor:
 
 def _sums(x: Tensor, groups: int, axes: list[Axis], runs: tuple[Run, ...]) -> Tensor:
     """``sum_np x[i, p] x[j, p + shift]`` over the pixels of some runs: (E C, C, *shifts)."""
-    every, pixels, shifts = (
-        math.prod(sizes)
-        for sizes in (x.shape[2:], (run.length for run in runs), (len(axis.shifts) for axis in axes))
-    )
-    sums = _sums_by_product if pixels * shifts <= every else _sums_by_convolution
+    pixels, every = math.prod(run.length for run in runs), math.prod(x.shape[2:])
+    shifts, dilation = [len(axis.shifts) for axis in axes], [axis.dilation for axis in axes]
+    sums = _sums_by_product if pixels * math.prod(shifts) <= every else _sums_by_convolution
     parts = in_parts(x) if 2 * pixels > every else (x,)
-    return functools.reduce(Tensor.add_, (sums(*_pixels(part, axes, runs), groups, axes) for part in parts))
+    found = (sums(*_pixels(part, axes, runs), shifts, dilation, groups) for part in parts)
+    return functools.reduce(Tensor.add_, found)
 
 
 def _pixels(x: Tensor, axes: list[Axis], runs: tuple[Run, ...]) -> tuple[Tensor, Tensor]:
     """Those of some runs, and those that they are multiplied with."""
-    rows = window = x
+    rows = beside = x
     margins: list[int] = []
     for i, (axis, run) in enumerate(zip(axes, runs, strict=True), start=2):
-        inside, *zeros = axis.window(run)
+        inside, *zeros = axis.beside(run)
         rows = rows.narrow(i, run.start, run.length)
-        window = window.narrow(i, inside.start, len(inside))
+        beside = beside.narrow(i, inside.start, len(inside))
         margins = [*zeros, *margins]
-    return rows, F.pad(window, margins) if any(margins) else window
+    return rows, F.pad(beside, margins) if any(margins) else beside
 
 
-def _sums_by_convolution(rows: Tensor, window: Tensor, groups: int, axes: list[Axis]) -> Tensor:
-    shifts, dilation = [len(axis.shifts) for axis in axes], [axis.dilation for axis in axes]
-    return weight_gradient(rows, window, shifts, (1,) * len(axes), dilation, groups)
+def _sums_by_convolution(
+    rows: Tensor, beside: Tensor, shifts: list[int], dilation: list[int], groups: int
+) -> Tensor:
+    return weight_gradient(rows, beside, shifts, (1,) * len(shifts), dilation, groups)
 
 
-def _sums_by_product(rows: Tensor, window: Tensor, groups: int, axes: list[Axis]) -> Tensor:
+def _sums_by_product(
+    rows: Tensor, beside: Tensor, shifts: list[int], dilation: list[int], groups: int
+) -> Tensor:
     """The same for a few pixels: all that they are multiplied with is written down."""
-    rows, window = (
-        part.unflatten(1, (groups, -1)).movedim(0, 2) for part in (rows, window)
-    )  # (E, C, N, ...)
-    for i, axis in enumerate(axes, start=3):
-        reach = axis.dilation * (len(axis.shifts) - 1) + 1
-        window = window.unfold(i, reach, 1)[..., :: axis.dilation]
-    window = window.movedim(
-        [*range(-len(axes), 0)], [*range(2, 2 + len(axes))]
-    )  # (E, C, *shifts, N, *pixels)
-    found = rows.flatten(2) @ window.flatten(2 + len(axes)).flatten(1, -2).mT
-    return found.view(-1, rows.shape[1], *(len(axis.shifts) for axis in axes))
+    seen = windows(beside, groups, shifts, dilation, (1,) * len(shifts))  # (E, C, *shifts, N, *pixels)
+    own = rows.unflatten(1, (groups, -1)).movedim(0, 2)  # (E, C, N, *pixels)
+    found = own.flatten(2) @ seen.flatten(2 + len(shifts)).flatten(1, -2).mT
+    return found.view(rows.shape[1], -1, *shifts)

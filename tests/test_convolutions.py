@@ -11,7 +11,7 @@ from torch.func import functional_call
 import oracle
 import thor_fx
 from convolutions import BATCH, CHANNELS, OUT, case, expected, patches, random
-from thor_fx.passes import panels, portions
+from thor_fx.passes import few_images, panels
 from thor_fx.passes import patch_gram as gram_module
 from thor_fx.passes.geometry import Geometry
 from thor_fx.passes.shifts import shifts_pay
@@ -233,8 +233,8 @@ def test_patches_of_a_few_images_at_a_time_are_written_down_on_a_cpu(monkeypatch
         written.append(patches_of(padded, groups, g))
         return written[-1]
 
-    patches_of = portions._patches
-    monkeypatch.setattr(portions, "_patches", spy)
+    patches_of = few_images._patches
+    monkeypatch.setattr(few_images, "_patches", spy)
     x = random(16, CHANNELS, 8, 8)
     factors_of(nn.Conv2d(CHANNELS, 2 * CHANNELS, 3, 2, padding=1).double(), x)
     assert len(written) == 8  # two images each
@@ -270,7 +270,7 @@ def test_patches_of_a_few_images_give_what_pairs_of_taps_give(
     g = Geometry(*((size,) * axes for size in (3, stride, 1, dilation, 0)), transposed)
     x = random(3, CHANNELS, *(6, 7, 5)[:axes])
     by_taps = gram_module._mirrored(gram_module.gram_by_taps(x, groups, g, 1), g)
-    by_patches = portions.gram_by_patches(x, groups, g, images).triu()
+    by_patches = few_images.gram_by_patches(x, groups, g, images).triu()
     assert torch.allclose(by_patches, by_taps.triu(), rtol=0, atol=1e-12 * by_taps.abs().max())
 
 

@@ -195,6 +195,14 @@ def test_the_message_names_argument_and_value(door, name, value, error):
 
 
 @pytest.mark.parametrize("door", DOORS)
+@pytest.mark.parametrize("name", ["damping", "momentum"])
+def test_what_a_preset_would_give_and_is_left_out(door, name):
+    rest = {key: value for key, value in SETTINGS.items() if key != name}
+    with pytest.raises(TypeError, match=rf"^{name} must be a number, got None: .* preset=\"recommended\""):
+        DOORS[door](**rest)
+
+
+@pytest.mark.parametrize("door", DOORS)
 def test_every_argument_is_tried_with_a_wrong_value(door):
     tried = {name for name, _, _ in WRONG}
     assert set(inspect.signature(thor_fx.thor).parameters) == tried

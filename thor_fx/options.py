@@ -24,6 +24,7 @@ from .inverses import Inverse
 from .levenberg_marquardt import LevenbergMarquardt
 from .overlap import Overlap, check_overlap
 from .passes.layout import BiasRule, Fisher, Likelihood, LongSide, Rules, Sharing
+from .presets import RECOMMENDED
 from .refresh import DampingRule
 from .refresh_rules import ByTrace, RefreshRule, check_refresh
 from .schedule import Schedule
@@ -199,8 +200,14 @@ def number_schedule(name: str, value: Any) -> Schedule:
         TypeError: ``value`` is no number.
         ValueError: ``value`` is negative or not finite.
     """
+    _check_given(name, value)
     check_number(name, value)
     return Schedule(name, value)
+
+
+def _check_given(name: str, value: Any) -> None:
+    if value is None and name in RECOMMENDED:
+        raise TypeError(f'{name} must be a number, got None: pass one, or preset="recommended", which has one')
 
 
 def _check_decay(decay: float | None) -> None:
@@ -228,6 +235,7 @@ def _check_rounding(name: str, dtype: Any) -> None:
 
 def damping_schedule(value: Any) -> Schedule:
     """The schedule of ``damping``; one that adapts itself starts with a constant."""
+    _check_given("damping", value)
     return Schedule("damping", value.initial if isinstance(value, LevenbergMarquardt) else value)
 
 

@@ -121,10 +121,8 @@ def cut(state: State, counts: list[int]) -> list[State]:
     """The state of so many matrices each."""
     if len(counts) == 1:
         return [state]
-    by_field = [[part.split(counts) for part in field] for field in state]
-    return [
-        type(state)(*(tuple(part[i] for part in field) for field in by_field)) for i in range(len(counts))
-    ]
+    fields = [[part.split(counts) for part in field] for field in state]
+    return [type(state)(*(tuple(part[i] for part in field) for field in fields)) for i in range(len(counts))]
 
 
 def join(state: State, own: list[State], new: list[State]) -> State:

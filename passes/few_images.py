@@ -9,7 +9,7 @@ Legend: N batch, E groups, C channels of one group, K taps of the kernel, Q outp
 
 from torch import Tensor
 
-from .geometry import PARTS, Geometry, padded_input
+from .geometry import PARTS, Geometry, padded_input, windows
 from .panels import upper_panels
 
 MANY = 64  # channels
@@ -48,11 +48,7 @@ def gram_by_patches(x: Tensor, groups: int, g: Geometry, images: int) -> Tensor:
 
 def _patches(padded: Tensor, groups: int, g: Geometry) -> Tensor:
     """(E, C K, N Q)."""
-    seen, axes = padded.unflatten(1, (groups, -1)), len(g.kernel)
-    for axis, (k, d, s) in enumerate(zip(g.kernel, g.dilation, g.window_stride, strict=True), start=3):
-        seen = seen.unfold(axis, d * (k - 1) + 1, s)[..., ::d]
-    seen = seen.movedim(0, 2).movedim(
-        [*range(-axes, 0)], [*range(2, 2 + axes)]
-    )  # (E, C, *taps, N, *positions)
-    seen = seen.flip([*range(2, 2 + axes)]) if g.transposed else seen
-    return seen.flatten(2 + axes).flatten(1, -2)
+    seen = windows(padded, groups, g.kernel, g.dilation, g.window_stride)
+    axes = [*range(2, 2 + len(g.kernel))]
+    seen = seen.flip(axes) if g.transposed else seen
+    return seen.flatten(2 + len(axes)).flatten(1, -2)
