@@ -207,7 +207,7 @@ def number_schedule(name: str, value: Any) -> Schedule:
 
 def _check_given(name: str, value: Any) -> None:
     if value is None and name in RECOMMENDED:
-        raise TypeError(f'{name} must be a number, got None: pass one, or preset="recommended", which has one')
+        raise TypeError(f'{name} must be a number, got None: pass one, or preset="recommended"')
 
 
 def _check_decay(decay: float | None) -> None:
