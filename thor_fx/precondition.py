@@ -356,9 +356,8 @@ def _apply(
     shown = [layer for layer, here in zip(layers, present, strict=True) if here]
     new, parts = dict(gradients), portions(shown, gradients[shown[0].param])
     own = cut(used, [sum(layer.groups for layer in few) for few in parts])
-    after = join(
-        used, own, [_apply_to_few(apply, few, kept, new) for few, kept in zip(parts, own, strict=True)]
-    )
+    changed = [_apply_to_few(apply, *each, gradients, new) for each in zip(parts, own, strict=True)]
+    after = join(used, own, changed)
     kept = state if after is used else replace(state, spans(layers), present, after)
     return {name: new[name] for layer in shown for name in layer.params if name in new}, kept
 
@@ -367,15 +366,16 @@ def _apply_to_few(
     apply: Callable[[State, Tensor], tuple[Tensor, State]],
     layers: list[Layer],
     state: State,
-    tensors: dict[str, Tensor],
+    gradients: Updates,
+    new: dict[str, Tensor],
 ) -> State:
-    """Write the updates of layers over their gradients; what the method keeps."""
-    each = [matrices(layer, tensors) for layer in layers]
+    """Write the updates of layers into ``new``; what the method keeps."""
+    each = [matrices(layer, gradients) for layer in layers]
     stacked = each[0] if len(each) == 1 else torch.cat(each)  # (L, out, in); a copy where there are several
     preconditioned, after = apply(state, stacked)
     preconditioned = preconditioned.to(stacked.dtype)
     for layer, place in zip(layers, spans(layers), strict=True):
-        put_back(layer, preconditioned[place], tensors)
+        put_back(layer, preconditioned[place], new)
     return after
 
 
